@@ -1,0 +1,41 @@
+"What the benchmarks share: paired, interleaved timing and the conditions that stand beside each figure"
+import json, platform, random, statistics, sys, time
+from pathlib import Path
+import torch
+
+results = Path(__file__).parent/'results'
+
+def conditions():
+    "Machine, versions and date"
+    import fastai, fastxtend_cl
+    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else platform.processor()
+    return dict(cpu=cpu, cores=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, system=platform.platform(),
+        python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, fastxtend_cl=fastxtend_cl.__version__, date=time.strftime('%Y-%m-%d'))
+
+def interleave(arms, rounds=60, block=5, progress=True):
+    """Seconds of each arm in each round: the median of a block's steps but for the first, arms in a new random order each round
+
+    The first step after another arm's pays for memory that the allocator has given back, so it is dropped."""
+    from fastprogress.fastprogress import progress_bar
+    rng,res = random.Random(0),{n:[] for n in arms}
+    for _ in progress_bar(range(rounds), leave=False) if progress else range(rounds):
+        for name in rng.sample(list(arms), len(arms)):
+            times = []
+            for i in range(block):
+                start = time.perf_counter()
+                arms[name]()
+                times.append(time.perf_counter()-start)
+            res[name].append(statistics.median(times[1:]))
+    return res
+
+def interval(pairs, n=2000, seed=0):
+    "Median of `pairs` and its 95 % bootstrap interval"
+    rng = random.Random(seed)
+    meds = sorted(statistics.median(rng.choices(pairs, k=len(pairs))) for _ in range(n))
+    return statistics.median(pairs), meds[int(n*0.025)], meds[int(n*0.975)]
+
+def save(name, **data):
+    "Write `data` with its conditions to results/NAME.json"
+    results.mkdir(exist_ok=True)
+    (results/f'{name}.json').write_text(json.dumps(dict(conditions=conditions(), command=' '.join(['python', *sys.argv]), **data), indent=1)+'\n')
+    print(f'written: benchmarks/results/{name}.json')
