@@ -51,6 +51,11 @@ class ChannelsLastCallback(ChannelsLast):
         "Convert image-like inputs and targets"
         self.learn.xb,self.learn.yb = self.tfm(self.learn.xb),self.tfm(self.learn.yb)
 
+    def __call__(self, event_name):
+        "Call `self.{event_name}` if it's defined"
+        # An event that is not defined is looked for in the Learner and its model, which takes 9 microseconds, eleven times a batch
+        if hasattr(type(self), event_name) or event_name in vars(self) or event_name=='after_fit': return super().__call__(event_name)
+
     def warn_once(self,
         messages:list, # Of `FormatWarning`
     ):

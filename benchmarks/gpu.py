@@ -1,0 +1,84 @@
+"""What has to be seen on a GPU, in one command: `python benchmarks/gpu.py`
+
+Optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own callbacks; the demo; the tests.
+Writes results/gpu-DEVICE.json. `--device cpu --tiny` tries the script without a GPU."""
+import contextlib, io, itertools, json, os, subprocess, sys, warnings
+import torch
+from torch import nn
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision
+from fastai.vision.all import Callback, Learner
+from fastcore.script import call_parse
+from fastxtend_cl.amp import DeviceMixedPrecision
+from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
+from fastxtend_cl.cli import demo, digits_dls
+from fastxtend_cl.format import apply_channels_last
+from common import results, save
+
+optimizers = {'Adam': {}, 'AdamW': {}, 'AdamW amsgrad': dict(amsgrad=True), 'SGD momentum': dict(momentum=0.9), 'Adagrad': {}, 'RMSprop momentum': dict(momentum=0.9)}
+kinds = {'plain': dict(foreach=False), 'foreach': dict(foreach=True), 'fused': dict(fused=True)}
+
+def six_steps(name, kind, convert, device):
+    "Weights after six steps in double precision, converted after three"
+    torch.manual_seed(0)
+    model,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 4, 1)).double().to(device),torch.randn(2, 3, 8, 8).double().to(device)
+    opt = getattr(torch.optim, name.split()[0])(model.parameters(), lr=0.01, **optimizers[name], **kinds[kind])
+    for i in range(6):
+        if i==3 and convert: convert(model, opt)
+        model(x).square().mean().backward(); opt.step(); opt.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+def across_conversion(device):
+    rows = []
+    for name,kind in itertools.product(optimizers, kinds):
+        try: never = six_steps(name, kind, None, device)
+        except (RuntimeError, TypeError) as e: rows.append(dict(optimizer=name, kind=kind, unavailable=str(e).splitlines()[0])); continue
+        row = dict(optimizer=name, kind=kind)
+        for arm,convert in {'model.to': lambda m,o: m.to(memory_format=torch.channels_last), 'apply_channels_last': apply_channels_last}.items():
+            try: row[arm] = max((p-q).abs().max().item() for p,q in zip(never, six_steps(name, kind, convert, device)))
+            except RuntimeError as e: row[arm] = f'raises: {str(e).splitlines()[0]}'
+        rows.append(row)
+    return rows
+
+class Scales(Callback):
+    "The loss and the scaler's scale of each batch"
+    order = 20
+    def before_fit(self): self.rows = []
+    def after_batch(self):
+        if self.training: self.rows.append((self.loss.item(), self.scaler.get_scale()))
+
+def fp16_rows(cbs, device, tiny):
+    with less_random(0), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+        learn = Learner(digits_dls(16, 256 if tiny else 64, device), model, loss_func=nn.CrossEntropyLoss(), cbs=[*cbs, Scales()])
+        with learn.no_bar(), learn.no_logging(): learn.fit(1 if tiny else 3, 1e-3)
+    return learn.scales.rows
+
+def run_tests(device):
+    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py', 'tests/test_format.py', 'tests/test_training.py'],
+        env={**os.environ, 'FXCL_DEVICE': str(device)}, capture_output=True, text=True)
+    return dict(status=r.returncode, tail=r.stdout.splitlines()[-15:])
+
+@call_parse
+def main(
+    device:str='cuda', # Where to run
+    tiny:bool=False, # Small and short, to try the script
+    tests:bool=True, # Run the tests too
+):
+    "Measure and write benchmarks/results/gpu-DEVICE.json"
+    device,res = torch.device(device),{}
+    res['across_conversion'] = across_conversion(device)
+    for r in res['across_conversion']: print(r)
+    fastais = [ChannelsLast, MixedPrecision('fp16')] if device.type=='cuda' else [ChannelsLast, DeviceMixedPrecision('fp16')]
+    a,b = fp16_rows(fastais, device, tiny),fp16_rows([ChannelsLastCallback, DeviceMixedPrecision('fp16')], device, tiny)
+    res['fp16'] = dict(batches=len(a), same_scales=[r[1] for r in a]==[r[1] for r in b], largest_loss_difference=max(abs(p[0]-q[0]) for p,q in zip(a, b)), scales=sorted({r[1] for r in b}))
+    print(res['fp16'])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out): demo(device=str(device), epochs=1 if tiny else 4, arch='xresnet18' if tiny else 'resnet50', size=32 if tiny else 128, bs=256 if tiny else 64, json=True)
+    res['demo'] = json.loads(out.getvalue())
+    for r in res['demo']['arms']: print(r)
+    if tests:
+        res['tests'] = run_tests(device)
+        print(*res['tests']['tail'], sep='\n')
+    if not tiny: save(f'gpu-{device.type}', **res)
