@@ -21,6 +21,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch.amp import GradScaler, autocast
 from .format import NoEffectWarning
+from .hazards import guard
 
 # %% ../nbs/01_amp.ipynb #530dcacc
 amp_dtypes = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
@@ -142,6 +143,7 @@ class DeviceMixedPrecision(MixedPrecision):
         self.explain(device)
         self.leave()
         self.autocast = autocast(device.type, dtype=amp_dtypes.get(mode), enabled=mode is not None)
+        if device.type=='cpu' and mode is not None: guard(self.model) # a few convolutions have wrong gradients in bf16, whatever the format
         scaled = mode==AMPMode.FP16 and self.kwargs.get('enabled', True)
         self.learn.scaler,self.scales = GradScaler(device.type, **{**self.kwargs, 'enabled': scaled}),L()
 

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from .hazards import guard, guarded, unguard
 
 # %% ../nbs/00_format.ipynb #7240cb19
 channels_last_formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -85,14 +86,15 @@ def _same_place(a, b): return (a.storage_offset(),a.shape,a.stride(),a.dtype)==(
 def _sharers(model):
     "For each tensor of `model`, by id: the different tensors of `model` that live in the same storage, itself among them"
     ts = {id(t):t for t in (*model.parameters(), *model.buffers())
-          if not is_lazy(t) and t.layout==torch.strided and not t.is_meta and not is_traceable_wrapper_subclass(t)}
+          if not is_lazy(t) and not t.is_nested and t.layout==torch.strided and not t.is_meta and not is_traceable_wrapper_subclass(t)}
     by_storage = defaultdict(list)
     for t in ts.values(): by_storage[t.untyped_storage()._cdata].append(t)
     return {id(t):g for g in by_storage.values() for t in g}
 
-# %% ../nbs/00_format.ipynb #58822f23
+# %% ../nbs/00_format.ipynb #1f280b99
 def _obstacle(p, sharers):
     "Why `p` cannot be given other strides, or None"
+    if p.is_nested: return 'it is a nested tensor'
     if p.layout!=torch.strided: return f'its layout is {p.layout}'
     if p.is_quantized: return 'it is quantized'
     if p.is_meta: return 'it is on the meta device and has no values: convert again once it has'
@@ -114,13 +116,15 @@ def _tensors_in(o):
 def _listify(optimizers):
     "Check and list `optimizers`: one, several or None"
     opts = [] if optimizers is None else list(optimizers) if isinstance(optimizers, (list,tuple)) else [optimizers]
+    for o in opts: # a wrapper keeps some state itself, and what it wraps keeps the rest
+        opts += [inner for n in ('opt', 'optimizer') if (inner := getattr(o, '__dict__', {}).get(n)) is not None and not any(inner is q for q in opts)]
     for o in opts:
         if not isinstance(getattr(o, 'state', None), Mapping):
             raise TypeError(f'optimizers takes an optimizer or a list of them, received {type(o).__name__}, which has no `state` by parameter')
     return opts
 
 def _check_lbfgs(opts):
-    if any(isinstance(getattr(o, 'opt', o), torch.optim.LBFGS) for o in opts):
+    if any(isinstance(o, torch.optim.LBFGS) for o in opts):
         raise ValueError('LBFGS flattens gradients with `.view(-1)`, which fails on channels-last gradients: use another optimizer, or stay contiguous')
 
 # %% ../nbs/00_format.ipynb #1b9742cb
@@ -134,11 +138,13 @@ def _followers(p, opts):
     return [t for t in kept if t is not None and t is not p and t.shape==p.shape and t.layout==torch.strided
             and not t.is_quantized and not is_traceable_wrapper_subclass(t)]
 
-# %% ../nbs/00_format.ipynb #98e359aa
+# %% ../nbs/00_format.ipynb #c76d97b6
+def _set_data(ts, new):
+    for t in ts: t.data = new
+
 def _set_strides(ts, stride):
     "Give the tensors `ts`, which are one piece of memory, a new one with `stride`"
-    new = restride(ts[0], stride)
-    for t in ts: t.data = new
+    _set_data(ts, restride(ts[0], stride))
 
 # %% ../nbs/00_format.ipynb #b2061728
 def _change(changes):
@@ -146,12 +152,15 @@ def _change(changes):
     done = []
     try:
         for ts,stride in changes:
-            done.append((ts, ts[0].stride()))
+            done.append((ts, ts[0].stride(), ts[0].data if _overlaps(ts[0]) else None))
             _set_strides(ts, stride)
     except BaseException:
-        for ts,stride in reversed(done):
-            if any(t.stride()!=stride for t in ts): _set_strides(ts, stride)
+        for ts,stride,old in reversed(done):
+            if old is not None: _set_data(ts, old)
+            elif any(t.stride()!=stride for t in ts): _set_strides(ts, stride)
         raise
+
+def _overlaps(t): return not t.is_meta and t.untyped_storage().nbytes()<t.numel()*t.element_size() # expanded: too small to be written to
 
 # %% ../nbs/00_format.ipynb #1159f533
 def _changes(targets, opts, sharers):
@@ -237,8 +246,10 @@ def convert_format(
     _change(changes)
     if to=='contiguous':
         for m in convolutions(model).values(): _ConvertOnceShaped.remove(m)
+        unguard(model)
     else:
         for m in _lazy_convolutions(model): _ConvertOnceShaped.add(m)
+        guard(model)
 
 _targets = {'channels_last': _channels_last_targets, 'contiguous': _contiguous_targets}
 
@@ -249,7 +260,8 @@ def apply_channels_last(
 ) -> nn.Module: # The same `model`
     """Convert what the convolutions of `model` own to channels last: 4-D parameters to `torch.channels_last`, 5-D ones to `torch.channels_last_3d`
 
-    Gradients and optimizer state go along. Calling it again changes nothing, and puts right state that a checkpoint brought in another format.
+    Gradients and optimizer state go along, and layers that known hazards may concern are guarded. Calling it again changes nothing, and puts right
+    state that a checkpoint brought in another format.
     Warns with `NoConvolutionWarning` if there is nothing to convert, and with `FormatWarning` of parameters that cannot be. Raises a `TypeError`
     for what is no module or optimizer, a `ValueError` for `LBFGS` and for a model already inside `DistributedDataParallel`; then nothing has changed."""
     convert_format(model, 'channels_last', optimizers)
@@ -276,13 +288,14 @@ def contiguous_meanwhile(
     "A context in which `models` and what `optimizers()` keep are contiguous"
     models = [models] if isinstance(models, nn.Module) else list(models)
     had = [[(t,t.stride()) for t in _tensors(m)] for m in models]
-    lazy = [c for m in models for c in _lazy_convolutions(m) if _ConvertOnceShaped.on(c)]
+    lazy,were_guarded = [c for m in models for c in _lazy_convolutions(m) if _ConvertOnceShaped.on(c)],[m for m in models if guarded(m)]
     try:
         for m in models: convert_format(m, 'contiguous', optimizers())
         yield
     finally:
         for m,strides in zip(models, had): _change(_changes(strides, _listify(optimizers()), _sharers(m)))
         for c in lazy: _ConvertOnceShaped.add(c)
+        for m in were_guarded: guard(m)
 
 # %% ../nbs/00_format.ipynb #f82645ef
 def align_state(
