@@ -27,6 +27,7 @@ setup(
         f"Intended Audience :: {cfg['audience']}",
         'Programming Language :: Python :: 3',
         'Programming Language :: Python :: 3 :: Only',
+        *[f'Programming Language :: Python :: 3.{minor}' for minor in range(int(cfg['min_python'].split('.')[1]), 14)], # those that .github/workflows/test.yaml tests
     ],
     entry_points={
         'console_scripts': cfg.get('console_scripts', '').split(),

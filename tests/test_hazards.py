@@ -135,7 +135,7 @@ def test_conversion_guards_and_takes_away():
     keys = list(model.state_dict())
     apply_channels_last(model)
     assert set(guarded(model))=={'0','1'}
-    model(torch.randn(2, 3, 12, 12))
+    model(torch.randn(2, 3, 24, 24))
     assert set(guarded(model))=={'0','1','3'}, 'a lazy layer is guarded once it has its shape'
     assert list(model.state_dict())==keys and apply_channels_last(model) is model and not isinstance(vars(model[0])['forward'].instance_forward, _Guard)
     assert guarded(apply_contiguous(model))=={} and 'forward' not in vars(model[0])
