@@ -131,10 +131,10 @@ class _TensorState:
     def restore_version(self):
         if self.version is not None and self.t._version!=self.version: torch._C._autograd._unsafe_set_version_counter((self.t,), (self.version,))
 
-# %% ../nbs/03_step.ipynb #18c954d9
+# %% ../nbs/03_step.ipynb #6dd1dc2b
 def _same_memory(a, b):
     "Whether `a` and `b` are the same view of the same memory"
-    if (a.dtype,a.device,a.layout,a.shape)!=(b.dtype,b.device,b.layout,b.shape): return False
+    if (a.dtype,a.device,a.layout,a.size())!=(b.dtype,b.device,b.layout,b.size()): return False # a lazy parameter has no `shape`
     if not _has_storage(a): return a.layout!=torch.strided or a.is_meta
     return (a.untyped_storage()._cdata,a.storage_offset(),a.stride())==(b.untyped_storage()._cdata,b.storage_offset(),b.stride())
 
@@ -251,7 +251,9 @@ def _flag_undos():
     return res
 
 def _set_back(get, put, value):
-    if get()!=value: put(value)
+    try: changed = get()!=value
+    except RuntimeError: changed = True # a mix of old and new names of the precision settings
+    if changed: put(value)
 
 # %% ../nbs/03_step.ipynb #3c8a2201
 class Preserved:
@@ -266,11 +268,11 @@ class Preserved:
         self.objects,self.on,self.values,self._old,self._late = objects,on,values,None,False
 
     def __enter__(self):
+        self._process = [partial(put, get()) for get,put in generators()] + _flag_undos()
         with _plain_torch():
             found = [*_reachable([*self.objects, *_global_hooks()])]
             tensors = [o for o in found if isinstance(o, Tensor)]
             self._undos,self._tensors = [u for u in (_undo(o, self.values) for o in found) if u],[_TensorState(t) for t in tensors]
-            self._process = [partial(put, get()) for get,put in generators()] + _flag_undos()
             self._copies = [(o, _copy(_bytes(*o), self.on)) for o in (_spans(filter(_has_storage, tensors)) if self.values else [])]
         self._shield()
         return self
@@ -297,17 +299,20 @@ def _global_hooks():
 
 def _copy(t, on): return t.clone() if on is None else t.to(on, copy=True)
 
-# %% ../nbs/03_step.ipynb #9e9a757f
+# %% ../nbs/03_step.ipynb #cbd95167
 @patch
 def _restore(self:Preserved):
     "Put everything back; returns the errors met"
-    steps = [*self._undos, *[t.restore for t in self._tensors], *[partial(_put_back, *o) for o in self._copies],
-             *[t.restore_version for t in self._tensors], torch.clear_autocast_cache, *self._process]
-    if torch.cuda.is_initialized(): steps.insert(0, torch.cuda.synchronize)
+    tensors = [*[t.restore for t in self._tensors], *[partial(_put_back, *o) for o in self._copies], *[t.restore_version for t in self._tensors]]
+    first = [torch.cuda.synchronize] if torch.cuda.is_initialized() else []
+    with _plain_torch(): failed = _call_all(first + self._undos + tensors)
+    return failed + _call_all([torch.clear_autocast_cache, *self._process])
+
+def _call_all(fs):
+    "Call each of `fs`; returns the errors met"
     failed = []
-    for f in steps:
-        try:
-            with _plain_torch(): f()
+    for f in fs:
+        try: f()
         except BaseException as e: failed.append(e)
     return failed
 
