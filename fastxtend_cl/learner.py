@@ -7,9 +7,8 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/learner.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/10_learner.ipynb #080bf630
+# %% ../nbs/10_learner.ipynb #eafaef24
 from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 import torch
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
@@ -61,12 +60,10 @@ def _first_batch(learn, dl, device):
     if not len(learn.yb): raise ValueError('the training batch of the Learner has no target, so there is no loss to compute')
     return tuple(learn.xb),tuple(learn.yb)
 
-# %% ../nbs/10_learner.ipynb #db55d948
-@contextmanager
-def _undisturbed(learn, dl):
-    "A context after which `learn`, its callbacks and `dl` are as they were; values of tensors and arrays are kept for the transforms only"
-    tfms = [getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')]
-    with Preserved(learn, *learn.cbs, dl, values=False), Preserved(*tfms): yield
+# %% ../nbs/10_learner.ipynb #d303be47
+def _kept_transforms(dl):
+    "Keep the transforms of `dl`, with the values of their tensors and arrays; those of model and data set need no copy, since nothing writes to them here"
+    return Preserved(*[getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')])
 
 # %% ../nbs/10_learner.ipynb #c2da3588
 def _autocast(learn, device):
@@ -96,7 +93,7 @@ def from_learner(cls:TrainingStep,
     dl,p = _train_dl(learn),first(learn.model.parameters())
     device = learner_device(learn) if p is None else p.device
     precision = _autocast(learn, device)
-    with _undisturbed(learn, dl):
+    with Preserved(learn, *learn.cbs, dl, values=False), _kept_transforms(dl):
         inputs,targets = _first_batch(learn, _alone(dl), device)
         opt = _new_opt(learn) if learn.opt is None else learn.opt
     return cls(learn.model, inputs, targets, learn.loss_func, opt, **precision)

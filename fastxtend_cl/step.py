@@ -7,10 +7,10 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/step.html.md"""
 # %% auto #0
 __all__ = ['generators', 'set_seed', 'Preserved', 'TrainingStep', 'StepResult']
 
-# %% ../nbs/03_step.ipynb #da6b766b
+# %% ../nbs/03_step.ipynb #74686d8b
 import random, signal, sys, threading, types, warnings
 from collections import OrderedDict, deque
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from .format import _check_model, _tensors_in, as_channels_last, as_contiguous, convert_format, format_of
 
 # %% ../nbs/03_step.ipynb #d024dc45
@@ -65,6 +65,7 @@ def _parts(o):
     if isinstance(o, Tensor): return [_own_grad(o), o._backward_hooks, o._post_accumulate_grad_hooks, *_inner(o)]
     if isinstance(o, dict): return [*dict.keys(o), *dict.values(o)] if len(o)<_long else []
     if isinstance(o, (list, tuple, set, frozenset, deque)): return [*o] if len(o)<_long else []
+    if isinstance(o, torch.jit.ScriptModule): return [*o.parameters(recurse=False), *o.buffers(recurse=False), *o.children()]
     if isinstance(o, types.MethodType): return [o.__self__, o.__func__]
     if isinstance(o, partial): return [o.func, o.args, o.keywords]
     if isinstance(o, types.FunctionType) and _followed(o.__module__): return [*(o.__closure__ or ()), o.__defaults__]
@@ -176,6 +177,7 @@ def _array_undo(o):
 def _object_undo(o):
     "For any other object: its class and its slots; the attributes are a dict of their own"
     cls,slots = type(o),{n:getattr(o, n) for n in _slots(o)}
+    if isinstance(o, torch.jit.ScriptModule): return partial(setattr, o, 'training', o.training)
     def undo():
         if type(o) is not cls: o.__class__ = cls
         for n in _slots(o):
@@ -450,6 +452,29 @@ def params(self:TrainingStep) -> dict: # Name to parameter, a tied one once
     loss = self.loss_func.named_parameters(prefix='loss_func') if isinstance(self.loss_func, nn.Module) else ()
     return dict([*self.model.named_parameters(), *loss])
 
+# %% ../nbs/03_step.ipynb #63b1b412
+_in_place = {'bernoulli_','uniform_','normal_','exponential_','random_','log_normal_','cauchy_','geometric_'}
+_like,_new = {'bernoulli','rand_like','randn_like','native_dropout'},{'rand','randn'}
+
+def _plain_copy(t): return t.to(torch.float32 if t.is_floating_point() else t.dtype, memory_format=torch.contiguous_format, copy=True)
+
+class _SameRandom(TorchDispatchMode):
+    "Draw the same random numbers in every memory format and dtype"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs,name = kwargs or {},func.overloadpacket.__name__
+        if name in _in_place: return args[0].copy_(func(_plain_copy(args[0]), *args[1:], **kwargs))
+        if name in _new: return func(*args, **{**kwargs, 'dtype':torch.float32}).to(kwargs.get('dtype') or torch.get_default_dtype())
+        return self.like(func, args[0], args[1:], kwargs) if name in _like else func(*args, **kwargs)
+
+    def like(self, func, x, args, kwargs):
+        "Call `func` on a contiguous copy of `x` in float32, and give the results the strides of `x`"
+        kw = {k:v for k,v in kwargs.items() if k not in ('dtype','memory_format')}
+        def back(r):
+            dtype = (kwargs.get('dtype') or x.dtype) if r.is_floating_point() else r.dtype
+            return torch.empty_like(x, dtype=dtype, memory_format=kwargs.get('memory_format')).copy_(r)
+        res = func(_plain_copy(x), *args, **kw)
+        return tuple(map(back, res)) if isinstance(res, tuple) else back(res)
+
 # %% ../nbs/03_step.ipynb #8eb4ce83
 @dataclass(repr=False)
 class StepResult:
@@ -521,7 +546,7 @@ def run(self:TrainingStep,
     memory_format:str|None=None, # 'contiguous', 'channels_last', or None for the one it has
     dtype:torch.dtype|str|None='as is', # 'as is': its own autocast. None: no autocast. `torch.float16`, `torch.bfloat16`: by autocast. `torch.float64`: everything in double precision
     optimizer_step:bool=True, # Update the weights, if there is an optimizer
-    seed:int|None=None, # Seed every random generator before the forward pass
+    seed:int|None=None, # Seed every random generator before the forward pass, and draw the same numbers in every format and precision
     keep:str='grads', # Result holds: 'loss', without a test that it is finite; 'grads', also outputs and gradients; 'state', also updated weights and buffers
 ) -> StepResult:
     """One step of training: forward, loss, backward, update
@@ -535,7 +560,7 @@ def run(self:TrainingStep,
     self._zero_grad()
     if seed is not None: set_seed(seed)
     with torch.inference_mode(False), torch.enable_grad():
-        with _AsDouble() if dtype==torch.float64 else nullcontext():
+        with _AsDouble() if dtype==torch.float64 else nullcontext(), _SameRandom() if seed is not None else nullcontext():
             out,loss = self._forward(dtype)
             _check_loss(loss, keep!='loss')
             (loss*self.loss_scale if dtype==torch.float16 else loss).backward()

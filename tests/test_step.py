@@ -172,7 +172,7 @@ def test_raise_in_python_code(where):
     with unchanged(step), pytest.raises(KeyboardInterrupt), step.preserved(): step.run('channels_last')
     assert not torch.is_autocast_enabled('cpu')
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.sampled_from(sorted(models)), st.sampled_from(sorted(optimizers)), st.sampled_from([None,'channels_last','contiguous']), st.sampled_from(['as is',None,torch.bfloat16,torch.float16,torch.float64]),
     st.integers(0, 2), st.sampled_from(sorted(errors)), st.floats(0, 1.2), st.booleans(), st.sampled_from([None, 7]))
 def test_preserved(model, opt, memory_format, dtype, warm, error, at, again, seed):
@@ -184,7 +184,7 @@ def test_preserved(model, opt, memory_format, dtype, warm, error, at, again, see
             with step.preserved(), RaiseAt(n, errors[error]):
                 step.run(memory_format, dtype, seed=seed, keep='state')
                 if again: step.run(keep='loss')
-        except type(errors[error]): assert at<=1.2
+        except type(errors[error]) as e: assert 'injected' in str(e)
 
 # ---- each thing that is restored ----
 
@@ -602,6 +602,62 @@ def test_seed():
     step.run()
     with unchanged(step): loss(seed=3)
 
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv,self.drops = nn.Conv2d(3, 8, 3),nn.ModuleList([nn.Dropout(0.3), nn.Dropout2d(0.3), nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.3)])
+    def forward(self, x):
+        y = self.conv(x)
+        for d in self.drops: y = d(y)
+        y = y*torch.rand_like(y) + torch.randn_like(y) + torch.randn(1) + torch.rand(8, 1, 1, dtype=y.dtype) + torch.empty_like(y).uniform_(-1, 1) + torch.bernoulli(y.sigmoid())*0
+        return (y + y.new_empty(y.shape).normal_() + torch.randint(3, (8,1,1)) + random.random()).mean((2,3))
+
+def test_same_random_numbers_in_every_format_and_precision():
+    torch.manual_seed(0)
+    step = TrainingStep(Noisy(), torch.randn(4, 3, 8, 8), torch.randint(8, (4,)), nn.CrossEntropyLoss())
+    def run(*args, seed=3):
+        with step.preserved(): return step.run(*args, seed=seed)
+    ref = run('contiguous', torch.float64)
+    for fmt,dtype,tol in (('channels_last',torch.float64,1e-10), ('contiguous',None,1e-5), ('channels_last',None,1e-5), ('channels_last',torch.bfloat16,0.1)):
+        res = run(fmt, dtype)
+        assert (res.outputs-ref.outputs).abs().max()<tol, (fmt, dtype)
+        for n,g in res.grads.items(): assert (g-ref.grads[n]).abs().max()<tol, (fmt, dtype, n)
+    assert (run('contiguous', torch.float64, seed=4).outputs-ref.outputs).abs().max()>0.1
+
+def test_seed_draws_what_torch_draws():
+    step = make('conv2d', 'none')
+    with step.preserved(): a = step.run(seed=5)
+    with step.preserved(): torch.manual_seed(5); b = step.run()
+    assert torch.equal(a.outputs, b.outputs)
+
+@pytest.mark.parametrize('what', ['_array_undo','_generator_undo','_list_undo','_object_undo','_dict_undo','_put_back','_empty'])
+def test_sabotage_of_odd_places_is_seen(what, monkeypatch):
+    "The model that keeps state everywhere"
+    step,keep = make('odd', 'fastai_adam', warm=1),[]
+    if what=='_empty':
+        def f(): return later
+        step.model.f = f
+        act = lambda: setattr(f.__closure__[0], 'cell_contents', 1)
+    else: act = step.run
+    with Preserved(step):
+        before = fingerprint(step, keep=keep)
+        with step.preserved(): act()
+        assert fingerprint(step, keep=keep)==before
+        with monkeypatch.context() as m:
+            m.setattr(step_module, what, lambda *a: None)
+            with step.preserved(): act()
+        assert fingerprint(step, keep=keep)!=before
+    if what=='_empty': later = 0
+
+@pytest.mark.parametrize('wrap', [torch.jit.script, partial(torch.compile, backend='aot_eager')], ids=['scripted','compiled'])
+def test_scripted_and_compiled(wrap):
+    net = wrap(conv3d())
+    net.eval()
+    step = TrainingStep(net, torch.randn(4, 3, 8, 8), torch.randint(4, (4,)), nn.CrossEntropyLoss(), T.SGD(net.parameters(), 0.1))
+    with unchanged_values(step), step.preserved(): a = step.run(); step.run('channels_last')
+    assert not net.training
+    with unchanged_values(step), step.preserved(): assert torch.allclose(step.run(seed=1).loss, a.loss)
+
 def test_keep():
     step = plain()
     r = step.run(keep='loss')
@@ -647,6 +703,29 @@ def test_repr():
 def test_needs_no_fastai(root):
     code = 'import sys, fastxtend_cl.step; assert not [m for m in sys.modules if m.split(".")[0]=="fastai"]'
     subprocess.run([sys.executable, '-c', code], cwd=root, check=True)
+
+# ---- on a GPU ----
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('on', [None,'cpu'])
+def test_on_a_gpu(on):
+    torch.manual_seed(0)
+    net = conv2d().cuda()
+    step = TrainingStep(net, torch.randn(4, 3, 8, 8, device='cuda'), torch.randint(4, (4,), device='cuda'), nn.CrossEntropyLoss(), T.AdamW(net.parameters(), fused=True), torch.float16)
+    step.run()
+    def state(): return deepcopy([net.state_dict(), step.optimizer.state_dict(), [p.grad for p in net.parameters()], torch.cuda.get_rng_state(), b.cuda.matmul.allow_tf32, b.cudnn.benchmark])
+    def flat(o): return [o.cpu()] if isinstance(o, Tensor) else [x for v in (o.values() if isinstance(o, dict) else o) for x in flat(v)] if isinstance(o, (dict, list)) else [o]
+    before = flat(state())
+    with pytest.raises(torch.OutOfMemoryError), step.preserved(on=on) as p:
+        assert all(c.device.type==(on or 'cuda') for (s,_,_),c in p._copies if s.device.type=='cuda')
+        for fmt in ('contiguous','channels_last'):
+            for dtype in ('as is', None, torch.bfloat16): step.run(fmt, dtype, seed=0)
+        b.cuda.matmul.allow_tf32,b.cudnn.benchmark = not b.cuda.matmul.allow_tf32,not b.cudnn.benchmark
+        step.run(dtype=torch.float64)
+        torch.empty(2**60, device='cuda')
+    after = flat(state())
+    assert len(before)==len(after) and all(torch.equal(x, y) if isinstance(x, Tensor) else x==y for x,y in zip(before, after))
+    step.run()
 
 # ---- from a Learner ----
 
@@ -792,6 +871,7 @@ class RaiseInCall:
     def __enter__(self): self.old = sys.gettrace(); sys.settrace(self); return self
     def __exit__(self, *e): sys.settrace(self.old)
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_raise_at_any_call_of_from_learner():
     learn,keep = full_learner(),[]
     TrainingStep.from_learner(learn)
