@@ -7,10 +7,11 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/step.html.md"""
 # %% auto #0
 __all__ = ['generators', 'set_seed', 'Preserved', 'TrainingStep', 'StepResult']
 
-# %% ../nbs/03_step.ipynb #74686d8b
+# %% ../nbs/03_step.ipynb #5843ee92
 import random, signal, sys, threading, types, warnings
 from collections import OrderedDict, deque
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 import numpy as np
@@ -429,21 +430,41 @@ class _AsDouble(TorchFunctionMode):
         torch.set_default_dtype(self.was)
         return super().__exit__(*error)
 
-# %% ../nbs/03_step.ipynb #8e2767ad
+# %% ../nbs/03_step.ipynb #be31cd50
 @patch
 def convert(self:TrainingStep,
     memory_format:str|None=None, # 'channels_last', 'contiguous', or None to leave it
     double:bool=False, # To double precision
 ):
-    "Bring model, optimizer state and batch to a memory format and to double precision, in place; what is so already is not touched"
+    "Bring model and optimizer state, in place, and the batch to a memory format and to double precision; what is so already is not touched"
     if memory_format is not None: convert_format(self.model, memory_format, [*_optimizers(self.optimizer)])
-    to = {'channels_last': as_channels_last, 'contiguous': as_contiguous}.get(memory_format)
+    self._change_batch({'channels_last': as_channels_last, 'contiguous': as_contiguous}.get(memory_format))
+    if not double: return
+    self._change_batch(lambda t: t.to(_double(t)) if t.is_floating_point() or t.is_complex() else t)
+    self._zero_grad()
     with _plain_torch():
-        for t in _tensors_in([self.inputs, self.targets]) if to else (): t.data = to(t.data)
-        if not double: return
-        for p in self.params().values(): p.grad = None
         _to_double(o for o in _reachable([self.model, self.loss_func, self.inputs, self.targets]) if isinstance(o, Tensor))
         _to_double(_state_tensors(self.optimizer))
+
+# %% ../nbs/03_step.ipynb #20e1a55d
+def _map(f, o):
+    "Apply `f` to the tensors in nested containers"
+    if isinstance(o, Tensor): return f(o)
+    if isinstance(o, dict):
+        res = copy(o)
+        for k,v in o.items(): res[k] = _map(f, v)
+        return res
+    if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*[_map(f, v) for v in o])
+    return type(o)(_map(f, v) for v in o) if isinstance(o, (list, tuple)) else o
+
+@patch
+@torch.no_grad()
+def _change_batch(self:TrainingStep, f):
+    "Put `f` of its tensors in place of the batch, whose own tensors may be part of a data set"
+    def g(t):
+        new = f(t)
+        return t if new is t else new.requires_grad_(t.requires_grad)
+    if f: self.inputs,self.targets = _map(g, self.inputs),_map(g, self.targets)
 
 # %% ../nbs/03_step.ipynb #0d8b2e39
 @patch
@@ -488,14 +509,7 @@ class StepResult:
 
     def __repr__(self): return f'StepResult(loss {self.loss.item():.4g}, {len(self.grads or ())} gradients{", no optimizer step: a gradient overflowed" if self.skipped else ""})'
 
-# %% ../nbs/03_step.ipynb #15b11381
-def _map(f, o):
-    "Apply `f` to the tensors in nested containers"
-    if isinstance(o, Tensor): return f(o)
-    if isinstance(o, dict): return {k:_map(f, v) for k,v in o.items()}
-    if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*[_map(f, v) for v in o])
-    return type(o)(_map(f, v) for v in o) if isinstance(o, (list, tuple)) else o
-
+# %% ../nbs/03_step.ipynb #383134e8
 def _as_float(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 # %% ../nbs/03_step.ipynb #1c212b0d

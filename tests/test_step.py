@@ -7,7 +7,7 @@ import numpy as np, pytest, torch
 from fastai import optimizer as fo
 from fastai.callback.mixup import MixUp
 from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, DynamicUnet, ImageBlock, Learner,
-    MixedPrecision, OptimWrapper, PILImage, RandomSplitter, Transform, aug_transforms, before_batch_cb, params, xresnet18)
+    MixedPrecision, OptimWrapper, PILImage, RandomSplitter, TensorImage, Transform, aug_transforms, before_batch_cb, params, xresnet18)
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn, Tensor
@@ -19,6 +19,13 @@ from fastxtend_cl.step import Preserved, StepResult, TrainingStep
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 device = 'cpu'
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    "A shell that starts pytest in the background has it ignore Ctrl-C"
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 # ---- what the state is, found in another way than `step` finds it ----
 
@@ -196,7 +203,7 @@ b = torch.backends
 mutations = dict(
     weights=lambda s: nn.init.zeros_(s.model[0].weight), weights_by_data=lambda s: s.model[0].weight.data.zero_(), buffers=lambda s: s.model[1].running_mean.add_(1),
     version=lambda s: s.model[0].weight.detach().add_(0), new_memory=lambda s: setattr(s.model[0].weight, 'data', s.model[0].weight.data.clone()),
-    strides=lambda s: s.model.to(memory_format=torch.channels_last), dtype=lambda s: s.model.double(), freed=lambda s: s.model[0].weight.untyped_storage().resize_(0),
+    strides=lambda s: s.model.to(memory_format=torch.channels_last), dtype=lambda s: s.model.double(),
     new_parameter=lambda s: setattr(s.model[0], 'weight', nn.Parameter(s.model[0].weight.data)), removed=lambda s: delattr(s.model[0], 'bias'),
     added_parameter=lambda s: s.model[0].register_parameter('more', nn.Parameter(torch.zeros(1))), added_buffer=lambda s: s.model[0].register_buffer('more', torch.zeros(1)),
     added_module=lambda s: s.model.add_module('more', nn.ReLU()), plain_attribute=lambda s: setattr(s.model[0], 'more', 1), parametrized=lambda s: nn.utils.parametrizations.weight_norm(s.model[0]),
@@ -224,7 +231,7 @@ def test_restored(name):
     before = fingerprint(step, keep=keep)
     with step.preserved():
         with torch.no_grad() if name not in ('non_leaf','grad_mode') else nullcontext(): mutations[name](step)
-        assert name=='freed' or fingerprint(step, keep=keep)!=before
+        assert fingerprint(step, keep=keep)!=before
     after = fingerprint(step, keep=keep)
     assert after[0]==before[0] and after==before
 
@@ -247,6 +254,10 @@ def test_sabotaged_restoration_is_seen(what, name, monkeypatch):
             with step.preserved():
                 with torch.no_grad() if name not in ('non_leaf','grad_mode') else nullcontext(): mutations[name](step)
         assert fingerprint(step, keep=keep)!=before
+
+def test_freed_memory():
+    step = make('conv2d', 'adam', warm=1)
+    with unchanged_values(step), step.preserved(): step.model[0].weight.untyped_storage().resize_(0)
 
 def test_no_grad_where_there_was_none():
     step = make()
@@ -657,6 +668,22 @@ def test_scripted_and_compiled(wrap):
     with unchanged_values(step), step.preserved(): a = step.run(); step.run('channels_last')
     assert not net.training
     with unchanged_values(step), step.preserved(): assert torch.allclose(step.run(seed=1).loss, a.loss)
+
+def test_batch_of_the_user_is_left_alone():
+    "Also without `preserved`"
+    net,x,y = nn.Conv2d(3, 4, 3),TensorImage(torch.rand(2, 3, 8, 8)),torch.rand(2, 4, 6, 6)
+    from collections import OrderedDict
+    class Named(nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, b): self.kind = type(b),type(b['x']); return self.net(b['x'])
+    step = TrainingStep(Named(), OrderedDict(x=x), y, nn.MSELoss())
+    step.run('channels_last', torch.float64)
+    assert step.model.kind==(OrderedDict,TensorImage) and step.inputs[0]['x'].dtype==torch.float64
+    assert x.dtype==y.dtype==torch.float32 and x.is_contiguous() and y.is_contiguous() and type(x) is TensorImage
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    step = TrainingStep(net, x, y, nn.MSELoss())
+    step.run('channels_last', torch.float64)
+    assert step.inputs[0].requires_grad and step.inputs[0].is_leaf and step.inputs[0].grad.dtype==torch.float64 and x.grad is None
 
 def test_keep():
     step = plain()
