@@ -1,0 +1,271 @@
+import copy
+import pickle
+from itertools import product
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from torch import nn
+from helpers import caught_warnings, device, fit, labels, of_class, quiet, random_images, tiny_cnn, tiny_learner
+from fastxtend_cl import amp
+from fastxtend_cl.amp import (DeviceMixedPrecision, amp_modes, as_amp_mode, check_amp_mode, check_scaler_args, cpu_bf16, learner_device, native_amp_mode)
+from fastxtend_cl.format import NoEffectWarning
+
+FP16,BF16 = AMPMode.FP16,AMPMode.BF16
+dtypes = {'fp16': torch.float16, 'bf16': torch.bfloat16}
+modes_here = [m.value for m in amp_modes(device)]
+
+@pytest.fixture
+def no_bf16(monkeypatch): monkeypatch.setattr(amp, '_cpu_flags', lambda: {'avx2', 'avx512f'})
+
+@pytest.fixture
+def with_bf16(monkeypatch): monkeypatch.setattr(amp, '_cpu_flags', lambda: {'avx2', 'avx512_bf16'})
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    "A GPU as far as questions go; the argument says whether it has bf16"
+    def make(bf16):
+        class Index:
+            def __init__(self, device): pass
+            def __enter__(self): pass
+            def __exit__(self, *args): pass
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'device', Index)
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: bf16 or including_emulation)
+    return make
+
+def conv_dtypes(learn, **kwargs):
+    "What the second convolution computes in during a fit, in training and validation"
+    seen = set()
+    h = learn.model[3].register_forward_hook(lambda m,i,o: seen.add((m.training, o.dtype)))
+    fit(learn, **kwargs)
+    h.remove()
+    return seen
+
+def both(dtype): return {(True, dtype), (False, dtype)}
+
+# Arguments
+
+@pytest.mark.parametrize('mode', ['fp8', 16, None, 'FP16', torch.float16])
+def test_wrong_mode(mode):
+    with pytest.raises(ValueError, match=r"^amp_mode is one of 'fp16', 'bf16', received "): as_amp_mode(mode)
+
+def test_modes_by_name_and_by_value():
+    assert [as_amp_mode(m) for m in ('fp16', 'bf16', FP16, BF16)]==[FP16, BF16]*2
+    assert [DeviceMixedPrecision(m).amp_mode for m in ('fp16', BF16, None)]==[FP16, BF16, None]
+
+@pytest.mark.parametrize('kwargs,error,text', [
+    (dict(growth=2), TypeError, r"^GradScaler has no argument 'growth': it takes init_scale, growth_factor, backoff_factor, growth_interval, enabled$"),
+    (dict(device='cuda'), TypeError, "GradScaler has no argument 'device'"),
+    (dict(a=1, b=2), TypeError, "GradScaler has no argument 'a', 'b'"),
+    (dict(init_scale='big'), TypeError, r"^GradScaler takes numbers, received init_scale='big'$"),
+    (dict(growth_factor=None), TypeError, 'GradScaler takes numbers, received growth_factor=None'),
+    (dict(growth_factor=0.5), ValueError, r'^GradScaler refuses .*The growth factor must be > 1.0'),
+    (dict(backoff_factor=2), ValueError, 'The backoff factor must be < 1.0'),
+    (dict(growth_factor=0.5, enabled=False), ValueError, 'The growth factor must be > 1.0'),
+])
+def test_wrong_scaler_arguments(kwargs, error, text):
+    for f in (check_scaler_args, lambda kw: DeviceMixedPrecision('fp16', **kw)):
+        with pytest.raises(error, match=text): f(kwargs)
+
+def test_right_scaler_arguments():
+    check_scaler_args(dict(init_scale=1024., growth_factor=2, backoff_factor=0.5, growth_interval=10, enabled=True))
+
+@pytest.mark.parametrize('mode', ['fp16', 'bf16'])
+def test_impossible_mode_names_the_device_and_its_modes(mode):
+    with pytest.raises(ValueError, match=f'^mixed precision in {mode} is not available on meta: it has none: train in fp32 with `use_amp=False`$'):
+        check_amp_mode(AMPMode(mode), 'meta')
+
+def test_impossible_mode_names_what_there_is(fake_cuda):
+    fake_cuda(bf16=False)
+    with pytest.raises(ValueError, match='^mixed precision in bf16 is not available on cuda:0: it has fp16$'): check_amp_mode(BF16, 'cuda:0')
+
+def test_impossible_mode_at_fit(monkeypatch):
+    monkeypatch.setattr(amp, '_has_autocast', lambda d, m: m==BF16)
+    learn = tiny_learner(cbs=DeviceMixedPrecision('fp16'))
+    with pytest.raises(ValueError, match=f'mixed precision in fp16 is not available on {device}.*: it has bf16'): fit(learn)
+
+# What a device does natively
+
+def test_cpu_with_bf16(with_bf16): assert (cpu_bf16(), native_amp_mode('cpu'))==('AVX512-BF16', BF16)
+
+@pytest.mark.parametrize('flag,name', [('amx_bf16', 'AMX'), ('bf16', 'Arm BF16'), ('sve_bf16', 'Arm SVE BF16')])
+def test_other_bf16_instructions(flag, name, monkeypatch):
+    monkeypatch.setattr(amp, '_cpu_flags', lambda: {flag})
+    assert (cpu_bf16(), native_amp_mode('cpu'))==(name, BF16)
+
+def test_cpu_without_bf16(no_bf16):
+    assert (cpu_bf16(), native_amp_mode('cpu'))==(None, None)
+    assert BF16 in amp_modes('cpu')
+
+def test_flags_without_torchs_list(monkeypatch, tmp_path):
+    monkeypatch.delattr(torch.cpu, 'get_capabilities')
+    class Cpuinfo:
+        def __init__(self, path): assert path=='/proc/cpuinfo'
+        def read_text(self): return 'flags : fpu avx512_bf16 amx_tile\n'
+    monkeypatch.setattr(amp, 'Path', Cpuinfo)
+    assert cpu_bf16()=='AVX512-BF16'
+    monkeypatch.setattr(amp, 'Path', lambda path: tmp_path/'none')
+    assert cpu_bf16() is None
+
+def test_cuda_is_fp16_with_and_without_bf16(fake_cuda):
+    fake_cuda(bf16=True)
+    assert (native_amp_mode('cuda'), amp_modes('cuda'))==(FP16, [FP16, BF16])
+    fake_cuda(bf16=False)
+    assert (native_amp_mode('cuda:0'), amp_modes('cuda:0'))==(FP16, [FP16])
+
+@pytest.mark.parametrize('kind', ['mps', 'xpu'])
+def test_other_devices_have_the_default_of_their_autocast(kind, monkeypatch):
+    monkeypatch.setattr(amp, '_has_autocast', lambda d, m: True)
+    for dtype,mode in ((torch.bfloat16, BF16), (torch.float16, FP16), (torch.float32, None)):
+        monkeypatch.setattr(torch, 'get_autocast_dtype', lambda d: dtype)
+        assert native_amp_mode(kind)==mode
+
+@pytest.mark.parametrize('kind', ['mps', 'xpu'])
+def test_other_devices_as_torch_has_them(kind):
+    mode = native_amp_mode(kind)
+    assert mode is None or mode in amp_modes(kind)
+
+def test_a_default_that_its_autocast_lacks(monkeypatch):
+    monkeypatch.setattr(amp, '_has_autocast', lambda d, m: m==BF16)
+    monkeypatch.setattr(torch, 'get_autocast_dtype', lambda d: torch.float16)
+    assert native_amp_mode('mps') is None
+
+def test_asking_leaves_no_warning_and_no_autocast():
+    with caught_warnings() as caught:
+        for d in ('cpu', 'meta', 'mps', 'xpu'): amp_modes(d); native_amp_mode(d)
+    assert not caught and not torch.is_autocast_enabled('cpu')
+
+def test_device_of_a_learner():
+    learn = tiny_learner()
+    assert learner_device(learn)==learn.dls.device
+    learn.dls = None
+    learn.model.to('meta')
+    assert learner_device(learn)==torch.device('meta')
+    learn.model = nn.ReLU()
+    assert learner_device(learn)==torch.device('cpu')
+
+# Training
+
+@pytest.mark.parametrize('mode', modes_here)
+def test_convolutions_compute_in_the_mode(mode):
+    assert conv_dtypes(tiny_learner(cbs=DeviceMixedPrecision(mode)))==both(dtypes[mode])
+
+@pytest.mark.skipif(device.type!='cpu', reason="fastai's own works on CUDA")
+def test_the_hook_sees_that_fastais_own_does_not():
+    assert conv_dtypes(tiny_learner(cbs=MixedPrecision('bf16')))==both(torch.float32)
+
+def test_left_to_itself_it_takes_the_native_mode():
+    mode = native_amp_mode(device)
+    assert conv_dtypes(tiny_learner(cbs=DeviceMixedPrecision()))==both(amp.amp_dtypes.get(mode, torch.float32))
+
+@pytest.mark.skipif(device.type!='cpu', reason='about processors')
+def test_cpu_without_bf16_trains_in_fp32_and_says_so_once(no_bf16):
+    learn = tiny_learner(cbs=DeviceMixedPrecision())
+    with learn.no_bar(), learn.no_logging(), caught_warnings() as caught:
+        learn.fit(1); learn.fit(1); learn.validate()
+    said = of_class(caught, NoEffectWarning)
+    assert [str(w.message) for w in said]==['Mixed precision has no effect on cpu: this processor has no instructions for bf16 (AVX512-BF16, AMX or Arm BF16); training is in fp32']
+    assert conv_dtypes(learn)==both(torch.float32)
+
+@pytest.mark.skipif(device.type!='cpu', reason='about processors')
+def test_cpu_with_bf16_says_which_and_why_once(with_bf16, capsys):
+    learn = tiny_learner(cbs=DeviceMixedPrecision())
+    with quiet(learn): learn.fit(1); learn.fit(1)
+    assert capsys.readouterr().out.strip()==f'Mixed precision on {device}: bf16, which this processor computes natively (AVX512-BF16)'
+
+def test_an_explicit_mode_says_nothing(capsys):
+    learn = tiny_learner(cbs=DeviceMixedPrecision(modes_here[-1]))
+    with learn.no_bar(), learn.no_logging(), caught_warnings() as caught: learn.fit(1)
+    assert not capsys.readouterr().out and not of_class(caught, NoEffectWarning)
+
+def test_scaler_arguments_without_effect_are_said_once():
+    learn = tiny_learner(cbs=DeviceMixedPrecision('bf16', growth_interval=3))
+    with learn.no_bar(), learn.no_logging(), caught_warnings() as caught: learn.fit(1); learn.fit(1)
+    assert [str(w.message) for w in of_class(caught, NoEffectWarning)]==['growth_interval of GradScaler without effect: only fp16 scales the loss, training is in bf16']
+
+class SeeScaler(Callback):
+    order = 20
+    def after_backward(self): self.seen = self.scaler.is_enabled(),self.scaler._device,self.scaler.get_growth_interval() if self.scaler.is_enabled() else None
+
+@pytest.mark.skipif('fp16' not in modes_here, reason='no fp16')
+@pytest.mark.parametrize('enabled', [False, True])
+def test_enabled_is_honoured(enabled):
+    learn = fit(tiny_learner(cbs=[DeviceMixedPrecision('fp16', enabled=enabled, growth_interval=7), SeeScaler()]), 2)
+    assert learn.see_scaler.seen==(enabled, device.type, 7 if enabled else None)
+
+def test_bf16_is_not_scaled():
+    learn = fit(tiny_learner(cbs=[DeviceMixedPrecision('bf16', enabled=True), SeeScaler()]))
+    assert not learn.see_scaler.seen[0]
+
+@pytest.mark.skipif('fp16' not in modes_here, reason='no fp16')
+def test_a_step_with_overflow_is_skipped_and_training_goes_on():
+    learn = tiny_learner(cbs=DeviceMixedPrecision('fp16', init_scale=2.**40, backoff_factor=2.**-10))
+    before = learn.model[3].weight.detach().clone()
+    seen = []
+    class Skips(Callback):
+        order = 20
+        def after_cancel_step(self): seen.append(torch.equal(self.model[3].weight.cpu(), before))
+    fit(learn.add_cb(Skips()), 2)
+    assert seen and all(seen) and not torch.equal(learn.model[3].weight.cpu(), before)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+@pytest.mark.parametrize('mode', modes_here)
+def test_the_loss_falls(mode):
+    learn = fit(tiny_learner(cbs=DeviceMixedPrecision(mode, **(dict(init_scale=1024.) if mode=='fp16' else {}))), 20, 1e-2)
+    losses = [v[0] for v in learn.recorder.values]
+    assert losses[-1]<losses[0]
+
+def test_it_is_fastais_mixed_precision_to_fastai():
+    learn = tiny_learner(cbs=DeviceMixedPrecision('bf16'))
+    assert isinstance(learn.mixed_precision, MixedPrecision)
+    learn.to_fp32()
+    assert not hasattr(learn, 'mixed_precision') and not learn._grab_cbs(MixedPrecision)
+
+# Nothing is left behind
+
+class Broken(nn.Module):
+    def __init__(self, error): super().__init__(); self.error = error
+    def forward(self, x): raise self.error('planted')
+
+def autocasts(): return torch.is_autocast_enabled('cpu'),torch.is_autocast_enabled('cuda')
+
+@pytest.mark.parametrize('error', [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize('where', ['model', 'loss', 'callback'])
+def test_no_autocast_is_left_after(where, error):
+    learn = tiny_learner(cbs=DeviceMixedPrecision('bf16'))
+    def fail(*args, **kwargs): raise error('planted')
+    with quiet(learn):
+        if where=='model': learn.model.append(Broken(error))
+        elif where=='loss': good,learn.loss_func = learn.loss_func,fail
+        else:
+            bad = Callback(after_pred=fail)
+            bad.order = 30
+            learn.add_cb(bad)
+        with pytest.raises(error, match='planted'): learn.fit(1)
+    assert autocasts()==(False, False)
+    if where=='model': del learn.model[-1]
+    elif where=='loss': learn.loss_func = good
+    else: learn.remove_cb(bad)
+    assert conv_dtypes(learn)==both(torch.bfloat16) and autocasts()==(False, False)
+
+def test_without_our_wrapping_it_would_be_left(monkeypatch):
+    monkeypatch.setattr(Learner, 'one_batch', amp._fastai_one_batch)
+    learn = tiny_learner(model=tiny_cnn().append(Broken(ZeroDivisionError)), cbs=DeviceMixedPrecision('bf16'))
+    with quiet(learn), pytest.raises(ZeroDivisionError): learn.fit(1)
+    left = autocasts()
+    learn.mixed_precision.leave()
+    assert left==tuple(o==device.type for o in ('cpu', 'cuda')) and autocasts()==(False, False)
+
+@pytest.mark.parametrize('interrupted,copied', list(product([False, True], [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])))
+def test_a_learner_is_copied_after_training(interrupted, copied):
+    items = list(zip(random_images(), labels())) # a list: fastai's Datasets cannot be pickled in mid-epoch
+    learn = tiny_learner(DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device=device), cbs=DeviceMixedPrecision('bf16'))
+    if interrupted:
+        learn.model.append(Broken(KeyboardInterrupt))
+        with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(1)
+        del learn.model[-1]
+    else: fit(learn)
+    assert conv_dtypes(copied(learn))==both(torch.bfloat16)

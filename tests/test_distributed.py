@@ -1,0 +1,98 @@
+"Two processes on one CPU, through fastai's `distrib_ctx` and accelerate; this file is its own worker"
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+import pytest
+import torch
+
+root,tests = Path(__file__).resolve().parent.parent,Path(__file__).resolve().parent
+
+def worker(folder, amp, opt):
+    "Two fits with a process group of two, then one without; leaves what was found in `folder`"
+    from functools import partial
+    from fastai.callback.channelslast import ChannelsLast
+    from fastai.callback.core import Callback
+    from fastai.distributed import DistributedDL
+    from fastai.optimizer import OptimWrapper
+    from helpers import SeeBatch, quiet, state_follows, tiny_learner
+    import fastxtend_cl.channelslast
+
+    def _broadcast(self, t, rank): # fastai's moves the indices to CUDA, which nccl needs and gloo does not
+        t = torch.LongTensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = _broadcast
+
+    class SeeWrapped(Callback):
+        order = 20
+        def before_fit(self): self.wrapped = type(self.model).__name__
+        def after_backward(self):
+            self.grads_follow = all(p.grad.stride()==p.stride() for p in self.model.parameters())
+            self.batches = getattr(self, 'batches', 0)+1
+
+    opt_func = {} if opt=='fastai' else dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True))
+    learn = tiny_learner(seed=int(os.environ['RANK']), cbs=[SeeBatch, SeeWrapped], path=folder, **opt_func)
+    if amp!='late': learn.to_channelslast(amp_mode='bf16' if amp=='bf16' else False)
+    else:
+        learn.add_cb(ChannelsLast())
+        learn.channels_last.order = 12
+    found = dict(before=[p.detach().clone() for p in learn.model.parameters()])
+    with quiet(learn, silent=False):
+        with learn.distrib_ctx(sync_bn=False, cpu=True):
+            learn.fit(1, 1e-2); learn.fit(1, 1e-2)
+            found.update(group=torch.distributed.get_world_size(), backend=torch.distributed.get_backend())
+            learn.save('distributed')
+        rank = int(os.environ['RANK'])
+        found.update(rank=rank, wrapped=learn.see_wrapped.wrapped, grads_follow=learn.see_wrapped.grads_follow, batches=learn.see_wrapped.batches, x=learn.see_batch.x,
+            params=[p.detach().clone() for p in learn.model.parameters()], strides=[p.stride() for p in learn.model.parameters()],
+            follows=state_follows(learn.model, learn.opt), model=type(learn.model).__name__)
+        learn.fit(1, 1e-2)
+        found.update(alone=learn.see_wrapped.wrapped, follows_alone=state_follows(learn.model, learn.opt))
+    torch.save(found, Path(folder)/f'{rank}.pth')
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+def run_two(folder, *args):
+    "Run two workers; what each found, and what they wrote to stderr"
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'ACCELERATE_USE_CPU': 'true',
+        'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(root), str(tests)]), 'CUDA_VISIBLE_DEVICES': '', 'FXCL_DEVICE': 'cpu'}
+    command = [sys.executable, __file__, str(folder), *args]
+    ps = [subprocess.Popen(command, env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try: outs = [p.communicate(timeout=240)[1] for p in ps]
+    finally:
+        for p in ps: p.kill()
+    assert [p.returncode for p in ps]==[0, 0], '\n'.join(outs)
+    return [torch.load(folder/f'{i}.pth') for i in range(2)],'\n'.join(outs)
+
+@pytest.fixture(scope='module', params=['fp32-fastai', 'fp32-fused', 'bf16-fused'])
+def two(request, tmp_path_factory): return run_two(tmp_path_factory.mktemp('distributed'), *request.param.split('-'))
+
+def test_two_processes_took_part(two):
+    found,_ = two
+    assert [(o['rank'], o['group'], o['backend'], o['wrapped'], o['batches']) for o in found]==[(i, 2, 'gloo', 'DistributedDataParallel', 4) for i in range(2)]
+
+def test_both_have_the_same_weights_and_have_learned(two):
+    a,b = two[0]
+    assert all(torch.equal(p, q) for p,q in zip(a['params'], b['params']))
+    assert not torch.equal(a['params'][0], a['before'][0]) and not torch.equal(a['before'][0], b['before'][0])
+
+def test_channels_last_is_kept(two):
+    for o in two[0]:
+        assert [s for s in o['strides'] if len(s)==4]==[(27, 1, 9, 3), (72, 1, 24, 8)]
+        assert o['grads_follow'] and o['x']=={'nhwc'}
+
+def test_the_optimizers_state_follows(two): assert all(o['follows'] and o['follows_alone'] for o in two[0])
+
+def test_no_warning_of_buckets(two): assert 'Grad strides do not match bucket view' not in two[1]
+
+def test_a_model_converted_behind_the_wrapping_is_warned_of(tmp_path):
+    assert 'Grad strides do not match bucket view' in run_two(tmp_path, 'late', 'fastai')[1]
+
+def test_the_learner_is_whole_afterwards(two): assert all((o['model'], o['alone'])==('Sequential', 'Sequential') for o in two[0])
+
+if __name__=='__main__': worker(*sys.argv[1:])
