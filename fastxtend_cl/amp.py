@@ -104,12 +104,13 @@ def check_scaler_args(
     try: GradScaler('cpu', **{**kwargs, 'enabled': True})
     except AssertionError as e: raise ValueError(f'GradScaler refuses {kwargs}: {e}') from None
 
-# %% ../nbs/01_amp.ipynb #aacfdc19
+# %% ../nbs/01_amp.ipynb #be916b02
 def learner_device(
     learn:Learner,
 ) -> torch.device: # That of its data, or else that of its model
     "The device that the next fit of `learn` will run on"
-    device = getattr(getattr(learn, 'dls', None), 'device', None)
+    dls = getattr(learn, 'dls', None)
+    device = dls.device if getattr(dls, 'loaders', None) else None # fastai's raises where there are none
     if device is None: device = next((p.device for p in learn.model.parameters()), 'cpu')
     return torch.device(device)
 

@@ -7,11 +7,12 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/channelslast.html.md"""
 # %% auto #0
 __all__ = ['ChannelsLastTfm', 'ChannelsLastCallback', 'less_random']
 
-# %% ../nbs/02_channelslast.ipynb #22c21b63
-import random, warnings
+# %% ../nbs/02_channelslast.ipynb #c8a7f670
+import warnings
 from contextlib import ExitStack, contextmanager
 from copy import copy
-import numpy as np
+from types import MethodType, ModuleType
+import cloudpickle
 import torch
 from torch import nn
 from torch.amp import GradScaler
@@ -25,7 +26,9 @@ from fastcore.meta import delegates
 from fasttransform import DisplayedTransform, Pipeline
 from .amp import DeviceMixedPrecision, as_amp_mode, check_scaler_args, learner_device
 from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last, as_contiguous, contiguous_meanwhile,
-    convert_format, format_warnings)
+    convert_format, format_of, format_warnings)
+from .hazards import Guard
+from .step import generators, seed_all
 
 # %% ../nbs/02_channelslast.ipynb #fd74f427
 class ChannelsLastTfm(DisplayedTransform):
@@ -64,24 +67,15 @@ class ChannelsLastCallback(ChannelsLast):
         for w in new: warnings.warn(w, stacklevel=3)
         self._said.update(map(str, new))
 
-# %% ../nbs/02_channelslast.ipynb #32964e71
-def _generators():
-    "Pairs of functions that read and set the state of each random generator"
-    res = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state), (torch.get_rng_state, torch.set_rng_state)]
-    if torch.cuda.is_available(): res.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
-    if torch.backends.mps.is_available(): res.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
-    if torch.xpu.is_available(): res.append((torch.xpu.get_rng_state_all, torch.xpu.set_rng_state_all))
-    return res
-
 # %% ../nbs/02_channelslast.ipynb #99f04a8e
 @contextmanager
 def less_random(
     seed:int=42, # For Python's, NumPy's and torch's generators on every device
 ):
     "Repeatable random numbers without forcing deterministic kernels; afterwards every generator and cuDNN flag is as it was"
-    states = [(put,get()) for get,put in _generators()]
+    states = [(put,get()) for get,put in generators()]
     flags = torch.backends.cudnn.benchmark,torch.backends.cudnn.deterministic
-    random.seed(seed); np.random.seed(seed%2**32); torch.manual_seed(seed)
+    seed_all(seed)
     try: yield
     finally:
         for put,state in states: put(state)
@@ -99,11 +93,13 @@ def _asked_amp(use_amp, amp_mode, to_fp16, scaler_kwargs):
     check_scaler_args(scaler_kwargs)
     return use and amp_mode is not False, mode
 
-# %% ../nbs/02_channelslast.ipynb #69809104
+# %% ../nbs/02_channelslast.ipynb #31f05d7b
 def _own_amp(learn):
     "The mixed precision callback that `learn` would have if `to_channelslast` had never been called, or None"
-    cb,now = first(learn._grab_cbs(ChannelsLastCallback)),first(learn._grab_cbs(MixedPrecision))
-    return cb.amp_displaced if cb and now is cb.amp_added else now
+    cb,amps = first(learn._grab_cbs(ChannelsLastCallback)),learn._grab_cbs(MixedPrecision)
+    theirs = [o for o in amps if not cb or o is not cb.amp_added]
+    if theirs: return theirs[-1]
+    return cb.amp_displaced if cb and (amps or cb.amp_added is None) else None
 
 # %% ../nbs/02_channelslast.ipynb #8cb1c49b
 def _new_amp(learn, own, use, mode, scaler_kwargs):
@@ -149,6 +145,8 @@ def to_channelslast(self:Learner,
     for old in self._grab_cbs(MixedPrecision):
         if old is not new: self.remove_cb(old)
     if new is not None and new not in self.cbs: self.add_cb(new)
+    for o in (cb,new): # removing a callback of the same name takes the attribute away
+        if o is not None: setattr(self, o.name, o)
     cb.amp_added,cb.amp_displaced = (None,None) if new is own else (new,own)
     return self
 
@@ -231,6 +229,19 @@ def _plain_callbacks(learn):
         yield
     finally: learn.remove_cbs(list(learn.cbs)).add_cbs(cbs)
 
+# %% ../nbs/02_channelslast.ipynb #10c87c80
+def _plain_pickle(module):
+    "`module` with a Pickler that writes channels-last tensors, wherever they hang, as contiguous, and guarded layers as unguarded"
+    class Pickler(module.Pickler):
+        def reducer_override(self, o):
+            if isinstance(o, torch.Tensor) and format_of(o)=='channels_last': return as_contiguous(o).__reduce_ex__(2)
+            if isinstance(o, Guard): return MethodType,(type(o.module).forward,o.module)
+            override = getattr(super(), 'reducer_override', None)
+            return override(o) if override else NotImplemented
+    res = ModuleType(module.__name__)
+    res.__dict__.update(module.__dict__, Pickler=Pickler)
+    return res
+
 # %% ../nbs/02_channelslast.ipynb #126ed59a
 @contextmanager
 def _kept_on_error(learn):
@@ -253,6 +264,6 @@ def export(self:Learner, fname='export.pkl', **kwargs):
         stack.enter_context(contiguous_meanwhile([self.model, *_models_of(self)], lambda: self.opt))
         stack.enter_context(_kept_on_error(self))
         stack.enter_context(_plain_callbacks(self))
-        _fastai_export(self, fname, **kwargs)
+        _fastai_export(self, fname, **{**kwargs, 'pickle_module': _plain_pickle(kwargs.get('pickle_module', cloudpickle))})
 
 Learner.export._wrapped = _fastai_export

@@ -46,7 +46,8 @@ def dense_strides(
     "Strides that a dense tensor of `shape` has in `memory_format`"
     return torch.empty(tuple(shape), device='meta', memory_format=memory_format).stride()
 
-# %% ../nbs/00_format.ipynb #4effe56f
+# %% ../nbs/00_format.ipynb #337619bb
+@torch.inference_mode(False) # what is made in inference mode could never be trained
 @torch.no_grad()
 def restride(
     t:Tensor, # A strided tensor
@@ -97,6 +98,7 @@ def _obstacle(p, sharers):
     if p.is_nested: return 'it is a nested tensor'
     if p.layout!=torch.strided: return f'its layout is {p.layout}'
     if p.is_quantized: return 'it is quantized'
+    if p.device.type=='cpu' and p.is_shared(): return 'it is shared with other processes'
     if p.is_meta: return 'it is on the meta device and has no values: convert again once it has'
     if is_traceable_wrapper_subclass(p): return f'it is a {type(p).__name__}, which keeps its own layout'
     others = sharers.get(id(p), [p])
@@ -135,7 +137,7 @@ def _followers(p, opts):
         kept += _tensors_in(o.state.get(p, {}))
         slow = getattr(o, 'slow_weights', None) # fastai's Lookahead keeps these in the order of its parameters
         if slow: kept += [s for ss,ps in zip(slow, o.param_lists) for s,q in zip(ss, ps) if q is p]
-    return [t for t in kept if t is not None and t is not p and t.shape==p.shape and t.layout==torch.strided
+    return [t for t in {id(t):t for t in kept}.values() if t is not None and t is not p and t.shape==p.shape and t.layout==torch.strided
             and not t.is_quantized and not is_traceable_wrapper_subclass(t)]
 
 # %% ../nbs/00_format.ipynb #c76d97b6
@@ -160,7 +162,7 @@ def _change(changes):
             elif any(t.stride()!=stride for t in ts): _set_strides(ts, stride)
         raise
 
-def _overlaps(t): return not t.is_meta and t.untyped_storage().nbytes()<t.numel()*t.element_size() # expanded: too small to be written to
+def _overlaps(t): return any(s==0 and n>1 for s,n in zip(t.stride(), t.shape)) # expanded: cannot be written to
 
 # %% ../nbs/00_format.ipynb #1159f533
 def _changes(targets, opts, sharers):

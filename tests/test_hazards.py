@@ -8,7 +8,7 @@ from torch import nn
 from hypothesis import given, settings, strategies as st
 from fastxtend_cl.amp import cpu_bf16
 from fastxtend_cl.format import apply_channels_last, apply_contiguous, format_of
-from fastxtend_cl.hazards import _Guard, guard, guarded, hazards, out_sizes, unguard
+from fastxtend_cl.hazards import Guard, guard, guarded, hazards, out_sizes, unguard
 
 avx512_bf16 = pytest.mark.skipif(cpu_bf16()!='AVX512-BF16', reason='seen with AVX512-BF16 only')
 avx = pytest.mark.skipif(not (torch.backends.mkldnn.is_available() and 'AVX' in torch.backends.cpu.get_cpu_capability()), reason='seen on x86 with AVX2 or AVX512')
@@ -137,7 +137,7 @@ def test_conversion_guards_and_takes_away():
     assert set(guarded(model))=={'0','1'}
     model(torch.randn(2, 3, 24, 24))
     assert set(guarded(model))=={'0','1','3'}, 'a lazy layer is guarded once it has its shape'
-    assert list(model.state_dict())==keys and apply_channels_last(model) is model and not isinstance(vars(model[0])['forward'].instance_forward, _Guard)
+    assert list(model.state_dict())==keys and apply_channels_last(model) is model and not isinstance(vars(model[0])['forward'].instance_forward, Guard)
     assert guarded(apply_contiguous(model))=={} and 'forward' not in vars(model[0])
 
 def test_compiled_with_guards():
