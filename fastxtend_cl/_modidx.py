@@ -333,4 +333,4 @@ d = { 'settings': { 'branch': 'main',
                                    'fastxtend_cl.step._undo': ('step.html#_undo', 'fastxtend_cl/step.py'),
                                    'fastxtend_cl.step._unscale': ('step.html#_unscale', 'fastxtend_cl/step.py'),
                                    'fastxtend_cl.step.generators': ('step.html#generators', 'fastxtend_cl/step.py'),
-                                   'fastxtend_cl.step.set_seed': ('step.html#set_seed', 'fastxtend_cl/step.py')}}}
+                                   'fastxtend_cl.step.seed_all': ('step.html#seed_all', 'fastxtend_cl/step.py')}}}

@@ -328,6 +328,17 @@ def test_inside_inference_mode_no_grad_and_autocast():
         a = step.run(seed=0, dtype=None, optimizer_step=False)
         with torch.autocast('cpu', enabled=False): assert torch.equal(a.loss, step.run(seed=0, dtype=None).loss)
 
+def test_cache_of_an_outer_autocast():
+    "It holds casts of weights, and knows nothing of weights that change in place"
+    step = make('tied', 'sgd', autocast=torch.bfloat16)
+    def losses():
+        with step.preserved(): return [step.run().loss.item() for _ in range(3)]
+    want,out = losses(),lambda: step.model(*step.inputs)
+    assert len(set(want))==3
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        before = out()
+        assert losses()==want and torch.equal(out(), before)
+
 @contextmanager
 def unchanged_values(step):
     before = deepcopy(step.model.state_dict())
