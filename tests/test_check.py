@@ -1,0 +1,210 @@
+"`check_formats` and `Learner.check_channelslast`: planted faults are named, right steps are called right, and nothing is left behind"
+import math, warnings
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TensorCategory, TensorImage, xresnet18
+from hypothesis import given, settings, strategies as st
+from fastxtend_cl import check, hazards
+from fastxtend_cl.all import *
+from fastxtend_cl.amp import cpu_bf16
+
+class Fault(torch.autograd.Function):
+    "The identity, whose backward multiplies channels-last gradients of `dtype` by `factor`"
+    @staticmethod
+    def forward(ctx, x, factor, dtype):
+        ctx.factor,ctx.dtype = factor,dtype
+        return x.view_as(x)
+    @staticmethod
+    def backward(ctx, g): return (g*ctx.factor if g.dtype==ctx.dtype and not g.is_contiguous() else g),None,None
+
+class Faulty(nn.Module):
+    def __init__(self, factor=1.05, dtype=torch.float32): super().__init__(); self.factor,self.dtype = factor,dtype
+    def forward(self, x): return Fault.apply(x, self.factor, self.dtype)
+
+class FaultyForward(nn.Module):
+    def forward(self, x): return x if x.is_contiguous() or x.dtype==torch.float64 else x+0.05
+
+class FaultyWeight(nn.Conv2d):
+    "Its weight gradient alone is wrong in channels last"
+    def _conv_forward(self, x, w, b): return super()._conv_forward(x, Fault.apply(w, 1.05, torch.float32), b)
+
+def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU())
+
+def network(middle=None, width=8, head=None):
+    torch.manual_seed(0)
+    return nn.Sequential(block(3, width), block(width, width, stride=2), middle or nn.Identity(), block(width, width, stride=2), head or nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+def step_of(model, bs=8, size=24, opt=None, **kw):
+    torch.manual_seed(1)
+    return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), F.cross_entropy, opt and opt(model), **kw)
+
+adamw = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
+
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('opt', [None, adamw, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)])
+def test_a_right_step_is_right(autocast, opt):
+    res = check_formats(step_of(network(nn.Dropout2d(0.3)), opt=opt, autocast=autocast))
+    assert res.ok is True and res and not res.wrong and res.first is None
+    assert {r.kind for r in res.rows}=={'loss', 'output', 'gradient', 'weight', 'buffer'}
+    assert {r.precision for r in res.rows}=={'fp32', *({'bf16'} if autocast==torch.bfloat16 else {'fp16'} if autocast else ())}
+
+@pytest.mark.parametrize('factor', [0.9, 0.98, 1.02, 1.1, -1., 0.])
+def test_a_wrong_backward_is_named(factor):
+    res = check_formats(step_of(network(Faulty(factor))))
+    assert res.ok is False and res.first==dict(module='2', phase='backward', precision='fp32')
+    assert {n for n in res.wrong if n.endswith('weight')}=={'0.0.weight', '0.1.weight', '1.0.weight', '1.1.weight'}
+    assert str(res).startswith('wrong: ') and 'it starts in the backward pass of `2`, in fp32' in str(res)
+
+def test_a_wrong_backward_in_bf16_only_is_named():
+    res = check_formats(step_of(network(head=nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Faulty(1.5, torch.bfloat16))), bs=16, autocast=torch.bfloat16))
+    assert res.ok is False and res.first['precision']=='bf16' and res.first['module']=='4.1' and {r.precision for r in res.rows if r.verdict=='wrong'}=={'bf16'}
+
+def test_a_wrong_forward_is_named():
+    res = check_formats(step_of(network(FaultyForward())))
+    assert res.ok is False and res.first==dict(module='2', phase='forward', precision='fp32')
+
+def test_a_wrong_weight_gradient_is_named():
+    "A weight of one channel a group is ambiguous, so this one has more"
+    model = network(FaultyWeight(8, 8, 3, padding=1))
+    res = check_formats(step_of(model))
+    assert res.ok is False and res.first==dict(module='2', phase='backward', precision='fp32') and res.wrong==['2.weight']
+
+def test_optimizer_state_that_does_not_follow_is_found(monkeypatch):
+    "Rule 2: without it a fused optimizer updates with the wrong state"
+    from fastxtend_cl import format
+    step = step_of(network(), opt=lambda m: torch.optim.AdamW(m.parameters(), lr=0.05, fused=True))
+    for _ in range(3): step.run()
+    assert check_formats(step).ok is True
+    monkeypatch.setattr(format, '_followers', lambda p, opts: [])
+    res = check_formats(step)
+    assert res.ok is False and {r.kind for r in res.rows if r.verdict=='wrong'}=={'weight'}
+
+def test_the_instance_norm_hazard_is_found_unguarded(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    assert check_formats(step_of(model, bs=1)).ok is True
+    monkeypatch.setattr(hazards, 'hazards', {})
+    res = check_formats(step_of(model, bs=1))
+    assert res.ok is False and res.first['module']=='1' and res.first['phase']=='backward'
+
+@pytest.mark.skipif(cpu_bf16()!='AVX512-BF16', reason='seen with AVX512-BF16 only')
+def test_the_dilation_hazard_is_found_unguarded(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    assert check_formats(step_of(model, size=40, autocast=torch.bfloat16)).ok is not False
+    monkeypatch.setattr(hazards, 'hazards', {})
+    res = check_formats(step_of(model, size=40, autocast=torch.bfloat16))
+    assert res.ok is False and '1.weight' in res.wrong and res.first=={'module': '1', 'phase': 'backward', 'precision': 'bf16'}
+
+def test_randomness_without_a_seed_cannot_be_told():
+    import time
+    class Clock(nn.Module):
+        def forward(self, x): return x*(1 + (time.perf_counter_ns()%1000)/1000)
+    res = check_formats(step_of(network(Clock())))
+    assert res.ok is None and res.verdict=='cannot tell' and 'two runs of the same step from the same seed differ' in res.reason
+
+def test_rounding_that_explains_anything_cannot_be_told():
+    "A sum that cancels to a thousandth of a unit of bf16"
+    class Cancel(nn.Module):
+        def forward(self, x): return (x + 1e4) - 1e4
+    res = check_formats(step_of(nn.Sequential(nn.Conv2d(3, 8, 3), Cancel(), nn.Conv2d(8, 8, 3), Cancel(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), autocast=torch.bfloat16))
+    assert any(r.verdict=='cannot tell' for r in res.rows) and res.ok is not False
+
+def test_errors():
+    for model,text in ((nn.Sequential(nn.Flatten(), nn.Linear(3*24*24, 4)), 'there is nothing to check: Sequential has no convolution'),):
+        with pytest.raises(ValueError, match=text): check_formats(step_of(model))
+    nan = network(); nan[7].weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match='the loss is nan'): check_formats(step_of(nan))
+    frozen = network().requires_grad_(False)
+    with pytest.raises(ValueError, match='the loss has no gradient'): check_formats(step_of(frozen))
+    step = step_of(network()); step.loss_func = lambda p,t: F.cross_entropy(p, t, reduction='none')
+    with pytest.raises(ValueError, match=r'the loss is a tensor with one number, received the shape \(8,\)'): check_formats(step)
+
+def state(step):
+    opt = step.optimizer.state_dict() if step.optimizer else {}
+    return ([(n,p.clone(),p.stride(),id(p),p.grad) for n,p in step.model.named_parameters()], [(n,b.clone()) for n,b in step.model.named_buffers()], torch.get_rng_state(),
+            [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)], guarded(step.model), [m.training for m in step.model.modules()],
+            [len(m._forward_hooks) for m in step.model.modules()])
+
+@pytest.mark.parametrize('fault', [None, 'wrong', 'raises', 'interrupt'])
+def test_nothing_is_left_behind(fault, monkeypatch):
+    model = network({None: None, 'wrong': Faulty()}.get(fault))
+    step = step_of(model, opt=adamw, autocast=torch.bfloat16)
+    step.run()
+    if fault in ('raises', 'interrupt'):
+        real,calls = check._run,[0]
+        def run(*args):
+            calls[0] += 1
+            if calls[0]==4:
+                with step.preserved():
+                    apply_channels_last(model, step.optimizer)
+                    raise KeyboardInterrupt if fault=='interrupt' else MemoryError
+            return real(*args)
+        monkeypatch.setattr(check, '_run', run)
+    before = state(step)
+    try: check_formats(step)
+    except (KeyboardInterrupt, MemoryError): assert fault in ('raises', 'interrupt')
+    torch.testing.assert_close(state(step), before, rtol=0, atol=0)
+
+def learner(model, n=32, **kw):
+    torch.manual_seed(0)
+    ds = [(TensorImage(torch.randn(3, 24, 24)),TensorCategory(i%4)) for i in range(n)]
+    return Learner(DataLoaders.from_dsets(ds, ds[:8], bs=8, num_workers=0, device='cpu'), model, loss_func=CrossEntropyLossFlat(), **kw)
+
+def test_learner_method():
+    learn = learner(network()).to_channelslast(amp_mode='bf16')
+    res = learn.check_channelslast()
+    assert res.ok is True and learn.opt is None and {r.precision for r in res.rows}=={'fp32', 'bf16'}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.check_channelslast(probe=True, raise_on_wrong=True).ok is True
+
+def test_learner_method_raises_on_wrong():
+    learn = learner(network(Faulty()))
+    assert learn.check_channelslast().ok is False
+    with pytest.raises(WrongStepError, match='it starts in the backward pass of `2`'): learn.check_channelslast(raise_on_wrong=True)
+
+def test_fastais_own_losses_are_compared_in_double():
+    "fastai's flattened losses cast to single precision; the reference must not"
+    from fastxtend_cl.learner import TrainingStep
+    step = TrainingStep.from_learner(learner(network()))
+    with step.preserved(): assert step.run(dtype=torch.float64).loss.dtype==torch.float64
+
+def test_probe_finds_a_death_before_it_happens_here(monkeypatch):
+    from fastxtend_cl.probe import ProbeResult
+    died = lambda self,spec,**kw: ProbeResult(spec, 'died', 'the process died of SIGSEGV', {})
+    monkeypatch.setattr(Probe, 'run', died)
+    ran = []
+    monkeypatch.setattr(check, '_run', lambda *a: ran.append(a))
+    res = check_formats(step_of(network()), probe=True)
+    assert res.ok is False and not ran and all(p.status=='died' for p in res.probes) and 'the process died of SIGSEGV' in str(res)
+
+def test_too_large_is_checked_by_layers():
+    res = check_formats(step_of(network()), memory=1e5, sample=2)
+    assert res.ok is True and 'distinct convolutions were checked one by one' in res.reason and 'double precision would take about' in res.reason
+
+def test_result_is_a_value():
+    import json
+    res = check_formats(step_of(network(Faulty())))
+    d = json.loads(json.dumps(res.to_dict()))
+    assert d['ok'] is False and d['wrong']==res.wrong and len(d['rows'])==len(res.rows) and d['conditions']['device']=='cpu'
+    assert res._repr_markdown_().startswith('**wrong**: ') and '<details>' in res._repr_markdown_()
+
+def test_distance():
+    x = torch.randn(5).double()
+    assert check.distance(x, x)==0 and math.isclose(check.distance(1.1*x, x), 0.1, rel_tol=1e-9)
+    assert check.distance(x*math.nan, x)==check.distance(x[:2], x)==math.inf and check.distance(torch.ones(4), torch.zeros(4))==2
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_random_networks_are_right(data):
+    draw,layers,c,size = data.draw,[],3,16
+    for _ in range(draw(st.integers(1, 4))):
+        o = draw(st.sampled_from((4, 8, 12)))
+        kind = draw(st.sampled_from(('conv', 'depthwise', 'pool', 'norm', 'instance', 'up', 'act', 'transposed')))
+        if kind=='conv': layers.append(nn.Conv2d(c, o, 3, padding=1, stride=draw(st.integers(1, 2)))); c = o
+        elif kind=='depthwise': layers.append(nn.Conv2d(c, c, 3, padding=1, groups=c))
+        elif kind=='transposed': layers.append(nn.ConvTranspose2d(c, o, 2, stride=2)); c = o
+        else: layers.append({'pool': nn.MaxPool2d(3, 2, 1), 'norm': nn.BatchNorm2d(c), 'instance': nn.InstanceNorm2d(c, affine=True), 'up': nn.Upsample(scale_factor=2), 'act': nn.GELU()}[kind])
+    torch.manual_seed(draw(st.integers(0, 99)))
+    layers.append(nn.Conv2d(c, 4, 1))
+    res = check_formats(step_of(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)), bs=draw(st.integers(2, 4)), size=size))
+    assert res.ok is not False, str(res)
