@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TensorCategory, TensorImage, xresnet18
 from hypothesis import given, settings, strategies as st
-from fastxtend_cl import check, hazards
 from fastxtend_cl.all import *
+from fastxtend_cl import check, hazards as hazards_module
 from fastxtend_cl.amp import cpu_bf16
 
 class Fault(torch.autograd.Function):
@@ -83,7 +83,7 @@ def test_optimizer_state_that_does_not_follow_is_found(monkeypatch):
 def test_the_instance_norm_hazard_is_found_unguarded(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     assert check_formats(step_of(model, bs=1)).ok is True
-    monkeypatch.setattr(hazards, 'hazards', {})
+    monkeypatch.setattr(hazards_module, 'hazards', {})
     res = check_formats(step_of(model, bs=1))
     assert res.ok is False and res.first['module']=='1' and res.first['phase']=='backward'
 
@@ -91,7 +91,7 @@ def test_the_instance_norm_hazard_is_found_unguarded(monkeypatch):
 def test_the_dilation_hazard_is_found_unguarded(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
     assert check_formats(step_of(model, size=40, autocast=torch.bfloat16)).ok is not False
-    monkeypatch.setattr(hazards, 'hazards', {})
+    monkeypatch.setattr(hazards_module, 'hazards', {})
     res = check_formats(step_of(model, size=40, autocast=torch.bfloat16))
     assert res.ok is False and '1.weight' in res.wrong and res.first=={'module': '1', 'phase': 'backward', 'precision': 'bf16'}
 
@@ -121,7 +121,7 @@ def test_errors():
 
 def state(step):
     opt = step.optimizer.state_dict() if step.optimizer else {}
-    return ([(n,p.clone(),p.stride(),id(p),p.grad) for n,p in step.model.named_parameters()], [(n,b.clone()) for n,b in step.model.named_buffers()], torch.get_rng_state(),
+    return ([(n,p.detach().clone(),p.stride(),id(p),'none' if p.grad is None else p.grad.clone()) for n,p in step.model.named_parameters()], [(n,b.clone()) for n,b in step.model.named_buffers()], torch.get_rng_state(),
             [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)], guarded(step.model), [m.training for m in step.model.modules()],
             [len(m._forward_hooks) for m in step.model.modules()])
 
