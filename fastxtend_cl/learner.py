@@ -28,7 +28,7 @@ def _alone(dl):
     res = object.__new__(type(dl))
     vars(res).update(vars(dl))
     if isinstance(dl, DataLoader):
-        res.rng,res.fake_l = copy(dl.rng),copy(dl.fake_l)
+        res.fake_l = copy(dl.fake_l)
         vars(res.fake_l).update(d=res, dataset=res.fake_l, num_workers=0, timeout=0)
     else: vars(res).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None, _DataLoader__multiprocessing_context=None)
     return res
