@@ -559,7 +559,7 @@ def test_ties_hold_in_double_precision():
 
 def test_double_precision_overrides_the_models_own_casts():
     class Casts(nn.Conv2d):
-        def forward(self, x): return torch.zeros(1, dtype=torch.float32) + super().forward(x).float().mean((2,3)).to(torch.bfloat16).half()
+        def forward(self, x): return torch.zeros(1, dtype=torch.float32) + super().forward(x).float().mean((2,3)).to(torch.bfloat16).half() @ torch.eye(4)
     net = Casts(3, 4, 3)
     step = TrainingStep(net, torch.randn(2, 3, 8, 8), torch.rand(2, 4), nn.BCEWithLogitsLoss(pos_weight=torch.rand(4)))
     with unchanged(step), step.preserved(): res = step.run(dtype=torch.float64)
