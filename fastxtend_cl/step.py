@@ -111,18 +111,17 @@ def _spans(ts):
 
 def _bytes(storage, lo, hi): return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, lo, (hi-lo,), (1,))
 
-# %% ../nbs/03_step.ipynb #8336eb61
+# %% ../nbs/03_step.ipynb #1a69f1da
 class _TensorState:
     "All of a tensor but its values, and the way back"
     def __init__(self, t):
-        self.t,self.cls,self.leaf,self.requires_grad,self.grad = t,type(t),t.is_leaf,t.requires_grad,_own_grad(t)
+        self.t,self.leaf,self.requires_grad,self.grad = t,t.is_leaf,t.requires_grad,_own_grad(t)
         self.alias = t.data if not is_traceable_wrapper_subclass(t) else None
         self.hooks,self.post = t._backward_hooks,t._post_accumulate_grad_hooks
         self.version = None if t.is_inference() else t._version
 
     def restore(self):
         t = self.t
-        if type(t) is not self.cls: t.__class__ = self.cls
         if self.alias is not None and not _same_memory(t, self.alias): t.data = self.alias
         if self.leaf and not t.is_leaf: t.detach_()
         if self.leaf and t.requires_grad!=self.requires_grad: t.requires_grad_(self.requires_grad)
@@ -170,13 +169,13 @@ def _generator_undo(o):
     if isinstance(o, np.random.Generator): return partial(setattr, o.bit_generator, 'state', o.bit_generator.state)
     if isinstance(o, torch.Generator): return partial(o.set_state, o.get_state())
 
-# %% ../nbs/03_step.ipynb #1394769c
+# %% ../nbs/03_step.ipynb #146ef98c
 def _array_undo(o):
     kept = o.copy()
     return lambda: o.__setitem__(..., kept)
 
 def _object_undo(o):
-    "For any other object: its class and its slots; the attributes are a dict of their own"
+    "For any other object: its class (a lazy layer and its parameters change it) and its slots; the attributes are a dict of their own"
     cls,slots = type(o),{n:getattr(o, n) for n in _slots(o)}
     if isinstance(o, torch.jit.ScriptModule): return partial(setattr, o, 'training', o.training)
     def undo():
@@ -320,10 +319,7 @@ def _call_all(fs):
         except BaseException as e: failed.append(e)
     return failed
 
-def _put_back(place, kept):
-    storage,_,hi = place
-    if storage.nbytes()<hi: storage.resize_(hi)
-    _bytes(*place).copy_(kept)
+def _put_back(place, kept): _bytes(*place).copy_(kept)
 
 # %% ../nbs/03_step.ipynb #55317021
 def _main_thread(): return threading.current_thread() is threading.main_thread()
