@@ -57,8 +57,8 @@ def test_a_wrong_backward_is_named(factor):
     assert str(res).startswith('wrong: ') and 'it starts in the backward pass of `2`, in fp32' in str(res)
 
 def test_a_wrong_backward_in_bf16_only_is_named():
-    res = check_formats(step_of(network(head=nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Faulty(1.5, torch.bfloat16))), bs=16, autocast=torch.bfloat16))
-    assert res.ok is False and res.first['precision']=='bf16' and res.first['module']=='4.1' and {r.precision for r in res.rows if r.verdict=='wrong'}=={'bf16'}
+    res = check_formats(step_of(network(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Faulty(1.5, torch.bfloat16))), bs=16, autocast=torch.bfloat16))
+    assert res.ok is False and res.first['precision']=='bf16' and res.first['module']=='2.1' and {r.precision for r in res.rows if r.verdict=='wrong'}=={'bf16'}
 
 def test_a_wrong_forward_is_named():
     res = check_formats(step_of(network(FaultyForward())))
@@ -125,6 +125,10 @@ def state(step):
             [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)], guarded(step.model), [m.training for m in step.model.modules()],
             [len(m._forward_hooks) for m in step.model.modules()])
 
+def same(a, b):
+    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and a.dtype==b.dtype and torch.equal(a, b)
+    return len(a)==len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a==b
+
 @pytest.mark.parametrize('fault', [None, 'wrong', 'raises', 'interrupt'])
 def test_nothing_is_left_behind(fault, monkeypatch):
     model = network({None: None, 'wrong': Faulty()}.get(fault))
@@ -143,7 +147,14 @@ def test_nothing_is_left_behind(fault, monkeypatch):
     before = state(step)
     try: check_formats(step)
     except (KeyboardInterrupt, MemoryError): assert fault in ('raises', 'interrupt')
-    torch.testing.assert_close(state(step), before, rtol=0, atol=0)
+    assert same(state(step), before)
+
+def test_a_kink_does_not_hide_a_fault():
+    "Batches in which a planted error tips a value over ReLU's kink; with one planting 17 of 400 hid a gradient that is 5 % off"
+    for i in range(12):
+        torch.manual_seed(100 + i)
+        step = TrainingStep(network(Faulty()), torch.randn(8, 3, 24, 24), torch.randint(0, 4, (8,)), F.cross_entropy)
+        assert check_formats(step).ok is False, i
 
 def learner(model, n=32, **kw):
     torch.manual_seed(0)

@@ -1,0 +1,244 @@
+"""Every family of timm and torchvision below 60 million parameters, fastai's own networks, and 5-D ones: what a training step does in channels last
+
+Each model runs in a child process of its own, contiguous, converted naively by `model.to(memory_format=...)`, and converted by this package.
+Rows go to results/zoo-DEVICE.jsonl as they come; a second run goes on where the first stopped. `python benchmarks/zoo.py` measures and prints the
+summary; `--tiny` tries the script on three models."""
+import contextlib, json, multiprocessing, random, statistics, time, warnings
+from collections import Counter
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+from fastcore.script import call_parse
+from common import conditions, results
+
+classes,batch,image,clip = 10,4,128,(8, 64)
+torchvision_models = '''alexnet convnext_tiny densenet121 densenet169 efficientnet_b0 efficientnet_b3 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
+mnasnet1_3 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_3_2gf regnet_y_400mf regnet_y_8gf resnet18 resnet50 resnet101 resnext50_32x4d
+shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x2_0 squeezenet1_0 squeezenet1_1 swin_t swin_v2_t deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50
+lraspp_mobilenet_v3_large'''.split()
+video_models = 'r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b swin3d_t'.split()
+fastai_models = 'xresnet18 xresnet34 xresnet50 xresnext50 xse_resnet18 xse_resnext50 xresnet18+sa xresnet50+sa unet+resnet18 unet+resnet34 unet+xresnet18 unet+resnet18+sa'.split()
+
+def timm_names(per_family=3, below=60e6):
+    "Up to `per_family` sizes of each of timm's families: the smallest, the largest, and between"
+    import timm
+    from fastprogress.fastprogress import progress_bar
+    names = []
+    for family in progress_bar(timm.list_modules(), leave=False):
+        sizes = {}
+        for n in timm.list_models(module=family):
+            if any(o in n for o in ('giant', 'gigantic', 'enormous', '_xxl', 'huge')): continue
+            with contextlib.suppress(Exception), torch.device('meta'), warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                sizes[n] = sum(p.numel() for p in timm.create_model(n).parameters())
+        fit = sorted((n for n in sizes if sizes[n]<below), key=sizes.get)
+        names += [fit[round(i*(len(fit)-1)/max(1, per_family-1))] for i in range(per_family)] if len(fit)>per_family else fit
+    return list(dict.fromkeys(names))
+
+def build(name):
+    "Model and input of `source/name`; the same weights and numbers each time"
+    source,_,n = name.partition('/')
+    torch.manual_seed(0)
+    shape = (batch, 3, image, image)
+    if source=='timm':
+        import timm
+        try: model = timm.create_model(n, num_classes=classes, img_size=image)
+        except TypeError: model = timm.create_model(n, num_classes=classes)
+        cfg = model.default_cfg
+        size = cfg['input_size'][1:] if cfg.get('fixed_input_size') and not getattr(getattr(model, 'patch_embed', None), 'img_size', None) else (image, image)
+        if hasattr(getattr(model, 'patch_embed', None), 'img_size'): size = model.patch_embed.img_size
+        shape = (batch, cfg['input_size'][0], *size)
+    elif source=='torchvision':
+        import torchvision
+        kw = dict(weights_backbone=None) if n.startswith(('deeplab', 'fcn', 'lraspp')) else dict(init_weights=True) if n in ('googlenet', 'inception_v3') else {}
+        if n=='maxvit_t': kw['input_size'] = (224, 224); shape = (batch, 3, 224, 224)
+        if n=='inception_v3': shape = (batch, 3, 160, 160)
+        model = torchvision.models.get_model(n, weights=None, num_classes=classes, **kw)
+    elif source=='video':
+        import torchvision
+        shape = (2, 3, 16, 224, 224) if n.startswith('mvit') else (2, 3, 16, 64, 64) if n=='s3d' else (2, 3, clip[0], clip[1], clip[1])
+        model = torchvision.models.get_model(n, weights=None, num_classes=classes)
+        if n.startswith('mvit'): shape = (1, *shape[1:])
+    else:
+        from fastai.vision import all as fv
+        arch,*options = n.split('+')
+        if arch=='unet': model = fv.DynamicUnet(fv.create_body(getattr(fv, options[0])(), pretrained=False), classes, (image, image), self_attention='sa' in options)
+        else: model = getattr(fv, arch)(n_out=classes, sa='sa' in options)
+    return model.train(),torch.randn(shape)
+
+def tensors_in(o):
+    if isinstance(o, torch.Tensor): yield o
+    elif isinstance(o, dict): yield from (t for v in o.values() for t in tensors_in(v))
+    elif isinstance(o, (list, tuple)): yield from (t for v in o for t in tensors_in(v))
+
+def loss_func(out, y):
+    outs = [o for o in tensors_in(out) if o.is_floating_point()]
+    return sum(F.cross_entropy(o, y) if o.ndim==2 and len(o)==len(y) else o.pow(2).mean() for o in outs)
+
+def naive(model, x):
+    fmt = torch.channels_last_3d if x.ndim==5 else torch.channels_last
+    return model.to(memory_format=fmt),x.to(memory_format=fmt)
+
+def stepper(model, x, device):
+    y,opt = (torch.arange(len(x))%classes).to(device),torch.optim.SGD(model.parameters(), lr=1e-5)
+    def step():
+        loss_func(model(x), y).backward(); opt.step(); opt.zero_grad()
+        if device.type=='cuda': torch.cuda.synchronize(device)
+    return step
+
+def kept(model, x):
+    "Share of the convolutions whose input arrives in channels last, forward, and of those whose gradient does"
+    from fastxtend_cl.format import format_of, convolutions
+    seen = Counter()
+    def note(phase, t):
+        if isinstance(t, torch.Tensor) and (f := format_of(t)): seen[phase, f in ('channels_last', 'ambiguous')] += 1
+    def hook(m, args, out):
+        note('forward', args[0])
+        if out.requires_grad: out.register_hook(lambda g: note('backward', g))
+    handles = [m.register_forward_hook(hook) for m in convolutions(model)]
+    loss_func(model(x), torch.arange(len(x), device=x.device)%classes).backward()
+    for h in handles: h.remove()
+    model.zero_grad()
+    return {p: seen[p,True]/max(1, seen[p,True]+seen[p,False]) for p in ('forward', 'backward')}
+
+def paired(arms, rounds, block, seed=0):
+    "CPU seconds a step (seconds on a GPU), median of each block but for its first step"
+    clock,rng,res = time.perf_counter if torch.cuda.is_available() else time.process_time,random.Random(seed),{n:[] for n in arms}
+    for _ in range(rounds):
+        for name in rng.sample(list(arms), len(arms)):
+            times = []
+            for _ in range(block):
+                start = clock(); arms[name](); times.append(clock()-start)
+            res[name].append(statistics.median(times[1:]))
+    return res
+
+def child(conn, name, device, rounds, block, skip):
+    "Send what is found, phase by phase, so that a death leaves what was known before it"
+    from fastxtend_cl.check import check_formats
+    from fastxtend_cl.format import apply_channels_last, as_channels_last, convolutions
+    from fastxtend_cl.hazards import guarded
+    from fastxtend_cl.step import TrainingStep
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    device = torch.device(device)
+    arms = {}
+    def phase(n, func, **kw):
+        if n in skip: return
+        conn.send(dict(phase=n))
+        try: conn.send({n: func()})
+        except Exception as e: conn.send({n: dict(raised=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])})
+    def fresh():
+        model,x = build(name)
+        return model.to(device),x.to(device)
+    def contiguous():
+        model,x = fresh()
+        arms['contiguous'] = stepper(model, x, device)
+        arms['contiguous']()
+        return dict(params=sum(p.numel() for p in model.parameters()), convolutions=len(convolutions(model)), shape=list(x.shape))
+    def ours():
+        model,x = fresh()
+        model,x = apply_channels_last(model),as_channels_last(x)
+        res = dict(guarded=sorted({v if isinstance(v, str) else str(v) for v in guarded(model).values()}), kept=kept(model, x))
+        arms['ours'] = stepper(model, x, device)
+        arms['ours']()
+        return res
+    def right():
+        model,x = fresh()
+        start,res = time.process_time(),check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
+        return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first, seconds=round(time.process_time()-start, 1))
+    def naively():
+        model,x = naive(*fresh())
+        arms['naive'] = stepper(model, x, device)
+        arms['naive']()
+        return {}
+    def naive_right():
+        "The same check with the conversion replaced by the naive one"
+        from fastxtend_cl import step as step_module
+        model,x = fresh()
+        real,torch_format = step_module.apply_channels_last,torch.channels_last_3d if x.ndim==5 else torch.channels_last
+        step_module.apply_channels_last = lambda m,*a,**kw: m.to(memory_format=torch_format)
+        try: res = check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
+        finally: step_module.apply_channels_last = real
+        return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first)
+    def times():
+        secs = paired(arms, rounds, block)
+        return dict(seconds={k: statistics.median(v) for k,v in secs.items()}, ratio={k: statistics.median(b/a for a,b in zip(v, secs['contiguous'])) for k,v in secs.items() if k!='contiguous'})
+    phase('contiguous', contiguous)
+    if 'contiguous' in arms:
+        for n,f in dict(ours=ours, check=right, naive=naively, naive_check=naive_right, times=times).items(): phase(n, f)
+    conn.close()
+
+def one(ctx, name, device, rounds, block, limit):
+    "The row of one model: child processes until all phases are known"
+    row,start = dict(name=name),time.time()
+    while True:
+        here,there = ctx.Pipe(duplex=False)
+        p = ctx.Process(target=child, args=(there, name, device, rounds, block, [k for k in row if k not in ('name', 'contiguous')]), daemon=True)
+        p.start(); there.close()
+        doing,hung = None,False
+        while not hung:
+            try:
+                if not here.poll(limit): hung = True; p.kill(); break
+                msg = here.recv()
+            except EOFError: break
+            if 'phase' in msg: doing = msg['phase']
+            else: row |= msg; doing = None
+        p.join()
+        if doing is None or doing in row and doing!='contiguous': break
+        row[doing] = dict(hung=limit) if hung else dict(died=-p.exitcode)
+        if doing=='contiguous': break
+    return row | dict(wall=round(time.time()-start, 1))
+
+def verdict(row, arm):
+    "One word: what became of an arm"
+    res = row.get('ours' if arm=='ours' else 'naive', {})
+    chk = row.get('check' if arm=='ours' else 'naive_check', {})
+    for r in (res, chk):
+        for word in ('died', 'hung', 'raised'):
+            if word in r: return word
+    return {True: 'right', False: 'wrong', None: 'cannot tell'}[chk['ok']] if 'ok' in chk else 'unknown'
+
+def summary(rows):
+    "What the rows say, as a dict and as lines"
+    usable = [r for r in rows if not {'raised', 'died', 'hung'} & r.get('contiguous', {}).keys() and r['contiguous']['convolutions']]
+    out = dict(models=len(rows), with_convolutions=len(usable))
+    for arm in ('naive', 'ours'):
+        ratios = sorted(r['times']['ratio'][arm] for r in usable if arm in r.get('times', {}).get('ratio', {}))
+        out[arm] = dict(Counter(verdict(r, arm) for r in usable)) | dict(timed=len(ratios), median_ratio=statistics.median(ratios) if ratios else None, faster_by_5_percent=sum(r>1.05 for r in ratios), slower_by_3_percent=sum(r<0.97 for r in ratios))
+        out[arm]['not right'] = {r['name']: verdict(r, arm) for r in usable if verdict(r, arm)!='right'}
+    out['format lost in'] = sum(r['ours'].get('kept', {}).get('forward', 1)<1 or r['ours'].get('kept', {}).get('backward', 1)<1 for r in usable if 'ours' in r)
+    return out
+
+@call_parse
+def main(
+    names:str='', # Models as source/name, separated by commas; none: all
+    device:str='cuda' if torch.cuda.is_available() else 'cpu',
+    rounds:int=4, # Rounds of timing
+    block:int=3, # Steps a block; the first is dropped
+    limit:int=300, # Seconds that a phase may take
+    tiny:bool=False, # Three models, nothing is kept
+    report:bool=False, # Only summarise what is there
+):
+    "Measure, row by row, and write results/zoo-DEVICE.jsonl and zoo-DEVICE.json"
+    from fastprogress.fastprogress import progress_bar
+    path = results/f'zoo-{device}.jsonl'
+    rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() and not tiny else []
+    if not report:
+        todo = names.split(',') if names else ['timm/test_resnet.r160_in1k'.split('.')[0], 'torchvision/squeezenet1_1', 'video/r3d_18'] if tiny else [
+            *('torchvision/'+n for n in torchvision_models), *('video/'+n for n in video_models), *('fastai/'+n for n in fastai_models), *('timm/'+n for n in timm_names())]
+        done = {r['name'] for r in rows}
+        todo = [n for n in todo if n not in done]
+        ctx = multiprocessing.get_context('spawn' if device.startswith('cuda') else 'forkserver')
+        if not device.startswith('cuda'): ctx.set_forkserver_preload(['torch', 'torchvision', 'timm', 'fastai.vision.all', 'fastxtend_cl.check'])
+        bar = progress_bar(todo)
+        for name in bar:
+            bar.comment = name
+            row = one(ctx, name, device, 1 if tiny else rounds, 2 if tiny else block, limit)
+            rows.append(row)
+            if tiny: print(row, verdict(row, 'naive'), verdict(row, 'ours'))
+            else:
+                results.mkdir(exist_ok=True)
+                with path.open('a') as f: f.write(json.dumps(row)+'\n')
+    res = summary(rows)
+    print(json.dumps(res, indent=1))
+    if not tiny: (results/f'zoo-{device}.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch, image=image, rounds=rounds, block=block, **res), indent=1)+'\n')
