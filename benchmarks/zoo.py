@@ -155,10 +155,10 @@ def child(conn, name, device, rounds, block, skip):
         "The same check with the conversion replaced by the naive one"
         from fastxtend_cl import step as step_module
         model,x = fresh()
-        real,torch_format = step_module.apply_channels_last,torch.channels_last_3d if x.ndim==5 else torch.channels_last
-        step_module.apply_channels_last = lambda m,*a,**kw: m.to(memory_format=torch_format)
+        real,fmt = step_module.convert_format,torch.channels_last_3d if x.ndim==5 else torch.channels_last
+        step_module.convert_format = lambda m, f, *a, **kw: m.to(memory_format=fmt) if f=='channels_last' else real(m, f, *a, **kw)
         try: res = check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
-        finally: step_module.apply_channels_last = real
+        finally: step_module.convert_format = real
         return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first)
     def times():
         secs = paired(arms, rounds, block)
