@@ -95,7 +95,7 @@ def kept(model, x):
     def hook(m, args, out):
         note('forward', args[0])
         if out.requires_grad: out.register_hook(lambda g: note('backward', g))
-    handles = [m.register_forward_hook(hook) for m in convolutions(model)]
+    handles = [m.register_forward_hook(hook) for m in convolutions(model).values()]
     loss_func(model(x), torch.arange(len(x), device=x.device)%classes).backward()
     for h in handles: h.remove()
     model.zero_grad()
@@ -138,7 +138,7 @@ def child(conn, name, device, rounds, block, skip):
     def ours():
         model,x = fresh()
         model,x = apply_channels_last(model),as_channels_last(x)
-        res = dict(guarded=sorted({v if isinstance(v, str) else str(v) for v in guarded(model).values()}), kept=kept(model, x))
+        res = dict(guarded=sorted({h for names in guarded(model).values() for h in names}), kept=kept(model, x))
         arms['ours'] = stepper(model, x, device)
         arms['ours']()
         return res

@@ -47,35 +47,35 @@ def _flat(res):
              'weight': res.weights, 'buffer': {n:b for n,b in res.buffers.items() if b.is_floating_point()}}
     return {(kind,n):t.detach().to('cpu', torch.float64, copy=True) for kind,ts in parts.items() for n,t in ts.items()}
 
-def _run(step, memory_format, dtype, watch=None):
+def _run(step, memory_format, dtype, *watches):
     with step.preserved():
-        if watch is not None: watch.attach(step.model)
+        for w in watches: w.attach(step.model)
         try: return _flat(step.run(memory_format, dtype, seed=0, keep='state'))
         finally:
-            if watch is not None: watch.remove()
+            for w in watches: w.remove()
 
 # %% ../nbs/04_check.ipynb #253704e2
 def _leaves(model): return {n:m for n,m in model.named_modules() if not any(True for _ in m.children()) and not isinstance(m, LazyModuleMixin)}
 
-# %% ../nbs/04_check.ipynb #3d6d9c9d
+# %% ../nbs/04_check.ipynb #229039b3
 class _Noise:
-    "Plant an error in the output of each call of a layer, of the relative size `sizes` has for it, and one of size `eps` in the gradient that reaches it"
-    def __init__(self, sizes, eps, seed): self.sizes,self.eps,self.seed,self.handles = sizes,eps,seed,[]
+    "Plant an error of relative size `size(call)` in the output of each call of a layer, and one of size `back` in the gradient that reaches it"
+    def __init__(self, size, back, seed): self.size,self.back,self.seed,self.handles = size,back,seed,[]
     def attach(self, model):
         self.gen,self.count = torch.Generator().manual_seed(self.seed),Counter()
         for n,m in _leaves(model).items(): self.handles.append(m.register_forward_hook(self.hook(n)))
     def remove(self):
         for h in self.handles: h.remove()
     def noisy(self, t, eps):
-        noise = torch.randn(t.shape, generator=self.gen, dtype=t.dtype).to(t.device)
-        return t + (eps*t.detach().square().mean().sqrt())*noise*(t!=0)
+        noise = torch.randn(t.shape, generator=self.gen, dtype=torch.float64)*(eps*t.detach().double().square().mean().sqrt().item())
+        return t + noise.to(t)*(t!=0)
     def hook(self, name):
         def plant(m, args, out):
             if not isinstance(out, Tensor) or not out.is_floating_point() or not out.numel(): return None
             k = (name, self.count[name])
             self.count[name] += 1
-            out = self.noisy(out, self.sizes.get(k, self.eps))
-            if out.requires_grad: out.register_hook(partial(self.noisy, eps=self.eps))
+            out = self.noisy(out, self.size(k))
+            if self.back and out.requires_grad: out.register_hook(partial(self.noisy, eps=self.back))
             return out
         return plant
 
@@ -100,21 +100,6 @@ class _Watch:
             self.out[k] = self.sample(out)
             if out.requires_grad: out.register_hook(lambda g: self.grad.__setitem__(k, self.sample(g)))
         return note
-
-# %% ../nbs/04_check.ipynb #1cfac41b
-class _NoisyWatch(_Watch):
-    "Watches a run with planted errors"
-    def __init__(self, *args):
-        super().__init__()
-        self.noise = _Noise(*args)
-    def attach(self, model): self.noise.attach(model); super().attach(model)
-    def remove(self): super().remove(); self.noise.remove()
-
-# %% ../nbs/04_check.ipynb #a9400469
-def _errors(ours, contiguous, exact, largest):
-    "Relative error of what each layer hands on, measured, at most `largest`"
-    def error(k): return max(distance(w.out[k], exact.out[k]) for w in (ours, contiguous) if k in w.out)
-    return {k:min(largest, max(error(k), torch.finfo(torch.float32).eps)) for k in exact.out if k in ours.out or k in contiguous.out}
 
 # %% ../nbs/04_check.ipynb #927b1f8e
 def _sensitivity(noisy, exact, key): return statistics.median(distance(o[key], exact[key]) for o in noisy)
@@ -202,12 +187,46 @@ def _rows(precision, ours, contiguous, noisy, exact):
         rows.append(CheckRow(*key, precision, c, l, allowed, _verdict(c, l, allowed)))
     return rows
 
-def _hangs_on_sensitivity(row): return row.channels_last>_allowed(row.contiguous, epsilon[row.precision])
-
 def _verdict(contiguous, channels_last, allowed):
     if contiguous==math.inf: return 'cannot tell' # infinite in both formats: the precision's fault
     if allowed>untold: return 'wrong' if channels_last>100*allowed else 'cannot tell'
     return 'wrong' if channels_last>allowed else 'right'
+
+# %% ../nbs/04_check.ipynb #e82a316c
+class _Runs:
+    "Runs of a step, each made once and watched; with `shift`, all of them at another point"
+    def __init__(self, step, shift=0.): self.step,self.shift,self.done = step,shift,{}
+    def watched(self, memory_format, dtype, *watches):
+        shift = [_Noise(lambda k: self.shift, 0., 7)] if self.shift else []
+        return _run(self.step, memory_format, dtype, *shift, *watches, w := _Watch()),w
+    def __call__(self, memory_format, dtype):
+        k = memory_format,dtype
+        if k not in self.done: self.done[k] = self.watched(*k)
+        return self.done[k]
+
+    def noisy(self, dtype, seed):
+        "A run in double precision with planted errors: forwards as large as those measured in `dtype`"
+        eps,exact = epsilon[_names[dtype]],self('contiguous', torch.float64)[1].out
+        outs = [self(f, dtype)[1].out for f in ('channels_last', 'contiguous')]
+        def size(k): return min(eps, max((distance(o[k], exact[k]) for o in outs if k in o and k in exact), default=eps))
+        return self.watched('contiguous', torch.float64, _Noise(size, eps, seed))
+
+def _compare(runs, dtype):
+    "Rows of one precision, and where a fault starts"
+    name = _names[dtype]
+    (ours,our_watch),(base,base_watch),(exact,watch) = runs('channels_last', dtype),runs('contiguous', dtype),runs('contiguous', torch.float64)
+    noisy = [runs.noisy(dtype, 0)]
+    rows = _rows(name, ours, base, [o for o,_ in noisy], exact)
+    if any(r.channels_last>_allowed(r.contiguous, epsilon[name]) for r in rows): # it hangs on the sensitivity
+        noisy += [runs.noisy(dtype, i) for i in (1,2)]
+        rows = _rows(name, ours, base, [o for o,_ in noisy], exact)
+    if not any(r.verdict=='wrong' for r in rows): return rows,None
+    module,phase = _locate(our_watch, base_watch, [w for _,w in noisy], watch, [r.name for r in rows if r.verdict=='wrong' and r.kind=='gradient'])
+    return rows,dict(module=module, phase=phase, precision=name)
+
+def _confirm(rows, again):
+    "Of each result the measurement that speaks for it: a fault shows in both"
+    return [min(r, a, key=lambda o: (('right', 'cannot tell', 'wrong').index(o.verdict), o.channels_last/o.allowed)) for r,a in zip(rows, again)]
 
 # %% ../nbs/04_check.ipynb #ef7d3108
 def _conditions(step):
@@ -298,24 +317,17 @@ def check_formats(
     if need>have:
         ok,reason,failed = _by_layers(step, need, have, sample)
         return done(ok, reason, probes=failed)
-    again = _run(step, 'contiguous', None, again_watch := _Watch())
+    runs,shifted = _Runs(step),_Runs(step, 0.01)
+    again,_ = runs('contiguous', None)
     twice = max((distance(again[k], t) for k,t in contiguous.items()), default=0.)
     if twice>epsilon['fp32']: return done(None, f'two runs of the same step from the same seed differ by {twice:.1e}: its randomness is not under the control of torch, NumPy or Python', probes=probes)
-    exact = _run(step, 'contiguous', torch.float64, watch := _Watch())
-    rows,first,names = [],None,[]
-    for dtype in dict.fromkeys((None, step.autocast)):
-        name = _names[dtype]
-        names.append(name)
-        base,base_watch = (again,again_watch) if dtype is None else (_run(step, 'contiguous', dtype, w := _Watch()),w)
-        ours = _run(step, 'channels_last', dtype, our_watch := _Watch())
-        sizes = _errors(our_watch, base_watch, watch, epsilon[name])
-        def noisy(i): return _run(step, 'contiguous', torch.float64, _Noise(sizes, epsilon[name], i))
-        new = _rows(name, ours, base, [once := noisy(0)], exact)
-        if any(_hangs_on_sensitivity(r) for r in new): new = _rows(name, ours, base, [once, noisy(1), noisy(2)], exact)
-        if first is None and any(r.verdict=='wrong' for r in new):
-            watches = [_NoisyWatch(sizes, epsilon[name], i) for i in range(3)]
-            for w in watches: _run(step, 'contiguous', torch.float64, w)
-            module,phase = _locate(our_watch, base_watch, watches, watch, [r.name for r in new if r.verdict=='wrong' and r.kind=='gradient'])
-            first = dict(module=module, phase=phase, precision=name)
+    rows,first = [],None
+    dtypes = list(dict.fromkeys((None, step.autocast)))
+    for dtype in dtypes:
+        new,place = _compare(runs, dtype)
+        if place:
+            again,elsewhere = _compare(shifted, dtype)
+            new = _confirm(new, again)
+            if any(r.verdict=='wrong' for r in new): first = first or (place if place['module'] is not None else elsewhere) or place
         rows += new
-    return done(*_say(rows, first, probes, names), rows=rows, first=first, probes=probes)
+    return done(*_say(rows, first, probes, [_names[d] for d in dtypes]), rows=rows, first=first, probes=probes)
