@@ -112,7 +112,9 @@ def paired(arms, rounds, block, seed=0):
             res[name].append(statistics.median(times[1:]))
     return res
 
-def child(conn, name, device, rounds, block, skip):
+def failed(res): return bool({'died', 'hung', 'raised'} & res.keys())
+
+def child(conn, name, device, rounds, block, known):
     "Send what is found, phase by phase, so that a death leaves what was known before it"
     from fastxtend_cl.check import check_formats
     from fastxtend_cl.format import apply_channels_last, as_channels_last, convolutions
@@ -122,11 +124,12 @@ def child(conn, name, device, rounds, block, skip):
     torch.set_num_threads(1)
     device = torch.device(device)
     arms = {}
-    def phase(n, func, **kw):
-        if n in skip: return
+    def phase(n, func):
+        if n in known: return
         conn.send(dict(phase=n))
-        try: conn.send({n: func()})
-        except Exception as e: conn.send({n: dict(raised=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])})
+        try: known[n] = func()
+        except Exception as e: known[n] = dict(raised=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])
+        conn.send({n: known[n]})
     def fresh():
         model,x = build(name)
         return model.to(device),x.to(device)
@@ -138,8 +141,9 @@ def child(conn, name, device, rounds, block, skip):
     def ours():
         model,x = fresh()
         model,x = apply_channels_last(model),as_channels_last(x)
-        res = dict(guarded=sorted({h for names in guarded(model).values() for h in names}), kept=kept(model, x))
         arms['ours'] = stepper(model, x, device)
+        if 'ours' in known: return
+        res = dict(guarded=sorted({h for names in guarded(model).values() for h in names}), kept=kept(model, x))
         arms['ours']()
         return res
     def right():
@@ -161,11 +165,17 @@ def child(conn, name, device, rounds, block, skip):
         finally: step_module.convert_format = real
         return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first)
     def times():
+        for n,f in dict(ours=ours, naive=naively).items():
+            lost = failed(known[n]) or n=='naive' and failed(known.get('naive_check', {}))
+            if lost: arms.pop(n, None)
+            elif n not in arms: f()
         secs = paired(arms, rounds, block)
         return dict(seconds={k: statistics.median(v) for k,v in secs.items()}, ratio={k: statistics.median(b/a for a,b in zip(v, secs['contiguous'])) for k,v in secs.items() if k!='contiguous'})
+    def go_on(n): return not (n=='naive_check' and failed(known['naive']) or n=='check' and failed(known['ours']))
     phase('contiguous', contiguous)
-    if 'contiguous' in arms:
-        for n,f in dict(ours=ours, check=right, naive=naively, naive_check=naive_right, times=times).items(): phase(n, f)
+    if 'contiguous' in arms and known['contiguous']['convolutions']:
+        for n,f in dict(ours=ours, check=right, naive=naively, naive_check=naive_right, times=times).items():
+            if go_on(n): phase(n, f)
     conn.close()
 
 def one(ctx, name, device, rounds, block, limit):
@@ -173,7 +183,7 @@ def one(ctx, name, device, rounds, block, limit):
     row,start = dict(name=name),time.time()
     while True:
         here,there = ctx.Pipe(duplex=False)
-        p = ctx.Process(target=child, args=(there, name, device, rounds, block, [k for k in row if k not in ('name', 'contiguous')]), daemon=True)
+        p = ctx.Process(target=child, args=(there, name, device, rounds, block, {k:v for k,v in row.items() if k not in ('name', 'contiguous')}), daemon=True)
         p.start(); there.close()
         doing,hung = None,False
         while not hung:
@@ -200,7 +210,7 @@ def verdict(row, arm):
 
 def summary(rows):
     "What the rows say, as a dict and as lines"
-    usable = [r for r in rows if not {'raised', 'died', 'hung'} & r.get('contiguous', {}).keys() and r['contiguous']['convolutions']]
+    usable = [r for r in rows if not failed(r['contiguous']) and r['contiguous']['convolutions']]
     out = dict(models=len(rows), with_convolutions=len(usable))
     for arm in ('naive', 'ours'):
         ratios = sorted(r['times']['ratio'][arm] for r in usable if arm in r.get('times', {}).get('ratio', {}))
