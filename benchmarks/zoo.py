@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.script import call_parse
 from common import conditions, results
 
-classes,batch,image,clip = 10,4,128,(8, 64)
+classes,batch,image,small = 10,4,128,64 # `small` is the image of the check, whose double precision is slow
 torchvision_models = '''alexnet convnext_tiny densenet121 densenet169 efficientnet_b0 efficientnet_b3 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
 mnasnet1_3 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_3_2gf regnet_y_400mf regnet_y_8gf resnet18 resnet50 resnet101 resnext50_32x4d
 shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x2_0 squeezenet1_0 squeezenet1_1 swin_t swin_v2_t deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50
@@ -19,8 +19,8 @@ lraspp_mobilenet_v3_large'''.split()
 video_models = 'r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b swin3d_t'.split()
 fastai_models = 'xresnet18 xresnet34 xresnet50 xresnext50 xse_resnet18 xse_resnext50 xresnet18+sa xresnet50+sa unet+resnet18 unet+resnet34 unet+xresnet18 unet+resnet18+sa'.split()
 
-def timm_names(per_family=3, below=60e6):
-    "Up to `per_family` sizes of each of timm's families: the smallest, the largest, and between"
+def timm_names(per_family=2, below=60e6):
+    "Up to `per_family` sizes of each of timm's families: the smallest, the largest, and what is between"
     import timm
     from fastprogress.fastprogress import progress_bar
     names = []
@@ -35,7 +35,7 @@ def timm_names(per_family=3, below=60e6):
         names += [fit[round(i*(len(fit)-1)/max(1, per_family-1))] for i in range(per_family)] if len(fit)>per_family else fit
     return list(dict.fromkeys(names))
 
-def build(name):
+def build(name, image=image):
     "Model and input of `source/name`; the same weights and numbers each time"
     source,_,n = name.partition('/')
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def build(name):
         model = torchvision.models.get_model(n, weights=None, num_classes=classes, **kw)
     elif source=='video':
         import torchvision
-        shape = (2, 3, 16, 224, 224) if n.startswith('mvit') else (2, 3, 16, 64, 64) if n=='s3d' else (2, 3, clip[0], clip[1], clip[1])
+        shape = (2, 3, 16, 224, 224) if n.startswith('mvit') else (2, 3, 16, 64, 64) if n=='s3d' else (2, 3, 8, 64, 64)
         model = torchvision.models.get_model(n, weights=None, num_classes=classes)
         if n.startswith('mvit'): shape = (1, *shape[1:])
     else:
@@ -130,9 +130,15 @@ def child(conn, name, device, rounds, block, known):
         try: known[n] = func()
         except Exception as e: known[n] = dict(raised=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])
         conn.send({n: known[n]})
-    def fresh():
-        model,x = build(name)
+    def fresh(*size):
+        model,x = build(name, *size)
         return model.to(device),x.to(device)
+    def check():
+        try: return check_at(small)
+        except Exception: return check_at(image) # too small for it
+    def check_at(size):
+        model,x = fresh(size)
+        return check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
     def contiguous():
         model,x = fresh()
         arms['contiguous'] = stepper(model, x, device)
@@ -147,8 +153,7 @@ def child(conn, name, device, rounds, block, known):
         arms['ours']()
         return res
     def right():
-        model,x = fresh()
-        start,res = time.process_time(),check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
+        start,res = time.process_time(),check()
         return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first, seconds=round(time.process_time()-start, 1))
     def naively():
         model,x = naive(*fresh())
@@ -158,10 +163,9 @@ def child(conn, name, device, rounds, block, known):
     def naive_right():
         "The same check with the conversion replaced by the naive one"
         from fastxtend_cl import step as step_module
-        model,x = fresh()
-        real,fmt = step_module.convert_format,torch.channels_last_3d if x.ndim==5 else torch.channels_last
+        real,fmt = step_module.convert_format,torch.channels_last_3d if name.startswith('video/') else torch.channels_last
         step_module.convert_format = lambda m, f, *a, **kw: m.to(memory_format=fmt) if f=='channels_last' else real(m, f, *a, **kw)
-        try: res = check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
+        try: res = check()
         finally: step_module.convert_format = real
         return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first)
     def times():
@@ -223,7 +227,7 @@ def summary(rows):
 def main(
     names:str='', # Models as source/name, separated by commas; none: all
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
-    rounds:int=4, # Rounds of timing
+    rounds:int=3, # Rounds of timing
     block:int=3, # Steps a block; the first is dropped
     limit:int=300, # Seconds that a phase may take
     tiny:bool=False, # Three models, nothing is kept

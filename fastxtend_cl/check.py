@@ -247,7 +247,7 @@ def _say(rows, first, probes, names):
         return False,'; '.join(words)
     if len(unclear)>len(rows)/2:
         return None,f'rounding alone moves {len(unclear)} of {len(rows)} results by half their size or more: try a larger batch'
-    more = f'; of {len(unclear)} more rounding alone explains anything' if unclear else ''
+    more = f'; {len(unclear)} more cannot be judged, since rounding alone moves them by half their size' if unclear else ''
     return True,f'{len(rows)-len(unclear)} results in {" and ".join(names)} are as near to double precision as rounding explains{more}'
 
 # %% ../nbs/04_check.ipynb #182698c6
