@@ -1,6 +1,7 @@
 """What has to be seen on a GPU, in one command: `python benchmarks/gpu.py`
 
-Optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own callbacks; the demo; the tests.
+Optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own callbacks; the padded average pool whose backward was
+wrong in channels last (pytorch issue 188344) and families with grouped and depthwise convolutions under `check_formats`; the demo; the tests.
 Writes results/gpu-DEVICE.json. `--device cpu --tiny` tries the script without a GPU."""
 import contextlib, io, itertools, json, os, subprocess, sys, warnings
 import torch
@@ -12,7 +13,9 @@ from fastcore.script import call_parse
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
 from fastxtend_cl.cli import demo, digits_dls
+from fastxtend_cl.check import check_formats
 from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.step import TrainingStep
 from common import results, save
 
 optimizers = {'Adam': {}, 'AdamW': {}, 'AdamW amsgrad': dict(amsgrad=True), 'SGD momentum': dict(momentum=0.9), 'Adagrad': {}, 'RMSprop momentum': dict(momentum=0.9)}
@@ -55,8 +58,36 @@ def fp16_rows(cbs, device, tiny):
         with learn.no_bar(), learn.no_logging(): learn.fit(1 if tiny else 3, 1e-3)
     return learn.scales.rows
 
+grouped = ['regnety_004', 'resnext50_32x4d', 'mobilenetv2_100', 'mobilenetv3_small_100', 'efficientnet_b0', 'convnext_atto', 'ghostnet_100', 'mixnet_s', 'repvgg_a0', 'fastvit_t8', 'edgenext_xx_small']
+
+def padded_pool(device):
+    "Distance of the padded average pool's input gradient from double precision, alone and as `check_formats` sees it"
+    torch.manual_seed(0)
+    x,g,pool = torch.randn(4, 8, 15, 15, device=device),torch.randn(4, 8, 8, 8, device=device),nn.AvgPool2d(3, 2, 1)
+    def grad(dtype, fmt):
+        a = x.to(dtype, memory_format=fmt, copy=True).requires_grad_()
+        pool(a).backward(g.to(dtype, memory_format=fmt))
+        return a.grad.double()
+    exact = grad(torch.float64, torch.contiguous_format)
+    res = {str(f).split('.')[1]: ((grad(torch.float32, f)-exact).norm()/exact.norm()).item() for f in (torch.contiguous_format, torch.channels_last)}
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).to(device)
+    c = check_formats(TrainingStep(model, torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device)%4, nn.functional.cross_entropy))
+    return dict(alone=res, check=dict(ok=c.ok, reason=c.reason, first=c.first))
+
+def checks(device, tiny):
+    import timm
+    for name in grouped[:1] if tiny else grouped:
+        for dtype in (torch.float16, torch.bfloat16):
+            torch.manual_seed(0)
+            model,n = timm.create_model(name, num_classes=10).to(device),2 if tiny else 16
+            size = 64 if tiny else 160
+            try:
+                c = check_formats(TrainingStep(model, torch.randn(n, 3, size, size, device=device), torch.arange(n, device=device)%10, nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.01), autocast=dtype))
+                yield dict(model=name, dtype=str(dtype), ok=c.ok, reason=c.reason, first=c.first, seconds=c.seconds)
+            except Exception as e: yield dict(model=name, dtype=str(dtype), raised=f'{type(e).__name__}: {e}'.splitlines()[0])
+
 def run_tests(device):
-    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py', 'tests/test_format.py', 'tests/test_training.py'],
+    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py', 'tests/test_format.py', 'tests/test_training.py', 'tests/test_step.py', 'tests/test_check.py'],
         env={**os.environ, 'FXCL_DEVICE': str(device)}, capture_output=True, text=True)
     return dict(status=r.returncode, tail=r.stdout.splitlines()[-15:])
 
@@ -74,6 +105,10 @@ def main(
     a,b = fp16_rows(fastais, device, tiny),fp16_rows([ChannelsLastCallback, DeviceMixedPrecision('fp16')], device, tiny)
     res['fp16'] = dict(batches=len(a), same_scales=[r[1] for r in a]==[r[1] for r in b], largest_loss_difference=max(abs(p[0]-q[0]) for p,q in zip(a, b)), scales=sorted({r[1] for r in b}))
     print(res['fp16'])
+    res['padded_pool'] = padded_pool(device)
+    print(res['padded_pool'])
+    res['checks'] = []
+    for row in checks(device, tiny): res['checks'].append(row); print(row, flush=True)
     out = io.StringIO()
     with contextlib.redirect_stdout(out): demo(device=str(device), epochs=1 if tiny else 4, arch='xresnet18' if tiny else 'resnet50', size=32 if tiny else 128, bs=256 if tiny else 64, json=True)
     res['demo'] = json.loads(out.getvalue())
