@@ -20,6 +20,7 @@ from .amp import DeviceMixedPrecision, amp_dtypes, learner_device
 from .channelslast import ChannelsLastCallback
 from .check import FormatCheck, check_formats
 from .step import Preserved, TrainingStep
+from .trace import FormatTrace, trace_format
 
 # %% ../nbs/10_learner.ipynb #e4143de4
 def _alone(dl):
@@ -111,3 +112,9 @@ def check_channelslast(self:Learner,
     res = check_formats(TrainingStep.from_learner(self), probe=probe)
     if raise_on_wrong and res.ok is False: raise WrongStepError(str(res))
     return res
+
+# %% ../nbs/10_learner.ipynb #d849ae4c
+@patch
+def trace_channelslast(self:Learner) -> FormatTrace:
+    "Trace the first training step in channels last: which modules and operators lose the format, and what that takes; the `Learner` is afterwards as it was"
+    return trace_format(TrainingStep.from_learner(self))

@@ -7,9 +7,10 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/trace.html.md"""
 # %% auto #0
 __all__ = ['layout_of', 'TraceRow', 'FormatTrace', 'trace_format']
 
-# %% ../nbs/05_trace.ipynb #080d187c
-import linecache, math, os, statistics, sys, time
+# %% ../nbs/05_trace.ipynb #ebf50194
+import bisect, linecache, math, os, statistics, sys, time, traceback
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 import torch
 from fastcore.basics import patch
@@ -38,14 +39,14 @@ def layout_of(
 _torch_dir,_own_dir = (os.path.dirname(o)+os.sep for o in (torch.__file__, __import__('fastxtend_cl').__file__))
 _helpers,_machinery = {'contextlib.py', 'functools.py'},('_python_dispatch.py', '_ops.py', '_compile.py', 'eval_frame.py')
 
-def _caller():
-    "File and line of the innermost frame of the model's own code, and whether it calls the operator directly; or None"
-    f,direct = sys._getframe(1),True
+def _caller(f):
+    "File and line of the innermost frame of the model's own code, from `f` outwards, and whether it calls the operator directly; or None"
+    direct = True
     while f:
         name = f.f_code.co_filename
         if name.startswith(_own_dir):
             if os.path.basename(name)=='step.py': return None
-            direct &= os.path.basename(name)=='trace.py'
+            direct = False
         elif name.startswith(_torch_dir): direct &= name.endswith(_machinery)
         elif f.f_code.co_name!='__torch_function__' and os.path.basename(name) not in _helpers: return name,f.f_lineno,direct
         f = f.f_back
@@ -54,7 +55,7 @@ def _caller():
 @dataclass(eq=False)
 class _Place:
     "An operator, as it is called once"
-    module:str; cls:str; op:str; phase:str; file:str|None=None; line:int|None=None; direct:bool=False; order:int=0; forward:object=None
+    module:str; cls:str; op:str; phase:str; file:str|None=None; line:int|None=None; direct:bool=False; order:int=0; forward:object=None; node:str=''
     def same(self): return self.module,self.op,self.phase,self.file,self.line
     @property
     def where(self): return f'{self.file}:{self.line}' if self.file else None
@@ -142,7 +143,9 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self.modules.seen: return out # before the model is called
-        self.note(func, args, kwargs, out)
+        self.frame = sys._getframe(1)
+        try: self.note(func, args, kwargs, out)
+        finally: self.frame = None
         return out
 
     def place(self, func, kwargs):
@@ -155,7 +158,7 @@ class _Tracer(TorchDispatchMode):
     def locate(self, func, kwargs):
         name = func.overloadpacket.__name__
         if name=='clone' and kwargs.get('memory_format')==torch.contiguous_format: name = 'contiguous'
-        at,(file,line,direct) = None,_caller() or (None, None, False)
+        at,(file,line,direct) = None,_caller(self.frame) or (None, None, False)
         backward = torch._C._current_graph_task_id()!=-1
         if not backward:
             res = _Place(*self.modules.now(), name, 'forward', file, line, direct)
@@ -164,10 +167,10 @@ class _Tracer(TorchDispatchMode):
         if self.modules.stack: return _Place(*self.modules.now(), name, 'backward', file, line, direct) # run again, as with checkpoints
         if node := torch._C._current_autograd_node():
             if node.name().endswith('AccumulateGrad'): return _Place(*self.modules.owners.get(node.variable, ('', '')), name, 'backward')
-            at = self.by_node.get(node._sequence_nr())
+            at = self.by_node.get(n := node._sequence_nr()) or self.by_node.get(n-1) # an in-place operator on a view gets two nodes
         if at is None: return _Place('', '', name, 'backward', file, line, direct)
         if file is None: file,line = at.file,at.line
-        return _Place(at.module, at.cls, name, 'backward', file, line, direct, forward=at)
+        return _Place(at.module, at.cls, name, 'backward', file, line, direct, forward=at, node=node.name())
 
 # %% ../nbs/05_trace.ipynb #78fd8aae
 @patch
@@ -351,16 +354,18 @@ class _Costs:
     @property
     def rate(self): return sum(s for s,_ in self.known.values())/max(1, sum(b for _,b in self.known.values()))
 
-# %% ../nbs/05_trace.ipynb #d9b58011
+# %% ../nbs/05_trace.ipynb #60737f3c
 def _advice(l):
-    p,code,fwd = l.place,l.place.code,(l.place.forward or l.place)
+    p,code,fwd = l.place,l.place.code,l.place.forward or l.place
     if p.module=='loss_func': return 'the loss hands back a contiguous gradient: `nn.CrossEntropyLoss` on `(N, C, H, W)` keeps the format where a flattened or permuted one does not'
     if l.kind=='sliced' and p.phase=='backward': return "the gradients of a concatenation are slices: `repair_format` offers one that hands on dense gradients, where that is faster"
     if l.kind=='sliced': return 'a slice of channels has gaps: let two convolutions make the parts, or make it dense once, `.contiguous(memory_format=torch.channels_last)`'
     if 'shuffle' in (p.cls+code+fwd.code).lower() or (l.before and len(l.before.shape)==5 and l.before.format=='other'): return 'a shuffle of channels through a contiguous copy: `repair_format` replaces it by one that keeps the format'
     if p.op in ('div','mean') and p.phase=='backward': return 'the gradient of a mean over height and width is contiguous: `repair_format` replaces `AdaptiveAvgPool2d(1)` by one that keeps the format'
     if 'InstanceNorm' in p.cls: return 'instance normalization has no channels-last kernel: `repair_format` replaces it, or use GroupNorm or BatchNorm'
-    if l.kind=='explicit' and p.op in _copies: return 'leave out the copy, or write `.contiguous(memory_format=torch.channels_last)`'
+    if l.kind=='explicit' and p.op in _copies and 'contiguous(' in code: return 'leave out the copy, or write `.contiguous(memory_format=torch.channels_last)`'
+    if l.kind=='explicit' and p.op in _copies: return 'this reshape copies into contiguous order: do it on `x.permute(0, 2, 3, 1)`, where it may be a view'
+    if p.node=='CopySlices': return 'an in-place operator on a slice, whose gradient is copied contiguous: use the operator that is not in place (`inplace=False`)'
     if l.born and p.phase=='backward': return 'the gradient comes back from other than image space in contiguous order: cut the tokens by `flatten(2).transpose(1, 2)`, whose gradient is channels last'
     if l.born and p.op in ('view','_unsafe_view','unflatten'): return 'an image made from tokens in this order is contiguous: `tokens.transpose(1, 2)` of `(N, H*W, C)` tokens gives one in channels last without a copy'
     if l.born: return 'a tensor is made contiguous: make it with `memory_format=torch.channels_last`'
@@ -456,6 +461,59 @@ def _repr_markdown_(self:FormatTrace):
     more = [f'<details><summary>{len(rows)-10} more</summary>\n\n{table(rows[10:])}\n\n</details>'] if len(rows)>10 else []
     return '\n\n'.join([f'**{self.reason}**', *([table(rows[:10])] if rows else []), *more, _conditions_line(self.conditions)])
 
+# %% ../nbs/05_trace.ipynb #a05ccc5a
+_colours = {'channels_last': '#2a9d8f', 'contiguous': '#e76f51', 'sliced': '#e9c46a', 'other': '#9aa5b1', 'ambiguous': '#e3e7eb'}
+
+def _columns(ops):
+    "Forward operators in their order, and for each the backward operators that belong to it"
+    fwd = [o for o in ops if o['phase']=='forward']
+    times,cols = [o['time'] for o in fwd],[[] for _ in fwd]
+    for o in ops:
+        if o['phase']!='backward' or not fwd: continue
+        at = bisect.bisect_right(times, o['forward'])-1 if o['forward'] is not None else 0
+        cols[max(at, 0)].append(o)
+    return fwd,cols
+
+def _bars(ax, ops, at, bottom, height):
+    "Operators side by side in the column at `at`"
+    w = 0.9/max(1, len(ops))
+    for i,o in enumerate(ops):
+        ax.broken_barh([(at-0.45+i*w, w)], (bottom, height), facecolors=_colours.get(o['format_out'], _colours['other']), linewidth=0)
+        if o['leak']: ax.plot(at-0.45+(i+0.5)*w, bottom+height+0.12 if bottom>0 else bottom-0.12, 'v' if bottom>0 else '^', color='black', markersize=5)
+
+def _ticks(fwd, most=24):
+    "Positions and names of modules: the deepest level of names of which at most `most` fit beside each other"
+    for depth in range(6, 0, -1):
+        names = ['.'.join(o['module'].split('.')[:depth]) or 'the model' for o in fwd]
+        starts = [i for i,n in enumerate(names) if i==0 or n!=names[i-1]]
+        if len(starts)<=most: break
+    at = []
+    for i in starts:
+        if not at or i-at[-1]>=len(fwd)/40: at.append(i)
+    return at,[names[i] for i in at]
+
+@patch
+def plot(self:FormatTrace,
+    ax=None, # matplotlib axes; None makes new ones
+):
+    "Each operator coloured by the format of what it hands on, with the leaks marked; returns the axes"
+    import matplotlib.pyplot as plt
+    fwd,cols = _columns(self.ops)
+    if ax is None: _,ax = plt.subplots(figsize=(min(16, max(7, 0.12*len(fwd))), 2.8), layout='constrained')
+    for i,(o,bs) in enumerate(zip(fwd, cols)):
+        _bars(ax, [o], i, 0.1, 0.8)
+        _bars(ax, bs, i, -0.9, 0.8)
+    at,names = _ticks(fwd)
+    ax.set_xticks(at, names, rotation=90, fontsize=7)
+    ax.set_yticks([0.5, -0.5], ['forward', 'backward'])
+    ax.set(xlim=(-1, len(fwd)), ylim=(-1.25, 1.25))
+    used = {_colours.get(o['format_out'], _colours['other']):o['format_out'] for o in self.ops}
+    marks = [plt.Line2D([], [], marker='v', color='black', linestyle='', label='loses it')] if any(o['leak'] for o in self.ops) else []
+    ax.legend(handles=[*[plt.Rectangle((0, 0), 1, 1, color=c, label=n.replace('_', ' ')) for c,n in used.items()], *marks], fontsize=7, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.08), frameon=False)
+    ax.set_title(self.reason.split(':')[0].split(';')[0], fontsize=9)
+    ax.spines[:].set_visible(False)
+    return ax
+
 # %% ../nbs/05_trace.ipynb #c36486f6
 def _merged(losses):
     "Losses of the same kind at the same place, such as the slices of one concatenation, in one list"
@@ -482,9 +540,19 @@ def _step_seconds(step, n):
         torch.get_device_module(step.device).synchronize(); times.append(time.perf_counter()-start)
     return statistics.median(times[1:])
 
+@contextmanager
+def _explained():
+    "Say where a `view` that needs contiguous memory is, and what to use instead"
+    try: yield
+    except RuntimeError as e:
+        if 'view size is not compatible' not in str(e): raise
+        at = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith((_torch_dir, _own_dir))]
+        where = f', at {_short(f"{at[-1].filename}:{at[-1].lineno}")}: `{at[-1].line}`' if at else ''
+        raise ValueError(f'the step fails in channels last{where}: a `.view` that merges channels with height or width needs contiguous memory, use `.flatten` or `.reshape`') from e
+
 def _traced(step, n=3):
     "The `_Tracer` of a step in channels last, and seconds of a step without it"
-    with step.preserved(), torch.compiler.set_stance('force_eager'):
+    with step.preserved(), torch.compiler.set_stance('force_eager'), _explained():
         step.convert('channels_last')
         seconds = _step_seconds(step, n)
         with (tracer := _Tracer(step)): step.run(keep='loss', optimizer_step=False)
@@ -504,7 +572,7 @@ def _kept(counts):
 
 def trace_format(
     step:TrainingStep, # Afterwards as it was
-    budget:float=2., # Time for the measurement of single conversions, in steps, but at least half a second
+    budget:float=2., # Time for the measurement of single conversions, in steps
 ) -> FormatTrace:
     """Trace one training step in channels last, forward and backward
 
@@ -515,7 +583,7 @@ def trace_format(
     conditions = dict(device=str(step.device), torch=torch.__version__, threads=torch.get_num_threads(), shape=None if x is None else list(x.shape),
         autocast=str(step.autocast).removeprefix('torch.') if step.autocast else 'no autocast', compiled=_compiled(step.model))
     tracer,seconds = _traced(step)
-    costs = _Costs(step.device, max(0.5, budget*seconds)).measure(tracer.losses)
+    costs = _Costs(step.device, budget*seconds).measure(tracer.losses)
     leaks,left = [],[]
     for g in _merged(tracer.losses): (left if tracer.leaves(g[0]) else leaks).append((g, _row(g, costs, seconds)))
     rows,aside = (sorted((r for _,r in o), key=lambda r: (-r.seconds, -r.bytes)) for o in (leaks, left))
