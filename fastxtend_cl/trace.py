@@ -7,8 +7,8 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/trace.html.md"""
 # %% auto #0
 __all__ = ['layout_of', 'TraceRow', 'FormatTrace', 'trace_format']
 
-# %% ../nbs/05_trace.ipynb #ebf50194
-import bisect, linecache, math, os, statistics, sys, time, traceback
+# %% ../nbs/05_trace.ipynb #223450b4
+import bisect, linecache, math, os, statistics, sys, time, traceback, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -134,8 +134,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.modules,self.by_node,self.lost,self.slices,self.losses,self.ops = _Modules(step),{},{},{},[],[]
         self.params = {_storage(p):n for n,p in step.params().items() if p.layout==torch.strided}
-        self.kept,self.last_conv = {p:Counter() for p in ('forward','backward')},-1
-        self.count = 0
+        self.count,self.last_conv = 0,-1
     def __enter__(self): self.modules.__enter__(); return super().__enter__()
     def __exit__(self, *error): super().__exit__(*error); return self.modules.__exit__(*error)
 
@@ -201,11 +200,10 @@ def concerns(self:_Tracer, op, x, ys):
 
 @patch
 def record(self:_Tracer, place, xs, ys):
-    "Count what is kept, for the table and the picture"
+    "Keep it, for the table and the picture"
     y,f = max(ys, key=lambda o: o[0].numel())
     if place.phase=='forward' and place.op in _convs: self.last_conv = place.order
-    self.ops.append((place, next((f for _,f in xs), None), f))
-    if f in ('channels_last','sliced','contiguous'): self.kept[place.phase][f] += y.numel()
+    self.ops.append((place, next((f for _,f in xs), None), f, y.numel()))
 
 # %% ../nbs/05_trace.ipynb #e13e9ace
 @patch
@@ -365,7 +363,7 @@ def _advice(l):
     if 'InstanceNorm' in p.cls: return 'instance normalization has no channels-last kernel: `repair_format` replaces it, or use GroupNorm or BatchNorm'
     if l.kind=='explicit' and p.op in _copies and 'contiguous(' in code: return 'leave out the copy, or write `.contiguous(memory_format=torch.channels_last)`'
     if l.kind=='explicit' and p.op in _copies: return 'this reshape copies into contiguous order: do it on `x.permute(0, 2, 3, 1)`, where it may be a view'
-    if p.node=='CopySlices': return 'an in-place operator on a slice, whose gradient is copied contiguous: use the operator that is not in place (`inplace=False`)'
+    if p.node.endswith('CopySlices'): return 'an in-place operator on a slice, whose gradient is copied contiguous: use the operator that is not in place (`inplace=False`)'
     if l.born and p.phase=='backward': return 'the gradient comes back from other than image space in contiguous order: cut the tokens by `flatten(2).transpose(1, 2)`, whose gradient is channels last'
     if l.born and p.op in ('view','_unsafe_view','unflatten'): return 'an image made from tokens in this order is contiguous: `tokens.transpose(1, 2)` of `(N, H*W, C)` tokens gives one in channels last without a copy'
     if l.born: return 'a tensor is made contiguous: make it with `memory_format=torch.channels_last`'
@@ -552,7 +550,8 @@ def _explained():
 
 def _traced(step, n=3):
     "The `_Tracer` of a step in channels last, and seconds of a step without it"
-    with step.preserved(), torch.compiler.set_stance('force_eager'), _explained():
+    with step.preserved(), torch.compiler.set_stance('force_eager'), _explained(), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Using `torch.compile.module.` when there are global hooks') # they name a compiled module twice, which does no harm here
         step.convert('channels_last')
         seconds = _step_seconds(step, n)
         with (tracer := _Tracer(step)): step.run(keep='loss', optimizer_step=False)
@@ -566,9 +565,12 @@ def _say(rows, left, share):
     worst = [f'{"" if len(g)==1 else f"{len(g)} times "}`{g[0].op}` in {_names(g)} ({g[0].phase})' for g in _groups(rows)[:3]]
     return f'{len(rows)} place{"s" if len(rows)>1 else ""} lose{"s" if len(rows)==1 else ""} it, {_percent(share)} of the step: {"; ".join(worst)}{tail}'
 
-def _kept(counts):
-    n = sum(counts.values())
-    return counts['channels_last']/n if n else 1.
+def _kept(ops, phase, aside):
+    "Share of the elements of images that operators hand on in channels last; those that leave image space on purpose do not count"
+    counts = Counter()
+    for p,_,f,n in ops:
+        if p.phase==phase and f in ('channels_last','sliced','contiguous') and id(p) not in aside: counts[f] += n
+    return counts['channels_last']/counts.total() if counts else 1.
 
 def trace_format(
     step:TrainingStep, # Afterwards as it was
@@ -588,7 +590,7 @@ def trace_format(
     for g in _merged(tracer.losses): (left if tracer.leaves(g[0]) else leaks).append((g, _row(g, costs, seconds)))
     rows,aside = (sorted((r for _,r in o), key=lambda r: (-r.seconds, -r.bytes)) for o in (leaks, left))
     conditions['estimated'] = costs.estimated
-    places = {id(l.place) for g,_ in leaks for l in g}
-    ops = [dict(module=p.module, op=p.op, phase=p.phase, format_in=a, format_out=b, time=p.order, forward=p.forward.order if p.forward else None, leak=id(p) in places) for p,a,b in tracer.ops]
+    places,aside_ids = ({id(l.place) for g,_ in o for l in g} for o in (leaks, left))
+    ops = [dict(module=p.module, op=p.op, phase=p.phase, format_in=a, format_out=b, time=p.order, forward=p.forward.order if p.forward else None, leak=id(p) in places) for p,a,b,_ in tracer.ops]
     share = sum(r.share for r in rows)
-    return FormatTrace(_say(rows, aside, share), rows, aside, share, sum(r.bytes for r in rows), seconds, {k:_kept(c) for k,c in tracer.kept.items()}, ops, conditions, time.perf_counter()-start)
+    return FormatTrace(_say(rows, aside, share), rows, aside, share, sum(r.bytes for r in rows), seconds, {k:_kept(tracer.ops, k, aside_ids) for k in ('forward','backward')}, ops, conditions, time.perf_counter()-start)

@@ -1,5 +1,5 @@
 "`trace_format` and `Learner.trace_channelslast`: planted losses are named with module, phase, kind and line; clean networks show none; nothing is left behind"
-import inspect, json
+import dataclasses, inspect, json
 import pytest, torch, torchvision
 import torch.nn.functional as F
 from torch import nn
@@ -295,11 +295,12 @@ def test_result():
     d = json.loads(json.dumps(res.to_dict()))
     assert d['ok'] is False and len(d['rows'])==len(res.rows) and d['rows'][0].keys()>={'module','op','phase','kind','bytes','seconds','where','advice'}
     md = res._repr_markdown_()
-    assert md.startswith('**') and '| of the step |' in md and md.count('\n|')==len(res.rows)+2-1
+    assert md.startswith('**') and '| of the step |' in md and md.count('\n|')==len(res.rows)+2, 'a row each, below two of the head'
 
 def test_long_tables_are_folded():
-    md = trace(network(*[type(f'Copies{i}', (nn.Module,), dict(forward=eval('lambda self, x: x.contiguous()')))() if i%2 else nn.Conv2d(8, 8, 1) for i in range(6)]))._repr_markdown_()
-    assert '<details>' not in md
+    row = trace(network(Copies())).rows[0]
+    def result(n): return FormatTrace('', [dataclasses.replace(row, where=f'model.py:{i}') for i in range(n)], conditions=dict(device='cpu', torch='', threads=1, shape=[1], autocast='', compiled=False))
+    assert '<details>' not in result(10)._repr_markdown_() and '<summary>3 more</summary>' in result(13)._repr_markdown_() and str(result(13)).splitlines()[-2]=='and 3 lines more in `rows`'
 
 @pytest.mark.parametrize('n', [1, 20])
 def test_plot(n):
