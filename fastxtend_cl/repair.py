@@ -91,8 +91,8 @@ def contiguous(
 ): # `x`, a copy, or None
     "`Tensor.contiguous` that keeps channels last"
     if memory_format!=torch.contiguous_format: return None
-    if _is_last(x): return _to_last(x)
-    return _Ungroup.apply(x) if _innermost(x) and not x.is_contiguous() else None
+    if _innermost(x): return None if x.is_contiguous() else _Ungroup.apply(x)
+    return _to_last(x) if _is_last(x) else None
 
 # %% ../nbs/05a_repair.ipynb #5e82bb56
 def chunk(
@@ -270,7 +270,7 @@ def _remedy(row, m):
     if row.op=='div' and row.phase=='backward': return 'mean'
     if 'circular' in (getattr(m, 'padding_mode', ''), row.code): return 'circular padding'
     if 'pixel_shuffle' in row.op or 'PixelShuffle' in row.cls: return 'pixel shuffle'
-    if row.op=='contiguous' and row.kind=='explicit': return 'contiguous'
+    if row.op=='contiguous' and (row.kind=='explicit' or 'shuffle' in row.advice): return 'contiguous'
 
 def candidates(
     trace, # A `FormatTrace`
