@@ -114,18 +114,31 @@ def instance_norm(
     "`F.instance_norm` without running statistics"
     return F.group_norm(input, input.shape[1], weight, bias, eps) if use_input_stats and running_mean is None and _is_last(input) else None
 
-# %% ../nbs/05a_repair.ipynb #e4da2bbe
+# %% ../nbs/05a_repair.ipynb #8be65718
+class _CircularPad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pad):
+        ctx.sides = [(x.ndim-1-i//2, x.shape[x.ndim-1-i//2], *pad[i:i+2]) for i in range(0, len(pad), 2) if any(pad[i:i+2])]
+        for d,n,a,b in ctx.sides:
+            shape = [*x.shape[:d], a+n+b, *x.shape[d+1:]]
+            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last_formats[x.ndim])
+            for to,start,size in ((0, n-a, a), (a, 0, n), (a+n, 0, b)): y.narrow(d, to, size).copy_(x.narrow(d, start, size))
+            x = y
+        return x
+    @staticmethod
+    def backward(ctx, g):
+        for d,n,a,b in reversed(ctx.sides):
+            res = g.narrow(d, a, n).clone(memory_format=channels_last_formats[g.ndim])
+            res.narrow(d, n-a, a).add_(g.narrow(d, 0, a))
+            res.narrow(d, 0, b).add_(g.narrow(d, a+n, b))
+            g = res
+        return g,None
+
 def pad(
     input:Tensor, pad, mode='constant', value=None
 ): # The padded tensor, or None
     "`F.pad` with `mode='circular'`"
-    if mode!='circular' or not _is_last(input) or min(pad)<0: return None
-    for i in range(0, len(pad), 2):
-        d,(a,b) = input.ndim-1-i//2,pad[i:i+2]
-        n = input.shape[d]
-        parts = [input.narrow(d, n-a, a)]*(a>0) + [input] + [input.narrow(d, 0, b)]*(b>0)
-        if len(parts)>1: input = torch.cat(parts, d)
-    return input
+    return _CircularPad.apply(input, tuple(pad)) if mode=='circular' and _is_last(input) and min(pad)>=0 and max(pad)>0 else None
 
 # %% ../nbs/05a_repair.ipynb #065a2b57
 def pixel_shuffle(
@@ -342,30 +355,37 @@ def _interval(ratios):
     k = len(ratios)//5 if len(ratios)>=5 else 0
     return statistics.median(ratios),ratios[k],ratios[-1-k]
 
-def _with(layers, name, f):
-    "A function that calls `f` with `layers` repaired"
-    def run():
-        was = [(m,_current(m)) for m in layers]
-        try:
-            for m in layers: repair_layer(m, name)
+class _Switch:
+    "Puts a remedy into layers and takes it out; what is so already costs nothing, for a repaired step shall not pay for the switch"
+    def __init__(self, name, layers): self.name,self.layers,self.was = name,layers,None
+    def __call__(self, on):
+        if on==(self.was is not None): return
+        if on: self.was = [(m,_current(m)) for m in self.layers]
+        for m,f in self.was: repair_layer(m, self.name) if on else _set(m, f)
+        if not on: self.was = None
+    def arm(self, on, f):
+        "A function that calls `f` with or without"
+        def run():
+            self(on)
             return f()
-        finally:
-            for m,o in was: _set(m, o)
-    return run
+        return run
 
 def _same_results(a, b, tol): return abs(a.loss.item()-b.loss.item())<=tol*(1+abs(a.loss.item()))
 
-# %% ../nbs/05a_repair.ipynb #5dc71572
+# %% ../nbs/05a_repair.ipynb #95cc2130
 def _try(step, name, layers, rounds, block):
     "The `RepairRow` of one remedy for `layers`, dotted path to layer"
-    def run(): return step.run(keep='loss')
-    arms = [run, _with(layers.values(), name, run)]
+    switch = _Switch(name, [*layers.values()])
+    arms = [switch.arm(on, lambda: step.run(keep='loss')) for on in (False, True)]
     try:
         with step.preserved(): a = step.run(seed=0)
-        with step.preserved(): b = _with(layers.values(), name, lambda: step.run(seed=0))()
+        switch(True)
+        with step.preserved(): b = step.run(seed=0)
     except (RuntimeError, TypeError, ValueError) as e: return RepairRow(name, [*layers], 0., 0., 0., 'failed', f'{type(e).__name__}: {str(e).splitlines()[0]}')
+    finally: switch(False)
     if not _same_results(a, b, 0.02 if step.autocast else 1e-4): return RepairRow(name, [*layers], 0., 0., 0., 'failed', f'the loss is {b.loss.item():.6g}, it was {a.loss.item():.6g}')
-    ratio,low,high = _interval(_paired(arms, rounds, block, step.device))
+    try: ratio,low,high = _interval(_paired(arms, rounds, block, step.device))
+    finally: switch(False)
     return RepairRow(name, [*layers], ratio, low, high, 'applied' if low>1 else 'slower' if high<1 else 'tie')
 
 def _take(m, name):
