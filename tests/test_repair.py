@@ -14,7 +14,7 @@ from fastxtend_cl.all import *
 from fastxtend_cl import repair as repair_module
 from fastxtend_cl.repair import remedies, repair_layer, repaired, unrepaired_meanwhile
 from fastxtend_cl.trace import layout_of
-from helpers import caught_warnings, fit, tiny_learner
+from helpers import caught_warnings, device, fit, tiny_learner
 
 class Meaned(nn.Module):
     def __init__(self, keepdim, how): super().__init__(); self.keepdim,self.how = keepdim,how
@@ -56,8 +56,8 @@ layers = {'torchvision InvertedResidual': (lambda: InvertedResidual(8, 8, 1), 'c
 def run(m, x, g=None):
     "Output and gradients in a step whose gradient comes back in channels last"
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    y = (nn.Identity() if m is None else m)(x*1)
-    if g is None: g = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
+    y = m(x*1)
+    if g is None: g = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2)).to(device)
     if g.ndim==4: g = g.contiguous(memory_format=torch.channels_last)
     m.zero_grad(); y.backward(g)
     return y.detach(),x.grad,{n:p.grad for n,p in m.named_parameters()}
@@ -67,13 +67,13 @@ def twins(make, dtype=torch.float32):
     res = []
     for _ in range(2):
         torch.manual_seed(0)
-        res.append(make().to(dtype))
+        res.append(make().to(device, dtype))
     return res
 
 names_of = {'instance norm', 'circular padding', 'pixel shuffle'}
 def apply_remedies(m, remedy): return repair_layer(m, *([remedy] if remedy in names_of else remedy.split()))
 
-def images(shape, dtype): return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=torch.channels_last)
+def images(shape, dtype): return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1)).to(device).contiguous(memory_format=torch.channels_last)
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('name', layers)
@@ -96,17 +96,17 @@ def test_same_results(name, dtype):
 @pytest.mark.parametrize('name', ['torchvision InvertedResidual', 'copy', 'SqueezeExcitation', 'SelfAttention', 'InstanceNorm', 'circular pad'])
 def test_the_original_loses_it(name):
     "Without the repair the format is lost, so the test above can fail"
-    m = layers[name][0]()
+    m = layers[name][0]().to(device)
     y,gx,_ = run(m, images((3, 8, 6, 6), torch.float32))
     if name=='SqueezeExcitation': # lost inside; told by the trace
         model = nn.Sequential(nn.Conv2d(3, 8, 1), m, nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        assert not trace_format(TrainingStep(model, torch.randn(2, 3, 8, 8), torch.randint(0, 4, (2,)), F.cross_entropy)).ok
+        assert not trace_format(TrainingStep(model.to(device), torch.randn(2, 3, 8, 8, device=device), torch.randint(0, 4, (2,), device=device), F.cross_entropy)).ok
     else: assert 'contiguous' in (layout_of(y), layout_of(gx))
 
 @pytest.mark.parametrize('name', layers)
 def test_contiguous_input_runs_the_original(name):
     a,b = twins(layers[name][0])
-    x = torch.randn(3, 16 if 'Pooled' in name else 8, 6, 6)
+    x = torch.randn(3, 16 if 'Pooled' in name else 8, 6, 6, device=device)
     apply_remedies(b, layers[name][1])
     assert torch.equal(a(x), b(x)) and layout_of(a(x))==layout_of(b(x))
 
@@ -148,7 +148,7 @@ def test_autocast(dtype):
         m,other = twins(make)
         x = images((3, 16 if 'Pooled' in name else 8, 6, 6), torch.float32)
         apply_remedies(other, remedy)
-        with torch.autocast('cpu', dtype=dtype): a,b = m(x),other(x)
+        with torch.autocast(device.type, dtype=dtype): a,b = m(x),other(x)
         torch.testing.assert_close(a.float(), b.float(), rtol=0.1, atol=0.1)
 
 # do and undo
@@ -157,7 +157,8 @@ def model_of(*middle):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *middle, nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
-def step_of(model, **kw): return TrainingStep(model, torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1]), F.cross_entropy, **kw)
+def step_of(model, **kw):
+    return TrainingStep(model.to(device), torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(device), torch.tensor([0, 1, 0, 1], device=device), F.cross_entropy, **kw)
 
 def always(ratio): return lambda arms, rounds, block, device: [a() and ratio for a in arms]*3
 
@@ -256,8 +257,8 @@ def test_learner(monkeypatch, tmp_path):
     assert b'fastxtend_cl' not in (tmp_path/'a.pkl').read_bytes() and repaired(learn.model)
     with caught_warnings(): back = load_learner(tmp_path/'a.pkl')
     assert not any('forward' in vars(m) for m in back.model.modules())
-    x = torch.randn(4, 3, 8, 8)
-    with torch.no_grad(): torch.testing.assert_close(back.model.eval()(x), learn.model.eval()(x))
+    x = torch.randn(4, 3, 8, 8, device=device)
+    with torch.no_grad(): torch.testing.assert_close(back.model.to(device).eval()(x), learn.model.eval()(x))
     learn.to_contiguous()
     assert not repaired(learn.model) and not any('forward' in vars(m) for m in learn.model.modules())
 

@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock
 from fastxtend_cl.all import *
 from fastxtend_cl import trace as trace_module
 from fastxtend_cl.trace import layout_of, _Tracer
-from helpers import tiny_learner, tiny_cnn
+from helpers import device, tiny_cnn, tiny_learner
 
 def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU())
 
@@ -20,7 +20,8 @@ def network(*middle, width=8):
 
 def step_of(model, bs=4, size=16, channels=3, loss=F.cross_entropy, y=None, **kw):
     torch.manual_seed(1)
-    return TrainingStep(model, torch.randn(bs, channels, size, size), torch.randint(0, 4, (bs,)) if y is None else y, loss, **kw)
+    y = torch.randint(0, 4, (bs,)) if y is None else y
+    return TrainingStep(model.to(device), torch.randn(bs, channels, size, size).to(device), y.to(device), loss, **kw)
 
 def trace(model, **kw): return trace_format(step_of(model, **kw))
 
@@ -81,7 +82,7 @@ def test_a_copy_in_a_custom_backward_is_named(autocast):
 # kinds
 
 @torch.library.custom_op('fxcl_test::loses', mutates_args=())
-def loses(x:torch.Tensor) -> torch.Tensor: return torch.empty(x.shape, dtype=x.dtype).copy_(x)*2
+def loses(x:torch.Tensor) -> torch.Tensor: return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)*2
 loses.register_autograd(lambda ctx, g: g*2)
 
 class Loses(nn.Module):
@@ -93,7 +94,7 @@ def test_an_operator_that_answers_contiguous_is_named():
     assert res.rows[0].back[0]=='2.0: convolution (forward)'
 
 class AddsNoise(nn.Module):
-    def forward(self, x): return x + torch.zeros(x.shape)
+    def forward(self, x): return x + torch.zeros(x.shape, device=x.device)
 
 def test_a_tensor_made_contiguous_is_hidden():
     res = trace(network(AddsNoise()))
@@ -161,6 +162,7 @@ def test_the_loss_is_named():
 class NormLast(nn.LayerNorm):
     def forward(self, x): return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
+@pytest.mark.skipif(device.type!='cpu', reason='says what kernels of the CPU keep')
 @pytest.mark.parametrize('middle', [lambda: NormLast(8), lambda: nn.Dropout2d(0.3), lambda: nn.MaxPool2d(2), lambda: nn.Upsample(scale_factor=2), lambda: nn.GELU(),
     lambda: nn.AvgPool2d(2), lambda: nn.Conv2d(8, 8, 3, groups=8, padding=1), lambda: nn.ConvTranspose2d(8, 8, 2, 2), lambda: nn.GroupNorm(2, 8), lambda: nn.ReflectionPad2d(1)])
 def test_layers_that_keep_it(middle):
@@ -173,7 +175,7 @@ def test_sizes_of_one_are_no_loss(bs, c, hw, bias):
     "Whatever is ambiguous is not counted, also through a copy"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, c, 1, bias=bias), Copies() if c==1 or hw==(1, 1) else nn.Identity(), nn.Conv2d(c, 4, 1), nn.Flatten(), nn.Linear(4*hw[0]*hw[1], 4))
-    res = trace_format(TrainingStep(model, torch.randn(bs, 3, *hw), torch.randint(0, 4, (bs,)), F.cross_entropy))
+    res = trace_format(TrainingStep(model.to(device), torch.randn(bs, 3, *hw, device=device), torch.randint(0, 4, (bs,), device=device), F.cross_entropy))
     assert res.rows==[], str(res)
 
 @settings(max_examples=15, deadline=None)
@@ -187,7 +189,7 @@ def test_exactly_what_is_planted_is_found(plan):
 def test_volumes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(1, 4, 3), Copies(), nn.Conv3d(4, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4))
-    res = trace_format(TrainingStep(model, torch.randn(2, 1, 8, 8, 8), torch.randint(0, 4, (2,)), F.cross_entropy))
+    res = trace_format(TrainingStep(model.to(device), torch.randn(2, 1, 8, 8, 8, device=device), torch.randint(0, 4, (2,), device=device), F.cross_entropy))
     assert [(r.module, r.shape) for r in res.rows]==[('1', (2, 4, 6, 6, 6))]
 
 def test_layout_of():
