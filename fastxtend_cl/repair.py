@@ -321,6 +321,7 @@ class FormatRepair:
     def applied(self): return {r.remedy:r.layers for r in self.rows if r.verdict=='applied'}
     @property
     def reason(self):
+        if self.conditions.get('compiled'): return 'nothing repaired: the model is compiled, and a compiler chooses formats by itself'
         if not self.rows: return 'nothing to repair: no place that the trace names has a known remedy'
         if not self.applied: return f'nothing repaired: none of {len(self.rows)} remedies makes the step faster'
         return 'repaired: ' + ', '.join(f'{r.remedy} in {len(r.layers)} layers ({r.ratio:.2f} times as fast)' for r in self.rows if r.verdict=='applied')
@@ -417,6 +418,7 @@ def repair_format(
     try:
         while True:
             trace = trace_format(step)
+            if trace.conditions['compiled']: break # a compiler chooses formats by itself, and runs the original layers
             todo = {n:ls for n,ls in candidates(trace, step.model).items() if n not in {r.remedy for r in rows}}
             if not todo: break
             new = _try_all(step, todo, rows, rounds, block)

@@ -196,7 +196,7 @@ def note(self:_Tracer, func, args, kwargs, out):
 @patch
 def concerns(self:_Tracer, op, x, ys):
     "Whether `x` is an image that goes into `ys`, and no grid, mask or embedding"
-    return op in _any_channels or any(x.shape[:2]==y.shape[:2] for y,_ in ys)
+    return op in _any_channels or x.shape[:2]==ys[0][0].shape[:2]
 
 @patch
 def record(self:_Tracer, place, xs, ys):
@@ -252,13 +252,15 @@ def note_output(self:_Tracer, place, xs, y, f):
 def note_paid(self:_Tracer, place, xs, ys, replay):
     "An operator that works in channels last, and receives contiguous tensors"
     if not any(f=='channels_last' for _,f in (*xs, *ys)): return
+    used = False
     for t,f in xs:
         if f!='contiguous' or any(t is y for y,_ in ys): continue
         loss = self.lost.get(_storage(t))
         if loss is None: loss = self.lost[_storage(t)] = _Loss(place, 'hidden', None, _Meta.of(t, f), born=True)
         meta = _Meta.of(t, f)
-        loss.pay(meta, meta.like('channels_last'), place, replay)
-        replay = None # the operator's time counts once
+        if used: loss.paid.append(place) # the operator's time counts once
+        else: loss.pay(meta, meta.like('channels_last'), place, replay)
+        used = replay is not None
         if loss.born and loss not in self.losses: self.losses.append(loss)
 
 @patch

@@ -204,6 +204,19 @@ def test_interrupted(monkeypatch, at):
     assert repaired(model)=={} and not any('forward' in vars(m) for m in model.modules())
     assert all(p is q and q.stride()==s and torch.equal(q, v) for (_,p,s,v),q in zip(before, model.parameters()))
 
+def test_interrupted_in_the_second_round(monkeypatch):
+    "What the first round has repaired is taken back, and what was repaired before stays"
+    calls,trace = [],repair_module.trace_format
+    def stop(step):
+        calls.append(1)
+        if len(calls)==2: raise KeyboardInterrupt
+        return trace(step)
+    monkeypatch.setattr(repair_module, '_paired', always(2.)); monkeypatch.setattr(repair_module, 'trace_format', stop)
+    model = model_of(Copied(), Fire(8, 4, 4, 4))
+    repair_layer(model[2], 'mean')
+    with pytest.raises(KeyboardInterrupt): repair_format(step_of(model))
+    assert len(calls)==2 and repaired(model)=={'2': ('mean',)}
+
 @pytest.mark.parametrize('guard_first', [True, False])
 def test_with_guards(guard_first):
     "A guarded layer is repaired inside its guard; each can be taken away first"
@@ -297,3 +310,5 @@ def test_compiled():
     expected = model(x)
     repair_layer(model[1], 'contiguous'); repair_layer(model[2], 'mean')
     torch.testing.assert_close(torch.compile(model, backend='eager')(x), expected)
+    res = repair_format(step_of(torch.compile(model_of(Copied()), backend='eager')))
+    assert res.rows==[] and res.reason.startswith('nothing repaired: the model is compiled')
