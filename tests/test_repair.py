@@ -135,6 +135,19 @@ def test_concatenations_of_any_shape(cs, hw, dim, grads):
         repair_layer(m, 'cat')
     assert all(torch.equal(a, b) for a,b in zip(*gs)) and len(gs[0])==len(gs[1])
 
+def test_symmetric_attention_runs_the_original():
+    a,b = twins(lambda: unzero(SimpleSelfAttention(8, sym=True)))
+    apply_remedies(b, 'attention')
+    x = images((3, 8, 6, 6), torch.float32)
+    assert torch.equal(a(x), b(x))
+
+def test_mixed_dtypes_are_left_to_torch():
+    class Cat(nn.Module):
+        def forward(self, x): return torch.cat([x, x.double()], 1)
+    m,x = Cat(),images((2, 4, 3, 3), torch.float32)
+    y = m(x)
+    assert torch.equal(repair_layer(m, 'cat')(x), y) and y.dtype==torch.float64
+
 def test_second_derivatives():
     "A custom function of differentiable operations can be differentiated again"
     for remedy,m in (('cat', Fire(4, 2, 4, 4)), ('mean', SqueezeExcitation(4, 2)), ('contiguous', layers['copy'][0]())):
