@@ -45,7 +45,8 @@ def cat(
 ): # The concatenation, or None
     "`torch.cat` of images along their channels, with dense gradients"
     xs = [*tensors]
-    if out is not None or len(xs)<2 or not all(map(_is_last, xs)) or dim not in (1, 1-xs[0].ndim) or len({x.dtype for x in xs})>1: return None
+    if out is not None or len(xs)<2 or not all(map(_is_last, xs)): return None
+    if dim not in (1, 1-xs[0].ndim) or len({x.dtype for x in xs})>1: return None
     return _Cat.apply(*xs)
 
 # %% ../nbs/05a_repair.ipynb #d7b58f42
@@ -57,7 +58,8 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         n = ctx.shape[2:].numel()
-        return torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=channels_last_formats[g.ndim]).copy_((g/n).expand(ctx.shape))
+        res = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=channels_last_formats[g.ndim])
+        return res.copy_((g/n).expand(ctx.shape))
 
 def mean(
     x:Tensor, dim=None, keepdim=False, *, dtype=None, out=None
@@ -72,12 +74,14 @@ def adaptive_avg_pool(
     input:Tensor, output_size
 ): # The mean, or None
     "`F.adaptive_avg_pool2d` or `3d` to one pixel, with a gradient in channels last"
-    return _Mean.apply(input) if _is_last(input) and (output_size==1 or isinstance(output_size, (list, tuple)) and set(output_size)=={1}) else None
+    one = output_size==1 or isinstance(output_size, (list, tuple)) and set(output_size)=={1}
+    return _Mean.apply(input) if one and _is_last(input) else None
 
-# %% ../nbs/05a_repair.ipynb #560681ff
+# %% ../nbs/05a_repair.ipynb #17c9247a
 def _innermost(t):
-    "Whether the dimensions 1 and 2 of a 5-D tensor are inside the others in memory, as behind a `view` that cuts the channels of an image into groups"
-    return t.ndim==5 and all(t.shape[d]==1 or t.stride(d)>=t.shape[1]*t.shape[2] for d in (3, 4)) and min(t.stride(1), t.stride(2))==1 and t.stride(1)!=t.stride(2)
+    "Whether the dimensions 1 and 2 of a 5-D tensor are inside the others in memory, as behind a `view` of channels as groups"
+    if t.ndim!=5 or t.stride(1)==t.stride(2) or min(t.stride(1), t.stride(2))!=1: return False
+    return all(t.shape[d]==1 or t.stride(d)>=t.shape[1]*t.shape[2] for d in (3, 4))
 
 class _Ungroup(torch.autograd.Function):
     "A copy with the dimensions 1 and 2 innermost, and the same for the gradient, in the order that `x` has"
@@ -147,7 +151,8 @@ def pixel_shuffle(
     "`F.pixel_shuffle`"
     if layout_of(input)!='channels_last': return None
     (n,c,h,w),r = input.shape,upscale_factor
-    return input.permute(0, 2, 3, 1).reshape(n, h, w, c//r**2, r, r).permute(0, 1, 4, 2, 5, 3).reshape(n, h*r, w*r, c//r**2).permute(0, 3, 1, 2)
+    x = input.permute(0, 2, 3, 1).reshape(n, h, w, c//r**2, r, r).permute(0, 1, 4, 2, 5, 3)
+    return x.reshape(n, h*r, w*r, c//r**2).permute(0, 3, 1, 2)
 
 # %% ../nbs/05a_repair.ipynb #46bbdd52
 def self_attention(
@@ -188,7 +193,8 @@ remedies = { # Name to what it replaces in the code of a layer
     'instance norm': {F.instance_norm: instance_norm},
     'circular padding': {F.pad: pad},
     'pixel shuffle': {F.pixel_shuffle: pixel_shuffle, torch.pixel_shuffle: pixel_shuffle}}
-attention = {'SelfAttention': self_attention, 'SimpleSelfAttention': simple_self_attention, 'PooledSelfAttention2d': pooled_self_attention} # fastai's classes
+attention = {'SelfAttention': self_attention, 'SimpleSelfAttention': simple_self_attention, # fastai's classes
+    'PooledSelfAttention2d': pooled_self_attention}
 
 class _Instead(TorchFunctionMode):
     "Calls what is in `table` in the place of torch's"
@@ -210,7 +216,8 @@ class Repair:
         self.table = {f:g for n in self.names for f,g in remedies.get(n, {}).items()}
 
     def original(self, *args, **kwargs):
-        return self.instance_forward(*args, **kwargs) if self.instance_forward is not None else type(self.module).forward(self.module, *args, **kwargs)
+        if self.instance_forward is not None: return self.instance_forward(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling(): return self.original(*args, **kwargs)
@@ -240,7 +247,8 @@ def repair_layer(
 ) -> nn.Module: # The same `m`
     "Repair one layer with `names` on top of what it has"
     for n in names:
-        if n not in remedies and n!='attention': raise ValueError(f'a remedy is one of {", ".join([*remedies, "attention"])}, received {n!r}')
+        if n in remedies or n=='attention': continue
+        raise ValueError(f'a remedy is one of {", ".join([*remedies, "attention"])}, received {n!r}')
     now = _current(m)
     had,inner = (now.names,now.instance_forward) if isinstance(now, Repair) else ((),now)
     _set(m, Repair(m, dict.fromkeys((*had, *names)), inner))
@@ -261,13 +269,14 @@ def repaired(
     "The layers of `model` that are repaired, and how"
     return {n:_current(m).names for n,m in model.named_modules() if isinstance(_current(m), Repair)}
 
-# %% ../nbs/05a_repair.ipynb #6b397cbe
+# %% ../nbs/05a_repair.ipynb #e40060e0
 @contextmanager
 def unrepaired_meanwhile(
     models, # A model, or a list of them
 ):
     "A context in which the original layers are in their places"
-    was = [(m,_current(m)) for model in ([models] if isinstance(models, nn.Module) else models) for m in model.modules() if isinstance(_current(m), Repair)]
+    models = [models] if isinstance(models, nn.Module) else models
+    was = [(m,_current(m)) for model in models for m in model.modules() if isinstance(_current(m), Repair)]
     try:
         for m,r in was: _set(m, r.instance_forward)
         yield
@@ -279,7 +288,9 @@ def _remedy(row, m):
     "The name of what may help against a `TraceRow` of the layer `m`, or None"
     if _is_attention(m): return 'attention'
     if 'InstanceNorm' in row.cls: return 'instance norm'
-    if row.kind=='sliced': return 'cat' if row.phase=='backward' and row.op=='cat' else 'split' if row.phase=='forward' and row.op in ('split','split_with_sizes') else None
+    if row.kind=='sliced':
+        known = {'backward cat': 'cat', 'forward split': 'split', 'forward split_with_sizes': 'split'}
+        return known.get(f'{row.phase} {row.op}')
     if row.op=='div' and row.phase=='backward': return 'mean'
     if 'circular' in (getattr(m, 'padding_mode', ''), row.code): return 'circular padding'
     if 'pixel_shuffle' in row.op or 'PixelShuffle' in row.cls: return 'pixel shuffle'
@@ -324,16 +335,18 @@ class FormatRepair:
         if self.conditions.get('compiled'): return 'nothing repaired: the model is compiled, and a compiler chooses formats by itself'
         if not self.rows: return 'nothing to repair: no place that the trace names has a known remedy'
         if not self.applied: return f'nothing repaired: none of {len(self.rows)} remedies makes the step faster'
-        return 'repaired: ' + ', '.join(f'{r.remedy} in {len(r.layers)} layers ({r.ratio:.2f} times as fast)' for r in self.rows if r.verdict=='applied')
+        won = [r for r in self.rows if r.verdict=='applied']
+        return 'repaired: ' + ', '.join(f'{r.remedy} in {len(r.layers)} layers ({r.ratio:.2f} times as fast)' for r in won)
     def to_dict(self):
         "Plain data for JSON"
-        return dict(reason=self.reason, rows=[vars(r) for r in self.rows], applied=self.applied, conditions=self.conditions, seconds=self.seconds)
+        return dict(vars(self), reason=self.reason, rows=[vars(r) for r in self.rows], applied=self.applied)
     def __str__(self):
-        rows = [f'{r.remedy:18}{len(r.layers):4} layers {r.ratio:6.2f} ({r.low:.2f} to {r.high:.2f})  {r.verdict} {r.reason}' for r in self.rows]
-        return '\n'.join([self.reason, *rows, _conditions_line(self.conditions)])
+        def row(r): return f'{r.remedy:18}{len(r.layers):4} layers {r.ratio:6.2f} ({r.low:.2f} to {r.high:.2f})  {r.verdict} {r.reason}'
+        return '\n'.join([self.reason, *map(row, self.rows), _conditions_line(self.conditions)])
     def _repr_markdown_(self):
-        rows = [f'| {r.remedy} | {len(r.layers)} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {r.verdict} {r.reason} |' for r in self.rows]
-        return '\n\n'.join([f'**{self.reason}**', *(['\n'.join(['| remedy | layers | times as fast | interval | verdict |', '|---|--:|--:|--:|---|', *rows])] if rows else []), _conditions_line(self.conditions)])
+        def row(r): return f'| {r.remedy} | {len(r.layers)} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {r.verdict} {r.reason} |'
+        table = '\n'.join(['| remedy | layers | times as fast | interval | verdict |', '|---|--:|--:|--:|---|', *map(row, self.rows)])
+        return '\n\n'.join([f'**{self.reason}**', *([table] if self.rows else []), _conditions_line(self.conditions)])
 
 # %% ../nbs/05a_repair.ipynb #9dc7c03e
 def _paired(arms, rounds, block, device):
@@ -373,25 +386,29 @@ class _Switch:
 
 def _same_results(a, b, tol): return abs(a.loss.item()-b.loss.item())<=tol*(1+abs(a.loss.item()))
 
-# %% ../nbs/05a_repair.ipynb #95cc2130
+# %% ../nbs/05a_repair.ipynb #a2d7772c
 def _try(step, name, layers, rounds, block):
     "The `RepairRow` of one remedy for `layers`, dotted path to layer"
+    def failed(why): return RepairRow(name, [*layers], 0., 0., 0., 'failed', why)
     switch = _Switch(name, [*layers.values()])
     arms = [switch.arm(on, lambda: step.run(keep='loss')) for on in (False, True)]
     try:
         with step.preserved(): a = step.run(seed=0)
         switch(True)
         with step.preserved(): b = step.run(seed=0)
-    except (RuntimeError, TypeError, ValueError) as e: return RepairRow(name, [*layers], 0., 0., 0., 'failed', f'{type(e).__name__}: {str(e).splitlines()[0]}')
+    except (RuntimeError, TypeError, ValueError) as e: return failed(f'{type(e).__name__}: {str(e).splitlines()[0]}')
     finally: switch(False)
-    if not _same_results(a, b, 0.02 if step.autocast else 1e-4): return RepairRow(name, [*layers], 0., 0., 0., 'failed', f'the loss is {b.loss.item():.6g}, it was {a.loss.item():.6g}')
+    if not _same_results(a, b, 0.02 if step.autocast else 1e-4):
+        return failed(f'the loss is {b.loss.item():.6g}, it was {a.loss.item():.6g}')
     try: ratio,low,high = _interval(_paired(arms, rounds, block, step.device))
     finally: switch(False)
     return RepairRow(name, [*layers], ratio, low, high, 'applied' if low>1 else 'slower' if high<1 else 'tie')
 
 def _take(m, name):
     "Take one remedy away"
-    if isinstance(r := _current(m), Repair): _set(m, Repair(m, [n for n in r.names if n!=name], r.instance_forward) if set(r.names)-{name} else r.instance_forward)
+    if not isinstance(r := _current(m), Repair): return
+    left = [n for n in r.names if n!=name]
+    _set(m, Repair(m, left, r.instance_forward) if left else r.instance_forward)
 
 def _try_all(step, todo, rows, rounds, block):
     "Try each remedy on top of those that won before; add to `rows`, and return the winners with their layers"
@@ -412,7 +429,7 @@ def repair_format(
 ) -> FormatRepair:
     """Repair the layers of `step.model` that lose channels last, where a remedy makes the whole step faster
 
-    Remedies are tried one after the other, the most promising first, each on top of those that won; then the step is traced again, for what had been hidden behind others.
+    Remedies are tried one after the other, the most promising first, each on top of those that won; then the step is traced again.
     If anything raises, or the user interrupts, the model is as it was. Raises what `trace_format` raises."""
     start,rows,won = time.perf_counter(),[],[]
     try:

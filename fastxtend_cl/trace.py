@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .format import _tensors_in, channels_last_formats, convolutions, dense_strides, format_of
 from .step import TrainingStep
 
-# %% ../nbs/05_trace.ipynb #d50214f8
+# %% ../nbs/05_trace.ipynb #2bc3f24a
 def layout_of(
     t:Tensor, # Any tensor
-) -> str|None: # What `format_of` says; for 'neither' also 'sliced' (the order of channels last, with gaps), 'contiguous' (its order, with gaps) or 'other'
+) -> str|None: # Of `format_of`; for its 'neither': 'sliced' (as channels last, with gaps), 'contiguous' (in its order) or 'other'
     "Memory format of `t` by the order of its strides, dense or not"
     fmt = format_of(t)
     if fmt!='neither': return fmt
@@ -51,11 +51,12 @@ def _caller(f):
         elif f.f_code.co_name!='__torch_function__' and os.path.basename(name) not in _helpers: return name,f.f_lineno,direct
         f = f.f_back
 
-# %% ../nbs/05_trace.ipynb #7de943c1
+# %% ../nbs/05_trace.ipynb #bfc04e26
 @dataclass(eq=False)
 class _Place:
     "An operator, as it is called once"
-    module:str; cls:str; op:str; phase:str; file:str|None=None; line:int|None=None; direct:bool=False; order:int=0; forward:object=None; node:str=''
+    module:str; cls:str; op:str; phase:str; file:str|None=None; line:int|None=None; direct:bool=False
+    order:int=0; forward:object=None; node:str=''
     def same(self): return self.module,self.op,self.phase,self.file,self.line
     @property
     def where(self): return f'{self.file}:{self.line}' if self.file else None
@@ -72,7 +73,8 @@ class _Modules:
         self.owners = {p:(self.names[m], type(m).__name__) for m in self.names for p in m.parameters(recurse=False)}
         self.stack,self.seen = [],False
     def __enter__(self):
-        self.handles = [nn_module.register_module_forward_pre_hook(self.push), nn_module.register_module_forward_hook(self.pop, always_call=True)]
+        after = nn_module.register_module_forward_hook(self.pop, always_call=True)
+        self.handles = [nn_module.register_module_forward_pre_hook(self.push), after]
         return self
     def __exit__(self, *error):
         for h in self.handles: h.remove()
@@ -86,10 +88,12 @@ class _Modules:
         return '.'.join(o for o in (self.stack[-1][0] if self.stack else '', f'<{type(m).__name__}>') if o)
     def now(self): return self.stack[-1] if self.stack else ('loss_func', '') if self.seen else ('', '')
 
-# %% ../nbs/05_trace.ipynb #4d5a05e4
+# %% ../nbs/05_trace.ipynb #ccb8e0d4
 _copies = {'clone', '_to_copy', 'copy', 'copy_', 'contiguous'}
-_plain = _copies | {'cat', 'stack', 'slice_backward', 'select_backward', 'slice_scatter', 'constant_pad_nd', 'new_empty_strided', 'new_zeros', 'zeros_like', 'empty_like', 'ones_like', 'full_like'}
-_convs = {'convolution', 'convolution_overrideable', 'convolution_backward', 'convolution_backward_overrideable', '_convolution', 'cudnn_convolution', 'mkldnn_convolution'}
+_plain = _copies | {'cat', 'stack', 'slice_backward', 'select_backward', 'slice_scatter', 'constant_pad_nd',
+    'new_empty_strided', 'new_zeros', 'zeros_like', 'empty_like', 'ones_like', 'full_like'}
+_convs = {'convolution', 'convolution_overrideable', 'convolution_backward', 'convolution_backward_overrideable',
+    '_convolution', 'cudnn_convolution', 'mkldnn_convolution'}
 _any_channels = _convs | {'cat', 'stack', 'pixel_shuffle', 'pixel_unshuffle'}
 
 @dataclass(eq=False)
@@ -101,7 +105,9 @@ class _Meta:
     @property
     def bytes(self): return math.prod(self.shape)*self.dtype.itemsize
     def make(self, device): return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
-    def like(self, fmt): return _Meta(self.shape, dense_strides(self.shape, channels_last_formats[len(self.shape)] if fmt=='channels_last' else torch.contiguous_format), self.dtype, fmt)
+    def like(self, fmt):
+        memory_format = channels_last_formats[len(self.shape)] if fmt=='channels_last' else torch.contiguous_format
+        return _Meta(self.shape, dense_strides(self.shape, memory_format), self.dtype, fmt)
     def key(self): return self.shape,self.stride,self.dtype
 
 @dataclass(eq=False)
@@ -181,7 +187,7 @@ def note(self:_Tracer, func, args, kwargs, out):
     old = {_storage(t) for t in ins}
     if not func._schema.is_mutable and all(_storage(t) in old for t in outs): return self.note_view(place, ins, outs)
     fs = [(t,layout_of(t)) for t in outs]
-    if place.op in _copies and len(ins)>=1 and outs[0].ndim not in channels_last_formats: return self.note_other_copy(place, ins[-1], outs[0])
+    if place.op in _copies and ins and outs[0].ndim not in channels_last_formats: return self.note_other_copy(place, ins[-1], outs[0])
     ys = [(t,f) for t,f in fs if f]
     if not ys: return
     xs = [(t,f) for t in ins if (f := layout_of(t)) and self.concerns(place.op, t, ys)]
@@ -254,7 +260,7 @@ def note_paid(self:_Tracer, place, xs, ys, replay):
     if not any(f=='channels_last' for _,f in (*xs, *ys)): return
     used = False
     for t,f in xs:
-        if f!='contiguous' or any(t is y for y,_ in ys): continue
+        if f!='contiguous' and not (f=='other' and place.op in _convs) or any(t is y for y,_ in ys): continue
         loss = self.lost.get(_storage(t))
         if loss is None: loss = self.lost[_storage(t)] = _Loss(place, 'hidden', None, _Meta.of(t, f), born=True)
         meta = _Meta.of(t, f)
@@ -293,7 +299,7 @@ class _Replay:
     func:object; args:tuple; kwargs:dict; text:str
     @classmethod
     def of(cls, func, args, kwargs):
-        "None for what does not depend on formats alone: convolutions, which convert inside, what changes its arguments, and what needs the very numbers"
+        "None for convolutions, which convert inside, for what changes its arguments, and for what needs the very numbers"
         if func.overloadpacket.__name__ in _convs or func._schema.is_mutable: return None
         if any(not t.is_floating_point() or t.layout!=torch.strided for t in _tensors_in((args, kwargs))): return None
         args,kwargs = _map_tensors(lambda t: _Meta.of(t, layout_of(t)), (args, kwargs))
@@ -328,9 +334,9 @@ def _replay_seconds(replay, device):
     now,dense = _least_seconds([replay.call(device, False), replay.call(device, True)], device)
     return max(0., now-dense)
 
-# %% ../nbs/05_trace.ipynb #6bacaa02
+# %% ../nbs/05_trace.ipynb #58db9b22
 class _Costs:
-    "Measures each distinct conversion once, the largest first, while `budget` seconds last; what is left is estimated from the rate of those measured"
+    "Measures each distinct conversion once, the largest first, while `budget` seconds last; the rate of those gives the rest"
     def __init__(self, device, budget): self.device,self.budget,self.known,self.estimated = device,budget,{},0
     def measure(self, losses):
         todo = {}
@@ -354,22 +360,37 @@ class _Costs:
     @property
     def rate(self): return sum(s for s,_ in self.known.values())/max(1, sum(b for _,b in self.known.values()))
 
-# %% ../nbs/05_trace.ipynb #60737f3c
-def _advice(l):
-    p,code,fwd = l.place,l.place.code,l.place.forward or l.place
-    if p.module=='loss_func': return 'the loss hands back a contiguous gradient: `nn.CrossEntropyLoss` on `(N, C, H, W)` keeps the format where a flattened or permuted one does not'
-    if l.kind=='sliced' and p.phase=='backward': return "the gradients of a concatenation are slices: `repair_format` offers one that hands on dense gradients, where that is faster"
-    if l.kind=='sliced': return 'a slice of channels has gaps: let two convolutions make the parts, or make it dense once, `.contiguous(memory_format=torch.channels_last)`'
-    if 'shuffle' in (p.cls+code+fwd.code).lower() or (l.before and len(l.before.shape)==5 and l.before.format=='other'): return 'a shuffle of channels through a contiguous copy: `repair_format` replaces it by one that keeps the format'
-    if p.op in ('div','mean') and p.phase=='backward': return 'the gradient of a mean over height and width is contiguous: `repair_format` replaces `AdaptiveAvgPool2d(1)` by one that keeps the format'
-    if 'InstanceNorm' in p.cls: return 'instance normalization has no channels-last kernel: `repair_format` replaces it, or use GroupNorm or BatchNorm'
-    if l.kind=='explicit' and p.op in _copies and 'contiguous(' in code: return 'leave out the copy, or write `.contiguous(memory_format=torch.channels_last)`'
-    if l.kind=='explicit' and p.op in _copies: return 'this reshape copies into contiguous order: do it on `x.permute(0, 2, 3, 1)`, where it may be a view'
-    if p.node.endswith('CopySlices'): return 'an in-place operator on a slice, whose gradient is copied contiguous: use the operator that is not in place (`inplace=False`)'
-    if l.born and p.phase=='backward': return 'the gradient comes back from other than image space in contiguous order: cut the tokens by `flatten(2).transpose(1, 2)`, whose gradient is channels last'
-    if l.born and p.op in ('view','_unsafe_view','unflatten'): return 'an image made from tokens in this order is contiguous: `tokens.transpose(1, 2)` of `(N, H*W, C)` tokens gives one in channels last without a copy'
-    if l.born: return 'a tensor is made contiguous: make it with `memory_format=torch.channels_last`'
-    return 'no remedy is known here'
+# %% ../nbs/05_trace.ipynb #6c3e250a
+_texts = dict(
+    loss='the loss leaves channels last: give it rows, `p.permute(0, 2, 3, 1).flatten(0, 2)` and `y.flatten()`, which copies nothing',
+    cat='the gradients of a concatenation are slices: `repair_format` offers one with dense gradients, where that is faster',
+    chunk='a slice of channels has gaps: let two convolutions make the parts, or copy it once, '
+        '`.contiguous(memory_format=torch.channels_last)`',
+    shuffle='a shuffle of channels through a contiguous copy: `repair_format` has one that keeps the format',
+    mean='the gradient of a mean over height and width is contiguous: `repair_format` has a mean that keeps the format',
+    instance='instance normalization copies: `repair_format` has one that keeps the format; or use GroupNorm or BatchNorm',
+    copy='leave out the copy, or write `.contiguous(memory_format=torch.channels_last)`',
+    reshape='this reshape copies into contiguous order: do it on `x.permute(0, 2, 3, 1)`, where it may be a view',
+    in_place='an in-place operator on a slice, whose gradient is copied contiguous: use `inplace=False`',
+    tokens_back='the gradient comes back contiguous: cut tokens by `flatten(2).transpose(1, 2)`, whose gradient is channels last',
+    tokens='an image made of tokens in this order is contiguous: `(N, H*W, C)` tokens, transposed, give one in channels last',
+    born='a tensor is made contiguous: make it with `memory_format=torch.channels_last`',
+    none='no remedy is known here')
+
+def _advice_name(l):
+    p,fwd = l.place,l.place.forward or l.place
+    backward,copied = p.phase=='backward',l.kind=='explicit' and p.op in _copies
+    if p.module=='loss_func': return 'loss'
+    if l.kind=='sliced': return 'cat' if backward else 'chunk'
+    if 'shuffle' in (p.cls+p.code+fwd.code).lower() or (l.before and len(l.before.shape)==5 and l.before.format=='other'): return 'shuffle'
+    if p.op in ('div','mean') and backward: return 'mean'
+    if 'InstanceNorm' in p.cls: return 'instance'
+    if copied: return 'copy' if 'contiguous(' in p.code else 'reshape'
+    if p.node.endswith('CopySlices'): return 'in_place'
+    if l.born: return 'tokens_back' if backward else 'tokens' if p.op in ('view','_unsafe_view','unflatten') else 'born'
+    return 'none'
+
+def _advice(l): return _texts[_advice_name(l)]
 
 # %% ../nbs/05_trace.ipynb #80b4d0bd
 @dataclass
@@ -379,7 +400,7 @@ class TraceRow:
     cls:str # Class of the module
     op:str # Operator, such as 'cat'
     phase:str # 'forward' or 'backward'
-    kind:str # 'lost': an operator answers with contiguous output; 'hidden': made contiguous from something else, converted inside the next kernel; 'explicit': by the model's own code; 'sliced': dense no more
+    kind:str # 'lost': by an operator; 'explicit': by the model's own code; 'hidden': made contiguous elsewhere; 'sliced': not dense
     format_in:str|None # None: it came from no image
     format_out:str
     shape:tuple # Of the tensor whose format is lost
@@ -403,8 +424,8 @@ class FormatTrace:
     share:float=0. # Of the step that `rows` take
     bytes:int=0 # That are copied because of `rows`
     step_seconds:float=0. # One step in channels last, without the trace
-    kept:dict=field(default_factory=dict) # For 'forward' and 'backward': the share of image elements that operators handed on in channels last
-    ops:list=field(default_factory=list, repr=False) # Every operator that handles images: dicts of module, op, phase, format_in, format_out, leak
+    kept:dict=field(default_factory=dict) # 'forward' and 'backward': share of image elements handed on in channels last
+    ops:list=field(default_factory=list, repr=False) # Operators on images: dicts of module, op, phase, format_in, format_out, leak
     conditions:dict=field(default_factory=dict) # Device, versions, threads, batch
     seconds:float=0. # What the trace took
 
@@ -413,7 +434,8 @@ class FormatTrace:
     def __bool__(self): return self.ok
     def to_dict(self):
         "Plain data for JSON"
-        return {**{f.name:getattr(self, f.name) for f in fields(self)}, 'ok': self.ok, 'rows': [vars(r) for r in self.rows], 'left': [vars(r) for r in self.left]}
+        rows = {n:[vars(r) for r in getattr(self, n)] for n in ('rows','left')}
+        return {**{f.name:getattr(self, f.name) for f in fields(self)}, 'ok': self.ok, **rows}
 
 # %% ../nbs/05_trace.ipynb #da7fbfee
 def _short(where):
@@ -437,25 +459,33 @@ def _pair(r):
     what = f'{r.format_in} to {r.format_out}' if r.format_in and r.kind!='sliced' else f'a {r.format_out} tensor'
     return what + (f', back in {r.back[0]}' if r.back else '')
 
-# %% ../nbs/05_trace.ipynb #6b0b5bf5
+# %% ../nbs/05_trace.ipynb #f9eb4ecd
 def _table(trace, n):
     for g in _groups(trace.rows)[:n]:
         r = max(g, key=lambda r: r.seconds)
-        yield dict(share=_percent(sum(o.share for o in g)), mb=sum(o.bytes for o in g)/1e6, kind=r.kind, phase=r.phase, op=r.op, names=_names(g), pair=_pair(r), where=_short(r.where), code=r.code, advice=r.advice)
+        share,mb = _percent(sum(o.share for o in g)),sum(o.bytes for o in g)/1e6
+        yield dict(vars(r), share=share, mb=mb, names=_names(g), pair=_pair(r), where=_short(r.where))
 
-def _conditions_line(c): return f'{c["device"]}, torch {c["torch"]}, {c["threads"]} threads, batch {tuple(c["shape"] or ())}, {c["autocast"]}' + (', a compiled model, traced in eager mode' if c['compiled'] else '')
+def _conditions_line(c):
+    more = ', a compiled model, traced in eager mode' if c['compiled'] else ''
+    return f'{c["device"]}, torch {c["torch"]}, {c["threads"]} threads, batch {tuple(c["shape"] or ())}, {c["autocast"]}{more}'
 
 @patch
 def __str__(self:FormatTrace):
     lines = [self.reason]
-    for o in _table(self, 10): lines += [f'{o["share"]:>16} {o["mb"]:9.1f} MB  {o["kind"]:9}{o["phase"]:9}{o["op"]:12} {o["names"]}: {o["pair"]}', *([f'{"":31}{o["where"]}: {o["code"]}'] if o['where'] else []), f'{"":31}{o["advice"]}']
+    for o in _table(self, 10):
+        lines.append(f'{o["share"]:>16} {o["mb"]:9.1f} MB  {o["kind"]:9}{o["phase"]:9}{o["op"]:12} {o["names"]}: {o["pair"]}')
+        lines += [f'{"":31}{t}' for t in ([f'{o["where"]}: {o["code"]}'] if o['where'] else []) + [o['advice']]]
     more = len(_groups(self.rows))-10
     return '\n'.join([*lines, *([f'and {more} lines more in `rows`'] if more>0 else []), _conditions_line(self.conditions)])
 
 @patch
 def _repr_markdown_(self:FormatTrace):
     def code(s): return f'`{s}`'.replace('|', '\\|') if s else ''
-    rows = [f'| {o["share"]} | {o["mb"]:.1f} | {o["kind"]} | {o["phase"]} | `{o["op"]}` in {o["names"]}: {o["pair"]} | {o["where"]} {code(o["code"])} | {o["advice"]} |' for o in _table(self, 10_000)]
+    def row(o):
+        what = f'`{o["op"]}` in {o["names"]}: {o["pair"]}'
+        return f'| {o["share"]} | {o["mb"]:.1f} | {o["kind"]} | {o["phase"]} | {what} | {o["where"]} {code(o["code"])} | {o["advice"]} |'
+    rows = [row(o) for o in _table(self, 10_000)]
     head = ['| of the step | MB | kind | phase | what | where | what to do |', '|--:|--:|---|---|---|---|---|']
     table = lambda rs: '\n'.join([*head, *rs])
     more = [f'<details><summary>{len(rows)-10} more</summary>\n\n{table(rows[10:])}\n\n</details>'] if len(rows)>10 else []
@@ -479,7 +509,8 @@ def _bars(ax, ops, at, bottom, height):
     w = 0.9/max(1, len(ops))
     for i,o in enumerate(ops):
         ax.broken_barh([(at-0.45+i*w, w)], (bottom, height), facecolors=_colours.get(o['format_out'], _colours['other']), linewidth=0)
-        if o['leak']: ax.plot(at-0.45+(i+0.5)*w, bottom+height+0.12 if bottom>0 else bottom-0.12, 'v' if bottom>0 else '^', color='black', markersize=5)
+        y,marker = (bottom+height+0.12,'v') if bottom>0 else (bottom-0.12,'^')
+        if o['leak']: ax.plot(at-0.45+(i+0.5)*w, y, marker, color='black', markersize=5)
 
 def _ticks(fwd, most=24):
     "Positions and names of modules: the deepest level of names of which at most `most` fit beside each other"
@@ -509,7 +540,8 @@ def plot(self:FormatTrace,
     ax.set(xlim=(-1, len(fwd)), ylim=(-1.25, 1.25))
     used = {_colours.get(o['format_out'], _colours['other']):o['format_out'] for o in self.ops}
     marks = [plt.Line2D([], [], marker='v', color='black', linestyle='', label='loses it')] if any(o['leak'] for o in self.ops) else []
-    ax.legend(handles=[*[plt.Rectangle((0, 0), 1, 1, color=c, label=n.replace('_', ' ')) for c,n in used.items()], *marks], fontsize=7, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.08), frameon=False)
+    boxes = [plt.Rectangle((0, 0), 1, 1, color=c, label=n.replace('_', ' ')) for c,n in used.items()]
+    ax.legend(handles=[*boxes, *marks], fontsize=7, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.08), frameon=False)
     ax.set_title(self.reason.split(':')[0].split(';')[0], fontsize=9)
     ax.spines[:].set_visible(False)
     return ax
@@ -526,11 +558,12 @@ def _row(group, costs, step_seconds):
     p,paid = l.place,[q for l in group for q in l.paid]
     op = p.forward.op if l.kind=='sliced' and p.forward else p.op # the gradient of a concatenation, not the slice that it is made of
     back = list(dict.fromkeys(f'{q.module or "the model"}: {q.op} ({q.phase})' for q in paid))
-    return TraceRow(p.module, p.cls, op, p.phase, l.kind, l.before and l.before.format, l.after.format, l.after.shape, str(l.after.dtype).removeprefix('torch.'),
+    dtype,before = str(l.after.dtype).removeprefix('torch.'),l.before and l.before.format
+    return TraceRow(p.module, p.cls, op, p.phase, l.kind, before, l.after.format, l.after.shape, dtype,
         sum(a.bytes for l in group for a,_ in l.copies), seconds, seconds/step_seconds, p.where, p.code, back, _advice(l), len(group))
 
-# %% ../nbs/05_trace.ipynb #d43d7718
-def _compiled(model): return any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()) if '_dynamo' in vars(torch) or 'torch._dynamo' in sys.modules else False
+# %% ../nbs/05_trace.ipynb #883fb1b4
+def _compiled(model): return any(type(m).__name__=='OptimizedModule' or m._compiled_call_impl is not None for m in model.modules())
 
 def _step_seconds(step, n):
     times = []
@@ -548,12 +581,13 @@ def _explained():
         if 'view size is not compatible' not in str(e): raise
         at = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith((_torch_dir, _own_dir))]
         where = f', at {_short(f"{at[-1].filename}:{at[-1].lineno}")}: `{at[-1].line}`' if at else ''
-        raise ValueError(f'the step fails in channels last{where}: a `.view` that merges channels with height or width needs contiguous memory, use `.flatten` or `.reshape`') from e
+        why = 'a `.view` that merges channels with height or width needs contiguous memory, use `.flatten` or `.reshape`'
+        raise ValueError(f'the step fails in channels last{where}: {why}') from e
 
 def _traced(step, n=3):
     "The `_Tracer` of a step in channels last, and seconds of a step without it"
     with step.preserved(), torch.compiler.set_stance('force_eager'), _explained(), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Using `torch.compile.module.` when there are global hooks') # they name a compiled module twice, which does no harm here
+        warnings.filterwarnings('ignore', 'Using `torch.compile.module.` when there are global hooks') # called twice, without harm
         step.convert('channels_last')
         seconds = _step_seconds(step, n)
         with (tracer := _Tracer(step)): step.run(keep='loss', optimizer_step=False)
@@ -565,7 +599,8 @@ def _say(rows, left, share):
     tail = f'; the head, which leaves image space on purpose, takes {_percent(head)}' if left and head>0 else ''
     if not rows: return f'keeps channels last throughout{tail}'
     worst = [f'{"" if len(g)==1 else f"{len(g)} times "}`{g[0].op}` in {_names(g)} ({g[0].phase})' for g in _groups(rows)[:3]]
-    return f'{len(rows)} place{"s" if len(rows)>1 else ""} lose{"s" if len(rows)==1 else ""} it, {_percent(share)} of the step: {"; ".join(worst)}{tail}'
+    places = '1 place loses' if len(rows)==1 else f'{len(rows)} places lose'
+    return f'{places} it, {_percent(share)} of the step: {"; ".join(worst)}{tail}'
 
 def _kept(ops, phase, aside):
     "Share of the elements of images that operators hand on in channels last; those that leave image space on purpose do not count"
@@ -582,9 +617,11 @@ def trace_format(
 
     A compiled model is traced in eager mode. Raises a `ValueError` for a model without a convolution, and what the step itself raises."""
     start = time.perf_counter()
-    if not convolutions(step.model): raise ValueError(f'there is nothing to trace: {type(step.model).__name__} has no convolution of two or three dimensions')
+    if not convolutions(step.model):
+        raise ValueError(f'there is nothing to trace: {type(step.model).__name__} has no convolution of two or three dimensions')
     x = next(_tensors_in(step.inputs), None)
-    conditions = dict(device=str(step.device), torch=torch.__version__, threads=torch.get_num_threads(), shape=None if x is None else list(x.shape),
+    conditions = dict(device=str(step.device), torch=torch.__version__, threads=torch.get_num_threads(),
+        shape=None if x is None else list(x.shape),
         autocast=str(step.autocast).removeprefix('torch.') if step.autocast else 'no autocast', compiled=_compiled(step.model))
     tracer,seconds = _traced(step)
     costs = _Costs(step.device, budget*seconds).measure(tracer.losses)
@@ -593,6 +630,9 @@ def trace_format(
     rows,aside = (sorted((r for _,r in o), key=lambda r: (-r.seconds, -r.bytes)) for o in (leaks, left))
     conditions['estimated'] = costs.estimated
     places,aside_ids = ({id(l.place) for g,_ in o for l in g} for o in (leaks, left))
-    ops = [dict(module=p.module, op=p.op, phase=p.phase, format_in=a, format_out=b, time=p.order, forward=p.forward.order if p.forward else None, leak=id(p) in places) for p,a,b,_ in tracer.ops]
+    ops = [dict(module=p.module, op=p.op, phase=p.phase, format_in=a, format_out=b, time=p.order, forward=p.forward and p.forward.order,
+        leak=id(p) in places) for p,a,b,_ in tracer.ops]
     share = sum(r.share for r in rows)
-    return FormatTrace(_say(rows, aside, share), rows, aside, share, sum(r.bytes for r in rows), seconds, {k:_kept(tracer.ops, k, aside_ids) for k in ('forward','backward')}, ops, conditions, time.perf_counter()-start)
+    kept = {k:_kept(tracer.ops, k, aside_ids) for k in ('forward','backward')}
+    took = time.perf_counter()-start
+    return FormatTrace(_say(rows, aside, share), rows, aside, share, sum(r.bytes for r in rows), seconds, kept, ops, conditions, took)
