@@ -1,9 +1,11 @@
 """What has to be seen on a GPU, in one command: `python benchmarks/gpu.py`
 
 Optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own callbacks; the padded average pool whose backward was
-wrong in channels last (pytorch issue 188344) and families with grouped and depthwise convolutions under `check_formats`; the demo; the tests.
+wrong in channels last (pytorch issue 188344) and families with grouped and depthwise convolutions under `check_formats`; the demo; traces, fake
+tensors and repairs, each with a result of its own; the tests.
 Writes results/gpu-DEVICE.json. `--device cpu --tiny` tries the script without a GPU."""
 import contextlib, io, itertools, json, os, subprocess, sys, warnings
+from pathlib import Path
 import torch
 from torch import nn
 from fastai.callback.channelslast import ChannelsLast
@@ -87,9 +89,16 @@ def checks(device, tiny):
             except Exception as e: yield dict(model=name, dtype=str(dtype), raised=f'{type(e).__name__}: {e}'.splitlines()[0])
 
 def run_tests(device):
-    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py', 'tests/test_format.py', 'tests/test_training.py', 'tests/test_step.py', 'tests/test_check.py'],
+    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py', 'tests/test_format.py', 'tests/test_training.py', 'tests/test_step.py', 'tests/test_check.py', 'tests/test_trace.py', 'tests/test_repair.py'],
         env={**os.environ, 'FXCL_DEVICE': str(device)}, capture_output=True, text=True)
     return dict(status=r.returncode, tail=r.stdout.splitlines()[-15:])
+
+def run_scripts(device, tiny):
+    "Scripts that write results of their own"
+    more = ['--tiny'] if tiny else []
+    scripts = [['traces.py'], *([['traces.py', '--autocast', 'fp16']] if device.type=='cuda' else []), ['fake.py'], ['repairs.py']]
+    here = Path(__file__).parent
+    return {' '.join(s): subprocess.run([sys.executable, s[0], *s[1:], '--device', str(device), *more], cwd=here).returncode for s in scripts}
 
 @call_parse
 def main(
@@ -113,6 +122,8 @@ def main(
     with contextlib.redirect_stdout(out): demo(device=str(device), epochs=1 if tiny else 4, arch='xresnet18' if tiny else 'resnet50', size=32 if tiny else 128, bs=256 if tiny else 64, json=True)
     res['demo'] = json.loads(out.getvalue())
     for r in res['demo']['arms']: print(r)
+    res['scripts'] = run_scripts(device, tiny)
+    print(res['scripts'])
     if tests:
         res['tests'] = run_tests(device)
         print(*res['tests']['tail'], sep='\n')

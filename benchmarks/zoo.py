@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from fastcore.script import call_parse
 from common import conditions, results
 
-classes,batch,image,small = 10,4,128,64 # `small` is the image of the check, whose double precision is slow
+classes,batch,image = 10,2,128
+small = dict(image=64, batch=4) # for the check, whose double precision is slow
 torchvision_models = '''alexnet convnext_tiny densenet121 densenet169 efficientnet_b0 efficientnet_b3 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
 mnasnet1_3 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_3_2gf regnet_y_400mf regnet_y_8gf resnet18 resnet50 resnet101 resnext50_32x4d
 shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x2_0 squeezenet1_0 squeezenet1_1 swin_t swin_v2_t deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50
@@ -23,7 +24,8 @@ def timm_names(per_family=2, below=60e6):
     "Up to `per_family` sizes of each of timm's families: the smallest, the largest, and what is between"
     import timm
     from fastprogress.fastprogress import progress_bar
-    names = []
+    path,names = results/'zoo-timm.json',[]
+    if path.exists() and (kept := json.loads(path.read_text()))['timm']==timm.__version__: return kept['names']
     for family in progress_bar(timm.list_modules(), leave=False):
         sizes = {}
         for n in timm.list_models(module=family):
@@ -33,9 +35,10 @@ def timm_names(per_family=2, below=60e6):
                 sizes[n] = sum(p.numel() for p in timm.create_model(n).parameters())
         fit = sorted((n for n in sizes if sizes[n]<below), key=sizes.get)
         names += [fit[round(i*(len(fit)-1)/max(1, per_family-1))] for i in range(per_family)] if len(fit)>per_family else fit
-    return list(dict.fromkeys(names))
+    path.write_text(json.dumps(dict(timm=timm.__version__, names=(names := list(dict.fromkeys(names)))), indent=1)+'\n')
+    return names
 
-def build(name, image=image):
+def build(name, image=image, batch=batch):
     "Model and input of `source/name`; the same weights and numbers each time"
     source,_,n = name.partition('/')
     torch.manual_seed(0)
@@ -51,7 +54,7 @@ def build(name, image=image):
     elif source=='torchvision':
         import torchvision
         kw = dict(weights_backbone=None) if n.startswith(('deeplab', 'fcn', 'lraspp')) else dict(init_weights=True) if n in ('googlenet', 'inception_v3') else {}
-        if n=='maxvit_t': kw['input_size'] = (224, 224); shape = (batch, 3, 224, 224)
+        if n=='maxvit_t': kw['input_size'],shape = (224, 224),(batch, 3, 224, 224)
         if n=='inception_v3': shape = (batch, 3, 160, 160)
         model = torchvision.models.get_model(n, weights=None, num_classes=classes, **kw)
     elif source=='video':
@@ -116,6 +119,7 @@ def failed(res): return bool({'died', 'hung', 'raised'} & res.keys())
 
 def child(conn, name, device, rounds, block, known):
     "Send what is found, phase by phase, so that a death leaves what was known before it"
+    from fastxtend_cl import check as check_module
     from fastxtend_cl.check import check_formats
     from fastxtend_cl.format import apply_channels_last, as_channels_last, convolutions
     from fastxtend_cl.hazards import guarded
@@ -130,14 +134,24 @@ def child(conn, name, device, rounds, block, known):
         try: known[n] = func()
         except Exception as e: known[n] = dict(raised=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])
         conn.send({n: known[n]})
-    def fresh(*size):
-        model,x = build(name, *size)
+    class Shared(check_module._Runs):
+        "Contiguous runs, those in double precision among them, serve the check of the naive conversion too"
+        kept = {}
+        def watched(self, memory_format, dtype, *watches):
+            k = (self.shift, memory_format, dtype, *(w.seed for w in watches))
+            if memory_format=='channels_last': return super().watched(memory_format, dtype, *watches)
+            if k not in self.kept: self.kept[k] = super().watched(memory_format, dtype, *watches)
+            return self.kept[k]
+    check_module._Runs = Shared
+    def fresh(**size):
+        model,x = build(name, **size)
         return model.to(device),x.to(device)
     def check():
-        try: return check_at(small)
-        except Exception: return check_at(image) # too small for it
-    def check_at(size):
-        model,x = fresh(size)
+        try: return check_at(**small)
+        except Exception: return check_at() # too small for it
+    def check_at(**size):
+        if not size: Shared.kept.clear()
+        model,x = fresh(**size)
         return check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
     def contiguous():
         model,x = fresh()
@@ -255,4 +269,4 @@ def main(
                 with path.open('a') as f: f.write(json.dumps(row)+'\n')
     res = summary(rows)
     print(json.dumps(res, indent=1))
-    if not tiny: (results/f'zoo-{device}.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch, image=image, rounds=rounds, block=block, **res), indent=1)+'\n')
+    if not tiny: (results/f'zoo-{device}.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch, image=image, check=small, rounds=rounds, block=block, **res), indent=1)+'\n')

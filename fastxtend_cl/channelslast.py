@@ -7,10 +7,11 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/channelslast.html.md"""
 # %% auto #0
 __all__ = ['ChannelsLastTfm', 'ChannelsLastCallback', 'less_random']
 
-# %% ../nbs/02_channelslast.ipynb #c8a7f670
+# %% ../nbs/02_channelslast.ipynb #771599e7
 import warnings
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from importlib import import_module
 from types import MethodType, ModuleType
 import cloudpickle
 import torch
@@ -28,6 +29,7 @@ from .amp import DeviceMixedPrecision, as_amp_mode, check_scaler_args, learner_d
 from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last, as_contiguous, contiguous_meanwhile,
     convert_format, format_of, format_warnings)
 from .hazards import Guard
+from .repair import unrepair_format, unrepaired_meanwhile
 from .step import generators, seed_all
 
 # %% ../nbs/02_channelslast.ipynb #fd74f427
@@ -43,7 +45,7 @@ class ChannelsLastCallback(ChannelsLast):
     order = -1 # Needs to run before callbacks that wrap or copy the model, and before CastToTensor (9) removes the types of the batch
     def __init__(self):
         super().__init__()
-        self.tfm,self.amp_added,self.amp_displaced,self._said = ChannelsLastTfm(),None,None,set()
+        self.tfm,self.amp_added,self.amp_displaced,self.repair,self._said = ChannelsLastTfm(),None,None,None,set()
 
     def before_fit(self):
         "Convert the model, its gradients and the optimizer's state, where they are not so already"
@@ -129,12 +131,14 @@ def to_channelslast(self:Learner,
     use_amp:bool=True, # Train in mixed precision. Recommended for full channels last performance
     amp_mode:str|AMPMode|bool|None=None, # 'fp16', 'bf16', or False for none. None keeps what the `Learner` has, or else takes what its device does natively
     to_fp16:bool|None=None, # Older name of `use_amp`
+    repair:bool=False, # Also repair layers that lose channels last, where that makes a training step faster; see `Learner.repair_channelslast`
     **kwargs
 ) -> Learner: # The same `Learner`
     """Set `Learner` and inputs to channels last, with mixed precision for its device by default
 
     Raises a `TypeError` for arguments that `GradScaler` does not have, a `ValueError` for a mode that the device does not have and for arguments that contradict each other; then nothing has changed."""
     use,mode = _asked_amp(use_amp, amp_mode, to_fp16, kwargs)
+    if not isinstance(repair, bool): raise TypeError(f'repair is True or False, received {repair!r}')
     own = _own_amp(self)
     new,idle = _new_amp(self, own, use, mode, kwargs)
     cb = first(self._grab_cbs(ChannelsLastCallback)) or ChannelsLastCallback()
@@ -148,6 +152,9 @@ def to_channelslast(self:Learner,
     for o in (cb,new): # removing a callback of the same name takes the attribute away
         if o is not None: setattr(self, o.name, o)
     cb.amp_added,cb.amp_displaced = (None,None) if new is own else (new,own)
+    if repair:
+        import_module('fastxtend_cl.learner') # has the method, and stands on this module
+        cb.repair = self.repair_channelslast()
     return self
 
 # %% ../nbs/02_channelslast.ipynb #6591b720
@@ -156,7 +163,7 @@ def to_contiguous(self:Learner,
     to_fp32:bool=False, # Remove mixed precision as well
 ) -> Learner: # The same `Learner`
     "Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; optionally to single precision"
-    apply_contiguous(self.model, self.opt)
+    apply_contiguous(unrepair_format(self.model), self.opt)
     return self.remove_cbs([ChannelsLast, MixedPrecision] if to_fp32 else [ChannelsLast])
 
 # %% ../nbs/02_channelslast.ipynb #cfc30032
@@ -261,6 +268,7 @@ def export(self:Learner, fname='export.pkl', **kwargs):
         for dl in getattr(self.dls, 'loaders', []):
             for p in (dl.after_item, dl.before_batch, dl.after_batch):
                 if isinstance(p, Pipeline): stack.enter_context(_without_tfm(p))
+        stack.enter_context(unrepaired_meanwhile([self.model, *_models_of(self)]))
         stack.enter_context(contiguous_meanwhile([self.model, *_models_of(self)], lambda: self.opt))
         stack.enter_context(_kept_on_error(self))
         stack.enter_context(_plain_callbacks(self))

@@ -20,6 +20,8 @@ from .amp import DeviceMixedPrecision, amp_dtypes, learner_device
 from .channelslast import ChannelsLastCallback
 from .check import FormatCheck, check_formats
 from .step import Preserved, TrainingStep
+from .repair import FormatRepair, repair_format
+from .trace import FormatTrace, trace_format
 
 # %% ../nbs/10_learner.ipynb #e4143de4
 def _alone(dl):
@@ -111,3 +113,17 @@ def check_channelslast(self:Learner,
     res = check_formats(TrainingStep.from_learner(self), probe=probe)
     if raise_on_wrong and res.ok is False: raise WrongStepError(str(res))
     return res
+
+# %% ../nbs/10_learner.ipynb #d849ae4c
+@patch
+def trace_channelslast(self:Learner) -> FormatTrace:
+    "Trace the first training step in channels last: which modules and operators lose the format, and what that takes; the `Learner` is afterwards as it was"
+    return trace_format(TrainingStep.from_learner(self))
+
+# %% ../nbs/10_learner.ipynb #bdd4d453
+@patch
+def repair_channelslast(self:Learner,
+    rounds:int=9, # Rounds of the paired measurement of each remedy
+) -> FormatRepair:
+    "Repair the layers of the model that lose channels last, where that makes the first training step faster"
+    return repair_format(TrainingStep.from_learner(self), rounds=rounds)
