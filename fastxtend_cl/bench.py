@@ -8,10 +8,10 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/bench.html.md"""
 __all__ = ['least_pairs', 'Clock', 'CudaClock', 'device_clock', 'interval', 'verdict_of', 'BenchRow', 'FormatBench', 'ArmFailed',
            'compare', 'Arm', 'precisions', 'format_arms', 'count_flops', 'ceiling', 'bench_formats']
 
-# %% ../nbs/06_bench.ipynb #bfffb47d
-import gc, math, platform, random, time
+# %% ../nbs/06_bench.ipynb #174d1a9c
+import gc, math, os, platform, random, textwrap, time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,7 @@ _columns = {'ratio': lambda r: '' if r.ratio is None else f'{r.ratio:.2f}', '99 
 @patch
 def cells(self:FormatBench) -> list: # Rows of text, the first the names of the columns
     "The table as text; without columns that are empty"
-    rows = [[r.arm, r.verdict, *(f(r) for f in _columns.values()), r.reason] for r in self.rows]
+    rows = [[r.arm, r.verdict, *(f(r) for f in _columns.values()), textwrap.shorten(r.reason, 110)] for r in self.rows]
     head = ['', '', *_columns, '']
     kept = [i for i in range(len(head)) if i<2 or any(r[i] for r in rows)]
     return [[r[i] for i in kept] for r in (head, *rows)]
@@ -568,9 +568,19 @@ def _step_lane(step, arm, inference, present, on):
     lane.kept,lane.arm = kept,arm
     return lane
 
-# %% ../nbs/06_bench.ipynb #1059b9cf
+# %% ../nbs/06_bench.ipynb #bffb0765
+@contextmanager
+def _silent_stderr():
+    "The profiler writes to the process's own stderr that it has found no GPU"
+    old,null = os.dup(2),os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try: yield
+    finally:
+        os.dup2(old, 2)
+        os.close(old); os.close(null)
+
 def _peak_on_cpu(f):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
+    with _silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
     events = sorted((e.start_ns(),e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name()=='[memory]')
     return int(max(0, *np.cumsum([n for _,n in events]))) if events else 0
 
@@ -630,13 +640,13 @@ def ceiling(
         if min(times)>5e-3 or n>=1024 or clock.now()-start>seconds: return best
         n *= 4
 
-# %% ../nbs/06_bench.ipynb #653b1202
-def _segment(step, lane, loader, clock, n, drop, limit):
-    "Seconds of waiting and of computing for each of `n` batches, after `drop`"
+# %% ../nbs/06_bench.ipynb #5398bb4f
+def _segment(step, lane, loader, clock, drop, limit):
+    "Seconds of waiting and of computing for each batch, after `drop`"
     to = {'channels_last': as_channels_last, 'contiguous': as_contiguous}.get(lane.arm.memory_format)
     def body(f):
-        rows,start,it = [],clock.now(),iter(loader)
-        while len(rows)<n+drop and (len(rows)<drop+2 or clock.now()-start<limit):
+        rows,it,start = [],iter(loader),clock.now()
+        while len(rows)<drop+4 or clock.now()-start<limit and len(rows)<drop+200:
             t0 = clock.now()
             batch = next(it, None)
             if batch is None: break
@@ -649,18 +659,22 @@ def _segment(step, lane, loader, clock, n, drop, limit):
         return rows[drop:]
     return lane.attempt(lambda f: _attempt(body, f))
 
-def _whole(step, lanes, loader, clock, limit):
+# %% ../nbs/06_bench.ipynb #54f1bef0
+def _whole(step, lanes, loader, clock, limit, turns=4):
     "Present and best in turn; a dict for `FormatBench.loader`"
     workers = getattr(loader, 'num_workers', 0) or 0
     drop,rows = 1+2*workers,{l.name:[] for l in lanes}
-    for lane in [*lanes, *lanes]: rows[lane.name] += _segment(step, lane, loader, clock, 6, drop, limit/(2*len(lanes))) or []
-    if not all(rows.values()): return {}
-    wait,both = ({n: float(np.median([o[0] if i==0 else sum(o) for o in r])) for n,r in rows.items()} for i in range(2))
-    now,best = (l.name for l in (lanes[0], lanes[-1]))
-    share = wait[now]/both[now]
+    for i in range(turns): # who is first changes from turn to turn
+        for lane in lanes[::-1] if i%2 else lanes: rows[lane.name].append(_segment(step, lane, loader, clock, drop, limit/(turns*len(lanes))))
+    if not all(all(r) for r in rows.values()): return {}
+    means = {n: np.array([np.mean(o, axis=0) for o in r]) for n,r in rows.items()} # turn by waiting and computing
+    now,best = lanes[0].name,lanes[-1].name
+    wait,both = ({n: float(np.median(_slowest(m[:,0] if i==0 else m.sum(1)))) for n,m in means.items()} for i in range(2))
+    ratios = means[now].sum(1)/means[best].sum(1)
+    share,low,high = wait[now]/both[now],float(ratios.min()),float(ratios.max())
     text = f'{share:.0%} of the time of a batch is waiting for the data loader'
-    if best!=now: text += f'; with it, an epoch of {best} is {both[now]/both[best]:.2f} times as fast'
-    return dict(wait=wait, seconds=both, share=share, ratio=both[now]/both[best], workers=workers, batches=len(rows[now]), text=text+'.')
+    if best!=now: text += f'; with it, epochs of {best} are {np.median(ratios):.2f} times as fast ({low:.2f} to {high:.2f} in {turns} turns)'
+    return dict(wait=wait, seconds=both, share=share, ratio=float(np.median(ratios)), low=low, high=high, workers=workers, batches=sum(map(len, rows[now])), text=text+'.')
 
 # %% ../nbs/06_bench.ipynb #7929bfa4
 def _wrong_arms(step, arms):
