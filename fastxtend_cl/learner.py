@@ -124,7 +124,7 @@ class _Batches:
     "Training batches as the model gets them; changes `learn`"
     def __init__(self, learn, device): self.learn,self.device,self.dl = learn,device,_alone(_train_dl(learn), keep_workers=True)
     @property
-    def num_workers(self): return getattr(self.dl, 'num_workers', getattr(getattr(self.dl, 'fake_l', None), 'num_workers', 0))
+    def num_workers(self): return getattr(getattr(self.dl, 'fake_l', self.dl), 'num_workers', 0) # fastai's own `num_workers` is 1 in this process
     def __iter__(self):
         self.learn.dl = self.dl
         for b in self.dl:
