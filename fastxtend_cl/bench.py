@@ -544,8 +544,8 @@ def _gross(loss, size, kept):
     if loss is not None and not math.isfinite(loss): raise ArmFailed(f'its loss is {loss}')
     if not math.isfinite(size): raise ArmFailed('its gradients are not finite')
     if not kept: return
-    if loss is not None and kept['loss'] is not None and abs(loss-kept['loss'])>0.3*abs(kept['loss'])+1e-6: raise ArmFailed(f"it computes something else: its loss is {loss:.4g}, that of the present {kept['loss']:.4g}")
-    if kept['size'] and size and not 0.5<size/kept['size']<2: raise ArmFailed(f"it computes something else: its gradients have the norm {size:.4g}, those of the present {kept['size']:.4g}")
+    if loss is not None and kept['loss'] is not None and abs(loss-kept['loss'])>0.3*max(abs(loss), abs(kept['loss']))+0.1: raise ArmFailed(f"it computes something else: its loss is {loss:.4g}, that of the present {kept['loss']:.4g}")
+    if kept['size'] and not 1/30<size/kept['size']<30: raise ArmFailed(f"it computes something else: its gradients have the norm {size:.4g}, those of the present {kept['size']:.4g}")
 
 # %% ../nbs/06_bench.ipynb #175dfedb
 def _first(step, kept, present, f):

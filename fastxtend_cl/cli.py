@@ -257,7 +257,7 @@ def _model_errors(name):
     "What a model cannot do with these arguments, as one line"
     try: yield
     except UsageError: raise
-    except (ValueError, RuntimeError, TypeError, NotImplementedError) as e: raise UsageError(f'{name}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
+    except (ValueError, RuntimeError, TypeError, NotImplementedError, AssertionError, IndexError) as e: raise UsageError(f'{name}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
 
 def _check_file(plot):
     if plot is None: return
