@@ -13,6 +13,7 @@ from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, DataLoade
 from fastcore.script import call_parse
 import fastxtend_cl.all
 from fastxtend_cl.amp import native_amp_mode
+from fastxtend_cl.bench import kept_memory # of the harness, the one thing that is ours: else page faults decide
 from common import conditions, interleave, interval, results, save
 
 models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128), 'mobilenet_v3_large': (16, 3, 128, 128), 'efficientnet_b0': (16, 3, 128, 128),
@@ -96,8 +97,9 @@ def measure(name, shape, device, rounds, block, limit, compile=True, bench=True)
             except Exception as e:
                 if arm in (base, again): raise
                 rows.append(dict(model=name, arm=arm, what=what, failed=f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'[:200]))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_memory():
         warnings.simplefilter('ignore')
+        for step in steps.values(): step()
         seconds = interleave(steps, rounds, block)
     for arm,s in seconds.items():
         rows.append(dict(model=name, shape=list(shape), arm=arm, what=arms[arm][1], ms=1e3*statistics.median(s), ratio=interval([b/a for a,b in zip(s, seconds[base])])))

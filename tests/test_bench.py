@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastxtend_cl import bench
 from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _block_size, _race, _rows, _warm, _whole, bench_formats, ceiling, compare, count_flops,
-    device_clock, format_arms, interval, least_pairs, precisions, verdict_of)
+    device_clock, format_arms, interval, kept_memory, least_pairs, precisions, verdict_of)
 from fastxtend_cl.format import apply_channels_last
 from fastxtend_cl.hazards import guarded
 from fastxtend_cl.step import TrainingStep
@@ -205,6 +205,36 @@ def test_verdict(ratio, a, b, c, d):
     assert v!='faster' or low>1 and ratio>noise[1]
     assert v!='slower' or high<1 and ratio<noise[0]
     if low<=1<=high or noise[0]<=ratio<=noise[1]: assert v=='tie'
+
+# the allocator
+
+glibc = pytest.mark.skipif(bench._glibc() is None, reason='not the allocator of glibc, or told otherwise by the environment')
+
+def faults(n=10):
+    import resource
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n): torch.ones(1<<25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before
+
+@glibc
+def test_memory_is_kept_while_measured_and_given_back_afterwards():
+    seen = {}
+    with kept_memory() as told:
+        faults(2)
+        assert told and faults()<1000
+    assert faults()>10_000
+    def f():
+        if len(seen)<3: seen[len(seen)] = faults()
+    compare({'now': f}, bar=False, limit=0.5)
+    assert seen[2]<1000 and faults()>10_000
+    with pytest.raises(ValueError, match='now cannot be measured'): compare({'now': lambda: 1/0}, bar=False)
+    assert faults()>10_000
+
+@glibc
+def test_environment_has_the_last_word(monkeypatch):
+    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '100')
+    with kept_memory() as told: assert told is False
+    assert compare({'now': lambda: None}, bar=False, limit=0.1).conditions['kept_memory'] is False
 
 # operations
 
