@@ -9,8 +9,8 @@ __all__ = ['least_pairs', 'Clock', 'CudaClock', 'device_clock', 'kept_memory', '
            'FormatBench', 'ArmFailed', 'compare', 'Arm', 'precisions', 'format_arms', 'count_flops', 'ceiling',
            'bench_formats']
 
-# %% ../nbs/06_bench.ipynb #b24b5db4
-import ctypes, gc, math, os, platform, random, textwrap, time
+# %% ../nbs/06_bench.ipynb #d2d8939e
+import ctypes, gc, math, os, platform, random, textwrap, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -78,13 +78,13 @@ def _glibc():
 
 @contextmanager
 def kept_memory():
-    "A context in which the allocator of the CPU gives no memory back; yields whether it can be told"
+    "A context in which the allocator of the CPU gives no memory back; yields whether that is so"
     libc = _glibc()
     if libc is None: yield False; return
     trim,mmap,mmaps = -1,-3,-4 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
     libc.mallopt(mmaps, 0)
     libc.mallopt(trim, -1)
-    try: yield True
+    try: yield threading.current_thread() is threading.main_thread() # in another, this holds for tensors below 64 MiB only
     finally:
         for what,value in ((mmaps, 65536), (mmap, 32<<20), (trim, 64<<20)): libc.mallopt(what, value)
         libc.malloc_trim(0)

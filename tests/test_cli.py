@@ -37,7 +37,7 @@ def test_bench_piped_is_plain(own, capsys, tmp_path):
     out,err = capsys.readouterr()
     verdict,head,*rows = out.splitlines()
     assert verdict.split(':')[0] in ('faster', 'tie', 'fastest already', 'cannot tell') and '█' not in out and '\x1b' not in out and err==''
-    assert head.split()[:3]==['ratio', '99', '%'] and rows[0].startswith('now ') and rows[1].startswith('now, again')
+    assert head.split()[0]=='ratio' and rows[0].startswith('now ') and rows[1].startswith('now, again')
     assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
 
 def test_json_is_one_object(own, capsys):
