@@ -289,6 +289,7 @@ class _Lane:
     seconds:dict=field(default_factory=dict) # Round to the median of a block
     cpu:dict=field(default_factory=dict)
     warm:list=field(default_factory=list) # Seconds of the steps before
+    extra:float=0. # Seconds that a block takes besides its steps
     failed:str=None
     settled:bool=False
     backwards:int=0 # Blocks thrown away because the clock went backwards
@@ -310,7 +311,9 @@ def _warm(lane, clock, most=10, limit=10.):
             if len(times)>3 and 0<max(last)<=1.1*min(last): break
             if sum(_ranks(sum(times[1:])>limit)): break
         return times
+    start = clock.now()
     lane.warm = lane.attempt(body) or []
+    lane.extra = max(0., clock.now()-start-sum(lane.warm))
 
 # %% ../nbs/06_bench.ipynb #3e8e53a7
 def _block(lane, clock, n, i):
@@ -329,10 +332,10 @@ def _is_settled(base, lane, width):
     mid,low,high = interval(pairs)
     return high-low<=width*mid or high<0.9
 
-# %% ../nbs/06_bench.ipynb #88b02e0a
+# %% ../nbs/06_bench.ipynb #970c8059
 def _block_size(lanes, left):
-    steady = [np.median(l.warm[1:]) for l in lanes if not l.failed]
-    fits = left/(12*max(sum(steady), 1e-9))
+    steady,extra = [np.median(l.warm[1:]) for l in lanes if not l.failed],sum(l.extra for l in lanes if not l.failed)
+    fits = (left/12-extra)/max(sum(steady), 1e-9)
     return int(min(max(2, fits), max(5, 0.2//max(max(steady), 1e-9)), 50))
 
 # %% ../nbs/06_bench.ipynb #c55dc76a
