@@ -16,23 +16,26 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import first, patch
+from fastcore.meta import delegates
 from .amp import DeviceMixedPrecision, amp_dtypes, learner_device
+from .bench import Arm, FormatBench, bench_formats
 from .channelslast import ChannelsLastCallback
 from .check import FormatCheck, check_formats
 from .step import Preserved, TrainingStep
 from .repair import FormatRepair, repair_format
 from .trace import FormatTrace, trace_format
 
-# %% ../nbs/10_learner.ipynb #e4143de4
-def _alone(dl):
-    "A shallow copy of `dl` that reads in this process"
+# %% ../nbs/10_learner.ipynb #babf76d0
+def _alone(dl, keep_workers=False):
+    "A shallow copy of `dl` that reads in this process, or in as many new ones as `dl`"
     if isinstance(dl, Iterator): raise ValueError(f'the training data is an iterator ({type(dl).__name__}), from which no batch can be taken without loss: make the step from parts, `TrainingStep(model, inputs, targets, loss_func, optimizer)`')
     if not isinstance(dl, (DataLoader, torch.utils.data.DataLoader)): return dl
     res = object.__new__(type(dl))
     vars(res).update(vars(dl))
     if isinstance(dl, DataLoader):
         res.fake_l = copy(dl.fake_l)
-        vars(res.fake_l).update(d=res, dataset=res.fake_l, num_workers=0, timeout=0)
+        vars(res.fake_l).update(d=res, dataset=res.fake_l, **({} if keep_workers else dict(num_workers=0, timeout=0)))
+    elif keep_workers: vars(res).update(_iterator=None)
     else: vars(res).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None, _DataLoader__multiprocessing_context=None)
     return res
 
@@ -53,13 +56,17 @@ def _changes_batch(cb):
     prepares = any(hasattr(cb, e) for e in ('before_fit','before_epoch','before_train'))
     return hasattr(cb, 'before_batch') and (not prepares or isinstance(cb, ChannelsLastCallback))
 
+def _give_batch(learn, b, device):
+    "Let `learn` have the batch `b`, as a model would get it"
+    learn._split(to_device(b, device))
+    learn.iter,learn.training = 0,True
+    for cb in learn.cbs.sorted('order').filter(_changes_batch): cb('before_batch')
+
 def _first_batch(learn, dl, device):
     "Inputs and targets of the first batch of `dl`, as the model gets them; changes `learn`"
     learn.dl,b = dl,first(dl)
     if b is None: raise ValueError(_no_data)
-    learn._split(to_device(b, device))
-    learn.iter,learn.training = 0,True
-    for cb in learn.cbs.sorted('order').filter(_changes_batch): cb('before_batch')
+    _give_batch(learn, b, device)
     if not len(learn.yb): raise ValueError('the training batch of the Learner has no target, so there is no loss to compute')
     return tuple(learn.xb),tuple(learn.yb)
 
@@ -127,3 +134,30 @@ def repair_channelslast(self:Learner,
 ) -> FormatRepair:
     "Repair the layers of the model that lose channels last, where that makes the first training step faster"
     return repair_format(TrainingStep.from_learner(self), rounds=rounds)
+
+# %% ../nbs/10_learner.ipynb #c8c3c8f2
+class _Batches:
+    "Training batches as the model gets them; changes `learn`"
+    def __init__(self, learn, device): self.learn,self.device,self.dl = learn,device,_alone(_train_dl(learn), keep_workers=True)
+    @property
+    def num_workers(self): return getattr(getattr(self.dl, 'fake_l', self.dl), 'num_workers', 0) # fastai's own `num_workers` is 1 in this process
+    def __iter__(self):
+        self.learn.dl = self.dl
+        for b in self.dl:
+            _give_batch(self.learn, b, self.device)
+            yield tuple(self.learn.xb),tuple(self.learn.yb)
+
+# %% ../nbs/10_learner.ipynb #70a00d02
+@patch
+@delegates(bench_formats, but=['loader','now'])
+def bench_channelslast(self:Learner,
+    arms=None, # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict; None: all of `format_arms` but the present
+    epochs:bool=True, # Measure with the data loader too
+    **kwargs
+) -> FormatBench:
+    "Measure the first training step in each format and precision against the present, paired; the `Learner` is afterwards as it was"
+    step,dl = TrainingStep.from_learner(self),_train_dl(self)
+    now = Arm('now', 'channels_last') if first(self._grab_cbs(ChannelsLastCallback)) else None # `before_fit` would convert
+    if not epochs: return bench_formats(step, arms, now=now, **kwargs)
+    with Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
+        return bench_formats(step, arms, now=now, loader=_Batches(self, step.device), **kwargs)

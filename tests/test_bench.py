@@ -1,0 +1,640 @@
+"`compare`, `bench_formats` and `Learner.bench_channelslast`: the statistics on a simulated clock, planted faults as rows, and nothing left behind. No test asserts a time"
+import json, math, os, random, socket, subprocess, sys, warnings
+from collections import Counter
+from pathlib import Path
+import numpy as np
+import pytest, torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from fastxtend_cl import bench
+from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _block_size, _race, _rows, _warm, _whole, bench_formats, ceiling, compare, count_flops,
+    device_clock, format_arms, interval, kept_memory, least_pairs, precisions, verdict_of)
+from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.hazards import guarded
+from fastxtend_cl.step import TrainingStep
+
+root = Path(__file__).resolve().parent.parent
+
+class Simulated(Clock):
+    "A clock moved on by a machine with noise, a load that comes and goes, drift, and a first step after another arm's that costs more"
+    def __init__(self, noise=0.05, load=0., drift=0., switch=1., seed=0):
+        super().__init__()
+        self.t,self.noise,self.load,self.drift,self.switch,self.rng,self.last,self.log = 0.,noise,load,drift,switch,random.Random(seed),None,[]
+    def now(self): return self.t
+    cpu = now
+    def spend(self, name, seconds, switch=None):
+        busy = (1 + self.load*(int(self.t)//7%2))*(1 + self.drift*self.t)
+        self.t += seconds*busy*(1 + self.noise*self.rng.expovariate(1))*(1 + (self.switch if switch is None else switch)*(self.last!=name))
+        self.last = name
+        self.log.append(name)
+    def arm(self, name, seconds, **kw): return lambda: self.spend(name, seconds, **kw)
+
+def race(*others, seed=0, limit=60., rounds=200, switch_of=None, **kw):
+    clock = Simulated(seed=seed, **kw)
+    arms = {'now': clock.arm('now', 0.1), **{f'other {i}':clock.arm(f'other {i}', 0.1/r, switch=switch_of) for i,r in enumerate(others)}}
+    return compare(arms, clock=clock, bar=False, limit=limit, rounds=rounds),clock
+
+machines = {'quiet': dict(noise=0.01), 'noisy': dict(noise=0.1), 'load': dict(load=1.), 'drift': dict(drift=0.02), 'slow start': dict(switch=5.)}
+
+@pytest.mark.parametrize('name', machines)
+def test_planted_difference_is_found_and_planted_zero_is_a_tie(name):
+    seeds = range(20)
+    for planted,verdict,least in ((1.05, 'faster', 15), (1/1.05, 'slower', 15), (1.15, 'faster', 20), (1/1.15, 'slower', 20), (1., 'tie', 19)):
+        found = Counter(race(planted, seed=s, **machines[name])[0]['other 0'].verdict for s in seeds)
+        assert found[verdict]>=least, (planted, found)
+        if verdict!='tie': assert set(found)<={verdict, 'tie'}, (planted, found)
+
+def test_ratio_is_near_the_planted_one():
+    for planted in (0.5, 0.95, 1.3, 3.):
+        row = race(planted, noise=0.02)[0]['other 0']
+        assert row.low<=planted<=row.high and abs(row.ratio/planted-1)<0.01
+
+def test_first_step_of_a_block_does_not_count():
+    "One arm alone pays 20 times for its first step"
+    assert race(1., switch_of=20., noise=0.02)[0]['other 0'].verdict=='tie'
+    clock = Simulated(noise=0.02)
+    def always_first():
+        clock.last = None
+        clock.spend('other', 0.1)
+    assert compare({'now': clock.arm('now', 0.1), 'other': always_first}, clock=clock, bar=False)['other'].ratio==pytest.approx(0.5, rel=0.05), 'the simulation does charge for it'
+
+def test_arms_take_turns_in_random_order_in_blocks():
+    res,clock = race(1.01, 1.02, noise=0.02, rounds=least_pairs)
+    block = res.conditions['block']
+    log = clock.log[-4*block*least_pairs:]
+    blocks = [log[i:i+block] for i in range(0, len(log), block)]
+    assert all(len(set(b))==1 for b in blocks)
+    orders = [tuple(b[0] for b in blocks[i:i+4]) for i in range(0, len(blocks), 4)]
+    assert {tuple(sorted(o)) for o in orders}=={('now', 'now', 'other 0', 'other 1')} and len(set(orders))>least_pairs/2
+    assert race(1.01, 1.02, noise=0.02, rounds=least_pairs)[1].log==clock.log, 'the same seed, the same order'
+
+def test_stops_early_when_every_interval_is_narrow_and_at_the_limit_otherwise():
+    quick,_ = race(1.5, noise=0.001)
+    assert quick.now.pairs==least_pairs and quick.seconds<20
+    for r in quick.rows[1:]: assert r.high-r.low<0.04*r.ratio
+    slow,_ = race(1.02, noise=1.)
+    assert 50<slow.seconds<66 and slow['other 0'].high-slow['other 0'].low>0.04
+
+def test_a_hopeless_arm_is_not_measured_on():
+    res,_ = race(0.2, 1.02, noise=0.3)
+    assert res['other 0'].pairs==least_pairs<res['other 1'].pairs and res['other 0'].verdict=='slower'
+
+def test_too_little_time_is_no_verdict():
+    res,_ = race(2., limit=3.)
+    assert 0<res.now.pairs<least_pairs and res.noise is None and res.verdict=='cannot tell' and res.best is res.now
+    assert res['other 0'].verdict=='tie' and res['other 0'].reason==f'only {res.now.pairs} rounds: too few to tell'
+    assert 'give it more time with `limit`' in str(res)
+
+def lanes(**blocks):
+    "As after a race: name to seconds by round"
+    res = [_Lane(n, None) for n in blocks]
+    for l,s in zip(res, blocks.values()): l.seconds = dict(enumerate(s)); l.cpu = dict(l.seconds)
+    return res
+
+def test_noise_floor_overrules_an_interval():
+    "Two identical arms 20 % apart: a difference of 15 % is nothing, however narrow its interval"
+    n,wobble = 20,1+0.001*np.arange(20)
+    rows,noise = _rows(lanes(now=wobble, twin=wobble/1.2, less=wobble/1.15, more=wobble/1.4))
+    assert noise[0]>1.1 and {r.arm:r.verdict for r in rows[2:]}=={'less': 'tie', 'more': 'faster'}
+    assert 'Two identical arms differ by more than chance' in bench._warnings(rows, noise)[0]
+    rows,noise = _rows(lanes(now=wobble, twin=wobble, less=wobble/1.15))
+    assert rows[2].verdict=='faster' and bench._warnings(rows, noise)==[]
+
+def test_pairs_are_of_the_same_round():
+    "Rounds get ten times slower one after another; the ratio within each is the same"
+    now = 10.**np.arange(10)
+    rows,_ = _rows(lanes(now=now, twin=now, other=now/2))
+    assert (rows[2].ratio,rows[2].low,rows[2].high)==(2,2,2)
+    a,b,c = lanes(now=now, twin=now, other=now/2)
+    for i in (0,3): del c.seconds[i], c.cpu[i]
+    assert _rows([a,b,c])[0][2].pairs==8
+
+class Backwards(Simulated):
+    def __init__(self, every, **kw): super().__init__(**kw); self.every,self.looks = every,0
+    def now(self):
+        self.looks += 1
+        return self.t - 3600*(self.looks%self.every==0)
+
+def test_a_clock_that_goes_backwards():
+    clock = Backwards(97, noise=0.01)
+    res = compare({'now': clock.arm('now', 0.1), 'other': clock.arm('other', 0.1/1.2)}, clock=clock, bar=False)
+    assert res['other'].verdict=='faster' and all(s>0 for r in res.rows for s in r.blocks.values()) and abs(res['other'].ratio-1.2)<0.05
+    clock = Backwards(2)
+    with pytest.raises(ValueError, match=r'nothing could be measured: the clock went backwards in each of \d+ blocks'): compare({'now': clock.arm('now', 0.1)}, clock=clock, bar=False, limit=1e6)
+    a,b,c = lanes(now=[1.]*8, twin=[1.]*8, other=[])
+    c.backwards = 8
+    row = _rows([a,b,c])[0][2]
+    assert (row.verdict,row.reason)==('failed', 'the clock went backwards in each of 8 blocks')
+
+def test_failures_are_rows():
+    clock,n = Simulated(),Counter()
+    def later():
+        n['later'] += 1
+        if n['later']>30: raise RuntimeError('broke\nand a long trace')
+        clock.spend('later', 0.1)
+    def at_once(): raise KeyError('gone')
+    def huge(): return torch.empty(1<<60)
+    res = compare({'now': clock.arm('now', 0.1), 'later': later, 'at once': at_once, 'huge': huge, 'fine': clock.arm('fine', 0.05)}, clock=clock, bar=False)
+    assert res['later'].verdict==res['at once'].verdict==res['huge'].verdict=='failed' and res.best.arm=='fine'
+    assert res['later'].reason=='RuntimeError: broke' and res['at once'].reason=="KeyError: 'gone'" and res['huge'].reason.startswith('out of memory: ')
+    assert res['later'].pairs>0 and res['later'].ratio is None
+    none = compare({'now': clock.arm('now', 0.1), 'at once': at_once}, clock=clock, bar=False)
+    assert none.verdict=='cannot tell' and none.reason=='no other arm could be measured: the rows say why' and none.now.seconds>0
+
+def test_a_failing_present_is_an_error():
+    clock,n = Simulated(),Counter()
+    def later():
+        n['f'] += 1
+        if n['f']>40: raise RuntimeError('broke')
+        clock.spend('now', 0.1)
+    with pytest.raises(ValueError, match='now failed while it was measured: RuntimeError: broke'): compare({'now': later}, clock=clock, bar=False)
+    with pytest.raises(ValueError, match='now cannot be measured: RuntimeError: broke'): compare({'now': later}, clock=clock, bar=False)
+
+@pytest.mark.parametrize('at,rounds', [(1, 0), (10, 0), (100, 3), (400, 17)])
+def test_ctrl_c_returns_what_is_there(at, rounds):
+    clock = Simulated(noise=0.2)
+    def arm(name, seconds):
+        def f():
+            if len(clock.log)>=at: raise KeyboardInterrupt
+            clock.spend(name, seconds)
+        return f
+    res = compare({'now': arm('now', 0.1), 'other': arm('other', 0.05)}, clock=clock, bar=False, limit=600, width=0.001)
+    assert res.interrupted and res.now.pairs>=rounds and (rounds==0)==(res.now.pairs==0)
+    assert res.verdict==('faster' if res['other'].pairs>=least_pairs else 'cannot tell') and 'Interrupted after' in str(res)
+    if not rounds: assert res['other'].reason=='interrupted before it was measured'
+
+def test_arguments():
+    f = {'now': lambda: None}
+    for kw,text in ((dict(limit=0), 'limit is a number of seconds above 0, received 0'), (dict(rounds=1), 'rounds is at least 8, for fewer allow no verdict, received 1'),
+                    (dict(block=1), 'block is at least 2, for the first step of a block does not count, received 1'), (dict(width=4), 'width is between 0 and 1, such as 0.04, received 4')):
+        with pytest.raises(ValueError, match=text): compare(f, **kw)
+    with pytest.raises(ValueError, match='there is nothing to measure'): compare({})
+
+@pytest.mark.parametrize('seconds', [1e-4, 0.01, 0.1, 1., 20.])
+@pytest.mark.parametrize('n', [2, 6])
+def test_block_size(seconds, n):
+    ls = [_Lane(str(i), None, warm=[9*seconds, seconds, seconds]) for i in range(n)]
+    block = _block_size(ls, 60.)
+    assert 2<=block<=50 and (block==2 or 12*n*block*seconds<=60)
+    if 12*n*5*seconds<=60: assert block>=5
+    for l in ls: l.extra = 3*seconds
+    assert 2<=_block_size(ls, 60.)<=block
+
+def test_warm_until_steady():
+    clock = Simulated(noise=0., switch=0.)
+    cost = iter([5., 1., 0.5, 0.3, 0.2, 0.2, 0.2, 0.2])
+    lane = _Lane('a', lambda body: body(lambda: clock.spend('a', next(cost))))
+    _warm(lane, clock)
+    assert lane.warm==pytest.approx([5., 1., 0.5, 0.3, 0.2, 0.2, 0.2])
+    endless = _Lane('b', lambda body: body(clock.arm('b', 1e3)))
+    _warm(endless, clock)
+    assert len(endless.warm)==2, 'the limit ends it'
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=30), st.floats(0.1, 10))
+def test_interval(pairs, k):
+    mid,low,high = interval(pairs, n=200)
+    assert min(pairs)<=low<=mid*(1+1e-12) and mid<=high*(1+1e-12) and high<=max(pairs)
+    assert interval([k*p for p in pairs], n=200)==pytest.approx((k*mid, k*low, k*high))
+    wide,narrow = interval(pairs, 0.99, n=200),interval(pairs, 0.5, n=200)
+    assert wide[1]<=narrow[1] and narrow[2]<=wide[2]
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.5, 2), st.floats(0, 0.3), st.floats(0, 0.3), st.floats(0, 0.2), st.floats(0, 0.2))
+def test_verdict(ratio, a, b, c, d):
+    low,high,noise = ratio-a,ratio+b,(1-c,1+d)
+    v = verdict_of(ratio, low, high, noise)
+    assert v!='faster' or low>1 and ratio>noise[1]
+    assert v!='slower' or high<1 and ratio<noise[0]
+    if low<=1<=high or noise[0]<=ratio<=noise[1]: assert v=='tie'
+
+# the allocator
+
+glibc = pytest.mark.skipif(bench._glibc() is None, reason='not the allocator of glibc, or told otherwise by the environment')
+
+program = """
+import resource, torch
+from fastxtend_cl.bench import compare, kept_memory
+def faults(n=10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n): torch.ones(1<<25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before
+assert faults()>200_000
+with kept_memory() as told:
+    faults(20)
+    assert told and faults()<50_000
+assert faults()>200_000
+seen = []
+def f():
+    if len(seen)<4: seen.append(faults())
+res = compare({'now': f}, bar=False, limit=0.5)
+assert res.conditions['kept_memory'] and seen[3]<50_000 and faults()>200_000
+try: compare({'now': lambda: 1/0}, bar=False)
+except ValueError: pass
+assert faults()>200_000
+"""
+
+@glibc
+def test_memory_is_kept_while_measured_and_given_back_afterwards():
+    "In a process of its own: here a hole in the heap might serve as well"
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'THP_MEM_ALLOC_ENABLE': '0'}
+    r = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=100)
+    assert r.returncode==0, r.stderr
+
+@glibc
+def test_environment_has_the_last_word(monkeypatch):
+    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '100')
+    with kept_memory() as told: assert told is False
+    assert compare({'now': lambda: None}, bar=False, limit=0.1).conditions['kept_memory'] is False
+
+# operations
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_flops_are_the_products_counted(data):
+    "Ones convolved with ones sum up to the number of products; padding would hide some"
+    draw = data.draw
+    g,transposed,nd = draw(st.sampled_from((1, 2, 3))),draw(st.booleans()),draw(st.integers(1, 3))
+    i,o,k,s,d = g*draw(st.integers(1, 3)),g*draw(st.integers(1, 3)),draw(st.integers(1, 3)),draw(st.integers(1, 2)),draw(st.integers(1, 2))
+    cls = getattr(nn, f'Conv{"Transpose" if transposed else ""}{nd}d')
+    m = cls(i, o, k, stride=s, dilation=d, groups=g, bias=False)
+    nn.init.ones_(m.weight)
+    x = torch.ones(draw(st.integers(1, 3)), i, *[draw(st.integers(5, 7)) for _ in range(nd)], requires_grad=draw(st.booleans()))
+    products = int(m(x).sum().item())
+    assert count_flops(lambda: m(x))==2*products
+    assert count_flops(lambda: m(x).sum().backward())==2*products*(3 if x.requires_grad else 2)
+
+def test_torchs_count_of_a_grouped_backward_is_still_too_high():
+    "When this fails, torch counts rightly and our formula may go"
+    m,x = nn.Conv2d(8, 8, 3, groups=8),torch.randn(1, 8, 6, 6, requires_grad=True)
+    with FlopCounterMode(display=False) as torchs: m(x).sum().backward()
+    assert torchs.get_total_flops()>count_flops(lambda: m(x).sum().backward())==3*2*(16*8*9)
+
+def test_matrix_products_are_counted():
+    m,x = nn.Linear(5, 7),torch.randn(3, 5, requires_grad=True)
+    assert count_flops(lambda: m(x).sum().backward())==3*2*3*5*7
+
+def test_ceiling_leaves_the_generators_alone():
+    state = torch.get_rng_state()
+    assert 1e8<ceiling('cpu', seconds=0.01)<1e15 and torch.equal(state, torch.get_rng_state())
+
+# steps
+
+class Tick(nn.Module):
+    "Moves a simulated clock on, by format and precision"
+    def __init__(self, clock, seconds): super().__init__(); self.clock,self.seconds = [clock],seconds # in a list, for a step to leave it alone
+    def forward(self, x):
+        key = ('channels last' if not x.is_contiguous() else 'contiguous') + (' bf16' if torch.is_autocast_enabled('cpu') else ' fp32')
+        clock_of(self).spend(key, self.seconds[key])
+        return x
+
+clocks = {}
+def clock_of(tick): return clocks['now']
+
+def network(*middle, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *middle, nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
+
+def step_of(model, bs=6, size=12, opt=None, **kw):
+    torch.manual_seed(1)
+    return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), F.cross_entropy, opt and opt(model), **kw)
+
+adamw = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
+quick = dict(limit=1., bar=False, block=2, rounds=8)
+
+@pytest.fixture(autouse=True)
+def fast_ceiling(request, monkeypatch):
+    if not any(o in request.node.name for o in ('ceiling', 'operations')): monkeypatch.setattr(bench, 'ceiling', lambda *a, **kw: 1e12)
+
+def simulated(seconds, **kw):
+    clocks['now'] = clock = Simulated(noise=0.02, **kw)
+    return step_of(network(Tick(None, seconds)), opt=adamw),clock
+
+costs = {'contiguous fp32': 0.1, 'channels last fp32': 0.1/1.05, 'contiguous bf16': 0.1, 'channels last bf16': 0.13}
+
+def test_a_step_whose_speed_is_known(monkeypatch):
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
+    step,clock = simulated(costs)
+    res = bench_formats(step, clock=clock, bar=False)
+    assert {r.arm:r.verdict for r in res.rows}=={'now': 'now', 'now, again': 'noise', 'channels last fp32': 'faster', 'contiguous bf16': 'tie', 'channels last bf16': 'slower'}
+    assert res.best.arm=='channels last fp32' and res.conditions['now']=='contiguous fp32' and abs(res.best.ratio-1.05)<0.02
+    assert res.break_even==math.ceil(res.seconds/(res.now.seconds-res.best.seconds)) and res.best.samples==pytest.approx(6/res.best.seconds)
+    assert str(res).startswith(f'faster: channels last fp32 is {res.best.ratio:.2f} times as fast as what you have now (contiguous fp32), 1.0')
+
+def test_all_verdicts(monkeypatch):
+    monkeypatch.setattr(bench, 'precisions', lambda device: [])
+    for cost,verdict,words in ((0.2, 'fastest already', 'what you have now (contiguous fp32) is faster than all others'), (0.1, 'tie', 'no arm is faster than what you have now (contiguous fp32) by more than the noise')):
+        step,clock = simulated({**costs, 'channels last fp32': cost})
+        res = bench_formats(step, clock=clock, bar=False)
+        assert res.verdict==verdict and res.reason.startswith(words) and res.best is res.now and res.break_even is None
+
+def test_present_in_channels_last_and_bf16(monkeypatch):
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
+    step,clock = simulated({**costs, 'channels last bf16': 0.05})
+    step.autocast = torch.bfloat16
+    for now in (None, Arm('now', 'channels_last')):
+        res = bench_formats(step, clock=clock, bar=False, now=now)
+        assert res.conditions['now']==('contiguous bf16' if now is None else 'channels last bf16')
+        assert ('channels last bf16' in [r.arm for r in res.rows])==(now is None) and res.now.seconds==pytest.approx(0.1 if now is None else 0.05, rel=0.1)
+    apply_channels_last(step.model, step.optimizer)
+    assert bench_formats(step, clock=clock, bar=False).conditions['now']=='mixed bf16'
+    step.convert('channels_last')
+    assert bench_formats(step, clock=clock, bar=False).conditions['now']=='channels last bf16'
+
+class Loader:
+    "Batches that take `seconds` of simulated time"
+    def __init__(self, clock, step, seconds, n=20): self.clock,self.batch,self.seconds,self.n = clock,(step.inputs[0].clone(),step.targets[0].clone()),seconds,n
+    def __iter__(self):
+        for _ in range(self.n):
+            self.clock.t += self.seconds
+            yield self.batch
+
+@pytest.mark.parametrize('wait', [0., 0.1, 0.9])
+def test_whole_epoch(wait, monkeypatch):
+    monkeypatch.setattr(bench, 'precisions', lambda device: [])
+    step,clock = simulated({**costs, 'channels last fp32': 0.05}, switch=0.)
+    res = bench_formats(step, clock=clock, bar=False, loader=Loader(clock, step, wait))
+    assert res.loader['share']==pytest.approx(wait/(wait+0.102), abs=0.02)
+    assert res.loader['ratio']==pytest.approx((wait+0.102)/(wait+0.051), rel=0.05) and res.loader['low']<=res.loader['ratio']<=res.loader['high']
+    assert 'of the time of a batch is waiting for the data loader; with it, epochs of channels last fp32 are' in str(res)
+
+def test_whole_epoch_with_too_few_batches(monkeypatch):
+    step,clock = simulated(costs)
+    assert bench_formats(step, ['channels last fp32'], clock=clock, bar=False, loader=Loader(clock, step, 0.1, n=1)).loader=={}
+
+def state(step):
+    opt = step.optimizer.state_dict() if step.optimizer else {}
+    return ([(n,p.detach().clone(),p.stride(),id(p),'none' if p.grad is None else p.grad.clone()) for n,p in step.model.named_parameters()], [(n,b.clone()) for n,b in step.model.named_buffers()],
+            torch.get_rng_state(), random.getstate()[1], [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)], guarded(step.model),
+            [m.training for m in step.model.modules()], [len(m._forward_hooks) for m in step.model.modules()], id(step.inputs[0]), id(step.targets[0]), step.inputs[0].stride(),
+            step.loss_scale, 'none' if step.model._compiled_call_impl is None else 'compiled', len(list(step.model.modules())))
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b) and a.dtype==b.dtype
+    return len(a)==len(b) and all(map(same, a, b)) if isinstance(a, (list,tuple)) else a==b
+
+def test_same():
+    step = step_of(network(), opt=adamw)
+    before = state(step)
+    assert same(state(step), before)
+    step.run()
+    assert not same(state(step), before)
+
+def interrupt(at):
+    n = [0]
+    def setup(step):
+        apply_channels_last(step.model, step.optimizer)
+        step.model[2].inplace = True
+        def f():
+            n[0] += 1
+            if n[0]==at: raise KeyboardInterrupt
+            return step.run(keep='loss')
+        return f
+    return setup
+
+@pytest.mark.parametrize('fault', [None, 'raises', 'interrupted at 1', 'interrupted at 12', 'changes all'])
+@pytest.mark.parametrize('trained', [False, True])
+def test_nothing_is_left_behind(fault, trained):
+    step = step_of(network(), opt=adamw)
+    if trained: step.run(); step.model.eval()
+    def raises(s): apply_channels_last(s.model, s.optimizer); s.model[2].inplace = True; raise MemoryError('planted')
+    def changes(s): s.model.append(nn.Identity()); s.model[0].weight.data = s.model[0].weight.data.clone(); s.inputs = (s.inputs[0].clone(),); s.targets = (s.targets[0].clone(),); s.loss_scale = 3.; random.random()
+    arms = {None: {}, 'raises': {'own': raises}, 'changes all': {'own': changes}}.get(fault) if fault is None or 'at' not in fault else {'own': interrupt(int(fault.split()[-1]))}
+    before = state(step)
+    res = bench_formats(step, ['contiguous bf16', 'channels last fp32', 'channels last bf16', *arms.items()], loader=[(step.inputs[0]+1, step.targets[0])]*8, **quick)
+    assert same(state(step), before)
+    assert res.interrupted==(fault is not None and 'interrupted' in fault)
+    if fault=='raises': assert res['own'].reason=='out of memory: MemoryError: planted'
+    if fault=='changes all': assert res['own'].verdict!='failed'
+
+def test_what_is_no_step():
+    model = network()
+    cases = [(TrainingStep(model, torch.randn(2, 3, 12, 12), torch.tensor([0, 1]), lambda p,t: p.detach().mean()), 'now cannot be measured: ValueError: the loss has no gradient'),
+             (TrainingStep(model, torch.randn(2, 5, 12, 12), torch.tensor([0, 1]), F.cross_entropy), 'now cannot be measured: RuntimeError: .*expected input.* to have 3 channels, but got 5'),
+             (TrainingStep(model, torch.randn(2, 3, 12, 12)*math.nan, torch.tensor([0, 1]), F.cross_entropy), 'now cannot be measured: its loss is nan')]
+    for step,text in cases:
+        with pytest.raises(ValueError, match=text): bench_formats(step, **quick)
+    with pytest.raises(ValueError, match="'contiguous fp8' is no arm: it takes 'contiguous fp32', 'channels last fp32'"): bench_formats(step_of(model), ['contiguous fp8'])
+    with pytest.raises(ValueError, match="each arm has a name of its own, received 'now' twice"): bench_formats(step_of(model), {'now': print})
+    with pytest.raises(TypeError, match="the arm 'x' is a function of the step, received int"): bench_formats(step_of(model), {'x': 3})
+    with pytest.raises(ValueError, match="memory_format is 'contiguous', 'channels_last' or None, received 'nhwc'"): Arm('x', 'nhwc')
+
+def test_an_arm_that_computes_something_else():
+    def loses_gradients(step): step.model[0].requires_grad_(False); step.model[4].requires_grad_(False); step.loss_func = lambda p,t: F.cross_entropy(p.detach()+0.01*p, t)
+    arms = {'loss': lambda s: s.model[-1].weight.data.mul_(50), 'nan': lambda s: s.model[0].weight.data.fill_(math.nan), 'gradients': loses_gradients, 'right': lambda s: None}
+    res = bench_formats(step_of(network(), opt=adamw), arms, **quick)
+    assert res['loss'].reason.startswith('it computes something else: its loss is') and res['nan'].reason=='its loss is nan'
+    assert res['gradients'].reason.startswith('it computes something else: its gradients have the norm') and res['right'].verdict!='failed'
+
+def test_rounding_is_nothing_else():
+    "Batch normalization over two values multiplies the rounding of bf16: gradients of five times the norm are still right"
+    import torchvision
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    res = bench_formats(TrainingStep(model, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), F.cross_entropy), [Arm('bf16', 'channels_last', torch.bfloat16)], **quick)
+    assert res['bf16'].verdict!='failed', res['bf16'].reason
+
+class Fault(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.view_as(x)
+    @staticmethod
+    def backward(ctx, g): return g if g.is_contiguous() else g*1.05
+
+class Faulty(nn.Module):
+    def forward(self, x): return Fault.apply(x)
+
+def test_a_wrong_arm_is_found_by_the_check():
+    step = step_of(network(Faulty()), bs=8)
+    res = bench_formats(step, ['channels last fp32', 'contiguous fp32'], check=True, **quick)
+    assert res['channels last fp32'].verdict=='failed' and res['channels last fp32'].reason.startswith('wrong: ') and 'it starts in the backward pass of `3`' in res['channels last fp32'].reason
+    assert res['contiguous fp32'].verdict!='failed'
+    assert bench_formats(step, ['channels last fp32'], **quick)['channels last fp32'].verdict!='failed', 'the crude measure lets 5 % pass'
+
+@pytest.mark.parametrize('always', [False, True])
+def test_fp16_steps_that_make_no_update_do_not_count(always):
+    "A loss of 300 overflows at a scale of 1024"
+    step = step_of(network(), opt=adamw)
+    factor = 1e30 if always else 3e3
+    step.loss_func = lambda p,t: factor*F.cross_entropy(p, t)
+    res = bench_formats(step, [Arm('fp16', dtype=torch.float16)], **quick)
+    if always: assert res['fp16'].reason.startswith('gradients overflow in fp16 even at a loss scale of') and res['fp16'].verdict=='failed'
+    else: assert res['fp16'].verdict!='failed'
+    assert step.loss_scale==1024
+
+def test_layers_are_guarded_in_bf16_in_either_format():
+    seen = {}
+    def look(name):
+        def setup(step): return None
+        return setup
+    step = step_of(network())
+    kept = bench._prepare
+    def prepare(step, arm, *a):
+        f = kept(step, arm, *a)
+        seen[arm.name] = bool(guarded(step.model))
+        return f
+    bench._prepare = prepare
+    try: bench_formats(step, ['contiguous bf16', 'contiguous fp32', 'channels last bf16'], **quick)
+    finally: bench._prepare = kept
+    assert seen['contiguous bf16'] and seen['channels last bf16'] and not seen['contiguous fp32'] and not seen['now']
+
+def test_arms_by_device_and_model(monkeypatch):
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.float16, torch.bfloat16])
+    assert list(format_arms(step_of(network())))==[f'{f} {p}' for p in ('fp32', 'fp16', 'bf16') for f in ('contiguous', 'channels last')]
+    assert list(format_arms(step_of(network()), compile=True))[6:]==['now, compiled', *[f'channels last {p}, compiled' for p in ('fp32', 'fp16', 'bf16')]]
+    plain = TrainingStep(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2), F.mse_loss)
+    assert list(format_arms(plain))==['contiguous fp32', 'contiguous fp16', 'contiguous bf16']
+    assert list(format_arms(step_of(network().double())))==['contiguous fp64', 'channels last fp64']
+
+def test_precisions_of_this_processor():
+    from fastxtend_cl.amp import cpu_bf16
+    assert precisions('cpu')==([torch.bfloat16] if cpu_bf16() else [])
+
+def test_compiled():
+    step = step_of(network())
+    runs = Counter()
+    import torch._dynamo.utils as dynamo
+    before = dynamo.counters['stats']['unique_graphs']
+    res = bench_formats(step, ['now, compiled', 'channels last fp32, compiled'], limit=4., bar=False)
+    assert res['now, compiled'].verdict!='failed', res['now, compiled'].reason
+    assert res['channels last fp32, compiled'].verdict!='failed', res['channels last fp32, compiled'].reason
+    assert res['now, compiled'].first_seconds>res['now, compiled'].seconds and step.model._compiled_call_impl is None
+    assert res.now.pairs>=least_pairs
+    graphs = dynamo.counters['stats']['unique_graphs']-before
+    assert 0<graphs<=8, f'{graphs} graphs: blocks compile anew'
+
+modes = [] # a list that the step can reach would be put back
+def test_inference():
+    step = step_of(network())
+    step.model[2].register_forward_hook(lambda m, a, o: modes.append((m.training, torch.is_inference_mode_enabled())))
+    step.loss_func = lambda p,t: 1/0
+    res = bench_formats(step, inference=True, **quick)
+    assert set(modes)=={(False, True)} and res.conditions['optimizer']=='inference' and all(r.verdict!='failed' for r in res.rows) and step.model.training
+    assert res.now.flops*res.now.seconds==pytest.approx(2*(6*144*8*27+6*36*8*72+6*32*4))
+
+def test_operations_of_a_step():
+    step = step_of(network())
+    res = bench_formats(step, **quick)
+    conv = 6*144*8*27*2+6*36*8*72*3+6*32*4*3 # the first layer's input needs no gradient
+    assert res.now.flops*res.now.seconds==pytest.approx(2*conv)
+    assert set(res.ceilings)>={'fp32'} and res.now.of_ceiling==pytest.approx(res.now.flops/res.ceilings['fp32'])
+
+def test_memory_of_a_step():
+    "Activations of one layer, kept for the backward pass, and the gradients of its weights"
+    x = torch.randn(4, 3, 16, 16)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Sigmoid())
+    res = bench_formats(TrainingStep(model, x, torch.zeros(()), lambda p,t: p.sum()+t), ['contiguous fp32'], **quick)
+    one = 4*32*256*4
+    assert 2*one<=res.now.memory<=5*one
+
+def test_result_is_a_value():
+    step = step_of(network(), opt=adamw)
+    res = bench_formats(step, {'broken': lambda s: 1/0, 'right': lambda s: None}, **quick)
+    d = json.loads(json.dumps(res.to_dict()))
+    assert d['best']==res.best.arm and d['verdict']==res.verdict and d['rows'][0]['arm']=='now' and len(d['rows'][1]['blocks'])==res['now, again'].pairs
+    assert {'device', 'torch', 'threads', 'shape', 'optimizer', 'block', 'now', 'date'}<=set(d['conditions'])
+    assert res._repr_markdown_().startswith(f'**{res.verdict}**: ') and '| broken | failed |' in res._repr_markdown_() and 'ZeroDivisionError' in str(res)
+    import matplotlib
+    matplotlib.use('Agg')
+    ax = res.plot()
+    assert [t.get_text() for t in ax.get_yticklabels()]==['right'] and res.plot(ax) is ax
+    width = {len(l) for l in res._repr_markdown_().splitlines() if l.startswith('|') and '---' in l}
+    assert len(width)==1
+
+def test_progress(capsys):
+    clock = Simulated()
+    compare({'now': clock.arm('now', 0.1), 'other': clock.arm('other', 0.1)}, clock=clock, bar=True)
+    assert '[100/100' in capsys.readouterr().out
+    compare({'now': clock.arm('now', 0.1)}, clock=clock, bar=False)
+    assert capsys.readouterr()==('', '')
+
+# Learner
+
+def learner(model, n=32, **kw):
+    from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TensorCategory, TensorImage
+    import fastxtend_cl.all
+    torch.manual_seed(0); random.seed(0)
+    ds = [(TensorImage(torch.randn(3, 12, 12)),TensorCategory(i%4)) for i in range(n)]
+    return Learner(DataLoaders.from_dsets(ds, ds[:8], bs=8, device='cpu', **{'num_workers': 0, **kw}), model, loss_func=CrossEntropyLossFlat())
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('fitted', [False, True])
+def test_learner_method(fitted, workers):
+    from fastxtend_cl.learner import TrainingStep as _
+    learn,twin = learner(network(), num_workers=workers),learner(network(), num_workers=workers)
+    for l in (learn, twin):
+        torch.manual_seed(3); random.seed(3)
+        if fitted:
+            with l.no_bar(), l.no_logging(): l.fit(1, 1e-2)
+    res = learn.bench_channelslast(['channels last fp32'], **{**quick, 'limit': 0.5})
+    assert res.conditions['now']=='contiguous fp32' and 0<=res.loader['share']<1 and res.loader['workers']==workers
+    assert (learn.opt is None)==(not fitted)
+    for l in (learn, twin):
+        torch.manual_seed(4); random.seed(4)
+        with l.no_bar(), l.no_logging(): l.fit(1, 1e-2)
+    assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), twin.model.state_dict().values())), 'the next fit is what it would have been'
+
+def test_learner_method_knows_what_fit_would_do():
+    learn = learner(network()).to_channelslast(use_amp=False)
+    res = learn.bench_channelslast(epochs=False, **quick)
+    assert res.conditions['now']=='channels last fp32' and res.loader=={} and 'channels last fp32' not in [r.arm for r in res.rows]
+    assert learn.model[0].weight.is_contiguous(), 'converted by fit, not before'
+
+# Two processes
+
+def worker(folder):
+    "Rank 1 takes twice as long, and one arm fails on it alone"
+    import torch.distributed as dist
+    dist.init_process_group('gloo')
+    rank = dist.get_rank()
+    clock = Simulated(noise=0.02*(1+rank), seed=rank)
+    def fails():
+        if rank==1 and len(clock.log)>60: raise RuntimeError('on one rank')
+        clock.spend('fails', 0.1)
+    a,c = clock.arm('now', 0.1*(1+rank)),clock.arm('other', 0.05*(1+rank))
+    sums = []
+    def together():
+        t = torch.ones(())
+        dist.all_reduce(t)
+        sums.append(t.item()); clock.spend('together', 0.08*(1+rank))
+    res = compare({'now': a, 'other': c, 'fails': fails, 'together': together}, clock=clock, bar=rank==0, limit=40)
+    log = clock.log[:]
+    step = step_of(network(), opt=adamw)
+    formats = bench_formats(step, ['channels last fp32', 'contiguous bf16'], **quick)
+    torch.save(dict(rows=[vars(r) for r in res.rows], noise=res.noise, log=log, ranks=res.conditions['ranks'], sums=set(sums), formats={r.arm:(r.seconds,r.ratio,r.samples) for r in formats.rows}), Path(folder)/f'{rank}.pth')
+    dist.barrier()
+    dist.destroy_process_group()
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ranks')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(root), str(root/'tests')]), 'CUDA_VISIBLE_DEVICES': ''}
+    ps = [subprocess.Popen([sys.executable, __file__, str(folder)], env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try: outs = [p.communicate(timeout=120) for p in ps]
+    finally:
+        for p in ps: p.kill()
+    assert [p.returncode for p in ps]==[0, 0], outs
+    return [torch.load(folder/f'{i}.pth', weights_only=False) for i in range(2)]
+
+def test_ranks_measure_the_same_and_agree(two):
+    a,b = two
+    assert a['ranks']==b['ranks']==2 and [[n for n in o['log'] if n!='fails'] for o in two][0]==[n for n in b['log'] if n!='fails'] and a['noise']==b['noise'] and a['sums']==b['sums']=={2.}
+    assert [r['blocks'] for r in a['rows']]==[r['blocks'] for r in b['rows']] and a['formats']==b['formats']
+
+def test_the_slowest_rank_counts(two):
+    rows = {r['arm']:r for r in two[0]['rows']}
+    assert rows['now']['seconds']==pytest.approx(0.2, rel=0.1) and rows['other']['ratio']==pytest.approx(2, rel=0.05) and rows['other']['verdict']=='faster'
+    seconds,_,samples = two[0]['formats']['now']
+    assert samples==pytest.approx(12/seconds)
+
+def test_an_arm_that_fails_on_one_rank_fails_on_all(two):
+    for o in two:
+        row = next(r for r in o['rows'] if r['arm']=='fails')
+        assert (row['verdict'],row['reason'])==('failed', 'RuntimeError: on one rank')
+
+if __name__=='__main__': worker(*sys.argv[1:])
