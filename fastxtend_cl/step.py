@@ -120,9 +120,12 @@ class _TensorState:
         self.hooks,self.post = t._backward_hooks,t._post_accumulate_grad_hooks
         self.version = None if t.is_inference() else t._version
 
+    def restore_memory(self):
+        if self.alias is not None and not _same_memory(self.t, self.alias): self.t.data = self.alias
+
     def restore(self):
+        "To be called when all tensors have their memory again: a gradient must have the dtype of its parameter"
         t = self.t
-        if self.alias is not None and not _same_memory(t, self.alias): t.data = self.alias
         if self.leaf and not t.is_leaf: t.detach_()
         if self.leaf and t.requires_grad!=self.requires_grad: t.requires_grad_(self.requires_grad)
         if _own_grad(t) is not self.grad: t.grad = self.grad
@@ -302,11 +305,11 @@ def _global_hooks():
 
 def _copy(t, on): return t.clone() if on is None else t.to(on, copy=True)
 
-# %% ../nbs/03_step.ipynb #cbd95167
+# %% ../nbs/03_step.ipynb #f2cdb79e
 @patch
 def _restore(self:Preserved):
     "Put everything back; returns the errors met"
-    tensors = [*[t.restore for t in self._tensors], *[partial(_put_back, *o) for o in self._copies], *[t.restore_version for t in self._tensors]]
+    tensors = [*[t.restore_memory for t in self._tensors], *[t.restore for t in self._tensors], *[partial(_put_back, *o) for o in self._copies], *[t.restore_version for t in self._tensors]]
     first = [torch.cuda.synchronize] if torch.cuda.is_initialized() else []
     with _plain_torch(): failed = _call_all(first + self._undos + tensors)
     return failed + _call_all([torch.clear_autocast_cache, *self._process])

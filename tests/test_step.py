@@ -236,7 +236,7 @@ def test_restored(name):
     assert after[0]==before[0] and after==before
 
 sabotage = {'_put_back': ('weights','weights_by_data','buffers','grad_values','optimizer_state','inputs','targets'), '_dict_undo': ('mode','added_buffer','plain_attribute','forward_hook','optimizer_cleared','hyper','step_fields','loss','global_hook'),
-    '_list_undo': ('groups',), '_TensorState.restore': ('strides','dtype','requires_grad','grad_none','non_leaf','new_memory','tensor_hook','post_grad_hook'), '_TensorState.restore_version': ('version',), 'generators': ('python','numpy','torch'),
+    '_list_undo': ('groups',), '_TensorState.restore_memory': ('strides','dtype','new_memory'), '_TensorState.restore': ('requires_grad','grad_none','non_leaf','tensor_hook','post_grad_hook'), '_TensorState.restore_version': ('version',), 'generators': ('python','numpy','torch'),
     '_flag_undos': ('grad_mode','default_dtype','anomaly','deterministic','threads','autocast','nesting','cudnn_benchmark','matmul','flash'), '_object_undo': ('parametrized',)}
 
 def remove(monkeypatch, what):
@@ -992,3 +992,17 @@ def test_learners_that_have_no_step():
     learn = get_learner(); learn.dls = None
     for learn,text in cases + [(learn, 'the Learner has no training data')]:
         with unchanged(learn), pytest.raises(ValueError, match=text): TrainingStep.from_learner(learn)
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_gradients_of_another_dtype_are_put_back(dtype):
+    "The user's own body may change the dtype of the model"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4*36, 2))
+    step = TrainingStep(model, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), nn.functional.cross_entropy)
+    step.run()
+    before = [(p, p.detach().clone(), p.grad, p.grad.clone()) for p in model.parameters()]
+    with step.preserved():
+        model.to(dtype)
+        step.inputs = (step.inputs[0].to(dtype),)
+        step.run()
+        assert all(p.grad.dtype==dtype for p in model.parameters())
+    assert all(q is p and torch.equal(q, v) and q.grad is g and torch.equal(g, h) for q,(p,v,g,h) in zip(model.parameters(), before))
