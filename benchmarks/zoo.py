@@ -38,30 +38,25 @@ def timm_names(per_family=2, below=60e6):
     path.write_text(json.dumps(dict(timm=timm.__version__, names=(names := list(dict.fromkeys(names)))), indent=1)+'\n')
     return names
 
-def build(name, image=image, batch=batch):
-    "Model and input of `source/name`; the same weights and numbers each time"
+def build(name, image=image, batch=batch, own_size=False):
+    "Model and input of `source/name`, the same weights and numbers each time; `own_size` is what the model is made for"
     source,_,n = name.partition('/')
     torch.manual_seed(0)
     shape = (batch, 3, image, image)
     if source=='timm':
         import timm
-        try: model = timm.create_model(n, num_classes=classes, img_size=image)
+        try: model = timm.create_model(n, num_classes=classes, **({} if own_size else dict(img_size=image)))
         except TypeError: model = timm.create_model(n, num_classes=classes)
-        cfg = model.default_cfg
-        size = cfg['input_size'][1:] if cfg.get('fixed_input_size') and not getattr(getattr(model, 'patch_embed', None), 'img_size', None) else (image, image)
-        if hasattr(getattr(model, 'patch_embed', None), 'img_size'): size = model.patch_embed.img_size
-        shape = (batch, cfg['input_size'][0], *size)
-    elif source=='torchvision':
+        cfg,patches = model.default_cfg,getattr(model, 'patch_embed', None)
+        fixed = own_size or cfg.get('fixed_input_size') and not getattr(patches, 'img_size', None)
+        shape = (batch, cfg['input_size'][0], *(cfg['input_size'][1:] if fixed else getattr(patches, 'img_size', None) or (image, image)))
+    elif source in ('torchvision', 'video'):
         import torchvision
         kw = dict(weights_backbone=None) if n.startswith(('deeplab', 'fcn', 'lraspp')) else dict(init_weights=True) if n in ('googlenet', 'inception_v3') else {}
         if n=='maxvit_t': kw['input_size'],shape = (224, 224),(batch, 3, 224, 224)
-        if n=='inception_v3': shape = (batch, 3, 160, 160)
+        elif source=='video': shape = (1, 3, 16, 224, 224) if own_size or n.startswith('mvit') else (2, 3, 8, 64, 64)
+        elif own_size: shape = (batch, 3, 299, 299) if n=='inception_v3' else (batch, 3, 224, 224)
         model = torchvision.models.get_model(n, weights=None, num_classes=classes, **kw)
-    elif source=='video':
-        import torchvision
-        shape = (2, 3, 16, 224, 224) if n.startswith('mvit') else (2, 3, 16, 64, 64) if n=='s3d' else (2, 3, 8, 64, 64)
-        model = torchvision.models.get_model(n, weights=None, num_classes=classes)
-        if n.startswith('mvit'): shape = (1, *shape[1:])
     else:
         from fastai.vision import all as fv
         arch,*options = n.split('+')
@@ -143,17 +138,23 @@ def child(conn, name, device, rounds, block, known):
             if k not in self.kept: self.kept[k] = super().watched(memory_format, dtype, *watches)
             return self.kept[k]
     check_module._Runs = Shared
+    own = {}
     def fresh(**size):
-        model,x = build(name, **size)
+        model,x = build(name, **size, **own)
         return model.to(device),x.to(device)
     def check():
-        try: return check_at(**small)
+        try: res = check_at(**small)
         except Exception: return check_at() # too small for it
+        return res if res.ok is not None else check_at(image=96, batch=8) # BatchNorm on few numbers amplifies rounding
     def check_at(**size):
-        if not size: Shared.kept.clear()
+        if size!=small: Shared.kept.clear()
         model,x = fresh(**size)
         return check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
     def contiguous():
+        try: return contiguous_at()
+        except Exception: own['own_size'] = True # it takes no other
+        return contiguous_at()
+    def contiguous_at():
         model,x = fresh()
         arms['contiguous'] = stepper(model, x, device)
         arms['contiguous']()

@@ -7,11 +7,13 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/check.html.md"""
 # %% auto #0
 __all__ = ['margin', 'epsilon', 'untold', 'distance', 'CheckRow', 'FormatCheck', 'double_bytes', 'check_formats']
 
-# %% ../nbs/04_check.ipynb #b9370dc1
+# %% ../nbs/04_check.ipynb #ec2da598
 import math, os, statistics, time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
@@ -277,6 +279,8 @@ class _Count:
 
 def _free_bytes(device):
     if device.type=='cuda': return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration): # what the system would give, with the pages that only cache files
+        return next(1024*int(l.split()[1]) for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable'))
     try: return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError, ValueError, OSError): return math.inf
 

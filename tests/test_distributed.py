@@ -63,7 +63,7 @@ def run_two(folder, *args):
         'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(root), str(tests)]), 'CUDA_VISIBLE_DEVICES': '', 'FXCL_DEVICE': 'cpu'}
     command = [sys.executable, __file__, str(folder), *args]
     ps = [subprocess.Popen(command, env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
-    try: outs = [p.communicate(timeout=240)[1] for p in ps]
+    try: outs = [p.communicate(timeout=600)[1] for p in ps]
     finally:
         for p in ps: p.kill()
     assert [p.returncode for p in ps]==[0, 0], '\n'.join(outs)

@@ -349,7 +349,7 @@ torch.save(dict(preds=preds, formats=formats, models=len(models), tfms=[type(f).
 def load_elsewhere(folder):
     "What a process without this package finds in an export"
     env = {**os.environ, 'PYTHONPATH': str(root/'tests'), 'OMP_NUM_THREADS': '1'}
-    res = subprocess.run([sys.executable, '-c', loader], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    res = subprocess.run([sys.executable, '-c', loader], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert res.returncode==0, res.stderr
     return torch.load(folder/'found.pth')
 
@@ -701,5 +701,5 @@ def test_import_order_does_not_matter(order):
             assert module.startswith('fastxtend_cl.'), (n, module)
         assert 'to_fp16' in inspect.signature(Learner.to_channelslast).parameters and 'growth_interval' in inspect.signature(Learner.to_channelslast).parameters
     ''')
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True, timeout=120)
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True, timeout=600)
     assert res.returncode==0, res.stderr
