@@ -45,8 +45,9 @@ _names = {None: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 
 def _flat(res):
     "The parts of a `StepResult` that are compared, as one dict of tensors in double precision on the CPU"
-    parts = {'loss': {'loss': res.loss}, 'output': {f'output {i}':t for i,t in enumerate(_tensors_in(res.outputs)) if t.is_floating_point()}, 'gradient': res.grads,
-             'weight': res.weights, 'buffer': {n:b for n,b in res.buffers.items() if b.is_floating_point()}}
+    outputs = {f'output {i}':t for i,t in enumerate(_tensors_in(res.outputs)) if t.is_floating_point()}
+    buffers = {n:b for n,b in res.buffers.items() if b.is_floating_point()}
+    parts = {'loss': {'loss': res.loss}, 'output': outputs, 'gradient': res.grads, 'weight': res.weights, 'buffer': buffers}
     return {(kind,n):t.detach().to('cpu', torch.float64, copy=True) for kind,ts in parts.items() for n,t in ts.items()}
 
 def _run(step, memory_format, dtype, *watches):
@@ -175,9 +176,12 @@ def __str__(self:FormatCheck):
 
 @patch
 def _repr_markdown_(self:FormatCheck):
-    rows = [f'| {r.verdict} | {r.precision} | {r.kind} `{r.name}` | {r.contiguous:.1e} | {r.channels_last:.1e} | {r.allowed:.1e} |' for r in _worst(self, 20)]
-    table = '\n'.join(['| verdict | precision | result | contiguous | channels last | allowed |', '|---|---|---|--:|--:|--:|', *rows])
-    return '\n\n'.join([f'**{self.verdict}**: {self.reason}', *map(str, self.probes), f'<details><summary>The results furthest from double precision, of {len(self.rows)}</summary>\n\n{table}\n\n</details>'])
+    def cells(r): return r.verdict,r.precision,f'{r.kind} `{r.name}`',*(f'{o:.1e}' for o in (r.contiguous, r.channels_last, r.allowed))
+    head = ['| verdict | precision | result | contiguous | channels last | allowed |', '|---|---|---|--:|--:|--:|']
+    table = '\n'.join([*head, *(f'| {" | ".join(cells(r))} |' for r in _worst(self, 20))])
+    summary = f'The results furthest from double precision, of {len(self.rows)}'
+    folded = f'<details><summary>{summary}</summary>\n\n{table}\n\n</details>'
+    return '\n\n'.join([f'**{self.verdict}**: {self.reason}', *map(str, self.probes), folded])
 
 # %% ../nbs/04_check.ipynb #a6c898bb
 def _rows(precision, ours, contiguous, noisy, exact):
@@ -242,9 +246,10 @@ def _say(rows, first, probes, names):
         words = []
         if wrong:
             w = max(wrong, key=lambda r: r.channels_last/r.allowed)
-            start = f'; it starts in the {first["phase"]} pass of `{first["module"]}`, in {first["precision"]}' if first and first['module'] is not None else ''
-            words.append(f'{len(wrong)} of {len(rows)} results are further from double precision than rounding explains, the worst the {w.kind} of `{w.name}` in {w.precision} '
-                         f'({w.channels_last:.1e}, contiguous {w.contiguous:.1e}){start}')
+            start = f'; it starts in the {first["phase"]} pass of `{first["module"]}`, in {first["precision"]}'
+            words.append(f'{len(wrong)} of {len(rows)} results are further from double precision than rounding explains, '
+                f'the worst the {w.kind} of `{w.name}` in {w.precision} ({w.channels_last:.1e}, contiguous {w.contiguous:.1e})'
+                + (start if first['module'] is not None else ''))
         if probes: words.append(f'{len(probes)} layers failed in the child process')
         return False,'; '.join(words)
     if len(unclear)>len(rows)/2:
@@ -288,7 +293,7 @@ def double_bytes(
     step:TrainingStep,
     activations:int, # Elements that its layers hand on
 ) -> int: # Bytes
-    "Estimate of the memory that a run of `step` in double precision takes on top: activations with their gradients, weights with theirs and the optimizer's state, and the copy that is put back"
+    "Estimate of the memory that a run of `step` in double precision takes on top: activations, weights, their gradients, optimizer state, a copy to put back"
     return 8*(2*activations + 4*sum(p.numel() for p in step.params().values())) + step.preserved_bytes()
 
 # %% ../nbs/04_check.ipynb #f9f927c5
@@ -297,7 +302,8 @@ def _by_layers(step, need, have, sample):
     specs = _specs(step)
     chosen = specs[::max(1, math.ceil(len(specs)/sample))]
     probes = _probe_layers(step, chosen)
-    words = f'double precision would take about {need/2**30:.1f} GiB of the {have/2**30:.1f} free, so {len(chosen)} of {len(specs)} distinct convolutions were checked one by one in a child process'
+    words = (f'double precision would take about {need/2**30:.1f} GiB of the {have/2**30:.1f} free, '
+        f'so {len(chosen)} of {len(specs)} distinct convolutions were checked one by one in a child process')
     return not probes,f'{words}, {len(probes)} of them failed' if probes else words,probes
 
 # %% ../nbs/04_check.ipynb #db766a83
@@ -311,7 +317,8 @@ def check_formats(
 
     Raises a `ValueError` for a model without a convolution, and what the step itself raises, such as for a loss that is not finite."""
     start = time.perf_counter()
-    if not convolutions(step.model): raise ValueError(f'there is nothing to check: {type(step.model).__name__} has no convolution of two or three dimensions')
+    if not convolutions(step.model):
+        raise ValueError(f'there is nothing to check: {type(step.model).__name__} has no convolution of two or three dimensions')
     common = dict(guarded=guarded(step.model), conditions=_conditions(step))
     def done(ok, reason, **kw): return FormatCheck(ok, reason, seconds=time.perf_counter()-start, **common, **kw)
     probes = _probe_layers(step, _specs(step)) if probe else []
@@ -324,7 +331,9 @@ def check_formats(
     runs,shifted = _Runs(step),_Runs(step, 0.01)
     again,_ = runs('contiguous', None)
     twice = max((distance(again[k], t) for k,t in contiguous.items()), default=0.)
-    if twice>epsilon['fp32']: return done(None, f'two runs of the same step from the same seed differ by {twice:.1e}: its randomness is not under the control of torch, NumPy or Python', probes=probes)
+    if twice>epsilon['fp32']:
+        reason = f'two runs of the same step from the same seed differ by {twice:.1e}: its randomness is not under the control of torch, NumPy or Python'
+        return done(None, reason, probes=probes)
     rows,first = [],None
     dtypes = list(dict.fromkeys((None, step.autocast)))
     for dtype in dtypes:
