@@ -24,7 +24,7 @@ from .bench import (Arm, BenchRow, FormatBench, bench_formats, device_clock, for
     _precision, _ranks, _step_lane, _world)
 from .format import _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format, format_of
 from .hazards import Guard, hazards
-from .probe import LayerSpec, LayerTimes, Probe, aten, conv_args, dtypes, is_tiled, keep_memory, tiled_weight_grad
+from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, tiled_weight_grad
 from .step import TrainingStep
 
 # %% ../nbs/08_plan.ipynb #57eb2f71
@@ -38,13 +38,14 @@ class LayerPlan:
     output:str|None=None # Of what it hands on
     memory_format:str|None=None # 'contiguous' or 'channels_last'; None: that of the model
     dense:bool=False # Give the gradient of its output the strides of its output
+    pooled:bool=False # Give the gradient of a mean over its input the strides of its input
 
     def __str__(self):
         kernels = (self.forward, self.input, self.weight)
         words = [] if self.forward is None else [self.forward] if len({*kernels}-{None})==1 else ['/'.join(k or '-' for k in kernels)]
         if self.output and self.output!=self.forward: words.append(f'hands on {self.output}')
         if self.memory_format: words.append(self.memory_format.replace('_', ' '))
-        return ', '.join(words + ['weight gradient tiled']*self.tiled + ['dense gradient']*self.dense) or 'as it is'
+        return ', '.join(words + ['weight gradient tiled']*self.tiled + ['dense gradient']*self.dense + ['dense gradient of its mean']*self.pooled) or 'as it is'
 
 # %% ../nbs/08_plan.ipynb #997634f6
 def _dtype(name): return dtypes[name] or torch.float32
@@ -101,8 +102,14 @@ class Planned(Guard):
 
     def __call__(self, *args, **kwargs):
         y = self.compute(*args) if self.applies(args, kwargs) else super().__call__(*args, **kwargs)
-        if self.layer.dense and isinstance(y, torch.Tensor) and y.requires_grad and not torch.compiler.is_compiling(): y.register_hook(partial(_dense, y.stride()))
+        if (self.layer.dense or self.layer.pooled) and isinstance(y, torch.Tensor) and y.requires_grad and not torch.compiler.is_compiling(): self.tidy(args, y)
         return y
+
+    def tidy(self, args, y):
+        "Let gradients have the strides of what they are gradients of"
+        if self.layer.dense: y.register_hook(partial(_dense, y.stride()))
+        if self.layer.pooled and args and isinstance(x := args[0], torch.Tensor):
+            for n in _means(y.grad_fn, x.grad_fn): n.register_hook(partial(_spread, x.stride()))
 
     def applies(self, args, kwargs):
         "Whether this call is one that the plan is for"
@@ -123,6 +130,23 @@ class Planned(Guard):
 def _dense(stride, g):
     "`g` with the strides of the output it belongs to"
     return g if g.stride()==stride or g.layout!=torch.strided else torch.empty_strided(g.shape, stride, dtype=g.dtype, device=g.device).copy_(g)
+def _spread(stride, grads, _):
+    "What a mean over all pixels hands back, with the strides of what it is a mean of"
+    g = grads[0]
+    if g is None or g.stride()==stride: return None
+    return torch.empty_strided(g.shape, stride, dtype=g.dtype, device=g.device).copy_(g[(...,)+(slice(1),)*(g.ndim-2)]),*grads[1:]
+
+def _means(fn, source, most=64):
+    "Nodes between `fn` and `source` that are means of what `source` computes"
+    res,seen,todo = [],set(),[fn]
+    while todo and source is not None and len(seen)<most:
+        f = todo.pop()
+        if f is None or f is source or f in seen: continue
+        seen.add(f)
+        fs = [o for o,_ in f.next_functions]
+        if f.name()=='MeanBackward1' and fs[0] is source: res.append(f)
+        todo += fs
+    return res
 
 # %% ../nbs/08_plan.ipynb #2d0b373a
 def _wrap(model, layers, autocast):
@@ -153,9 +177,10 @@ def _plain_forward(m): return type(m).forward in {c.forward for c in (nn.Conv1d,
 class _Record:
     "Convolutions of a step, where their inputs come from, and gradients in other strides"
     def __init__(self, model):
-        self.calls,self.nodes,self.sources,self.strange,self.handles = {},{},{},set(),[]
+        self.calls,self.nodes,self.sources,self.strange,self.pooled,self.means,self.handles = {},{},{},set(),set(),set(),[]
         for n,m in model.named_modules():
             if isinstance(m, _ConvNd) or not any(True for _ in m.children()): self.handles.append(m.register_forward_hook(partial(self.note, n)))
+            if not isinstance(m, _ConvNd): self.handles.append(m.register_forward_hook(partial(self.note_means, n)))
 
     def remove(self):
         for h in self.handles: h.remove()
@@ -170,6 +195,19 @@ class _Record:
         elif y.ndim in channels_last_formats:
             stride = y.stride()
             y.register_hook(lambda g: self.strange.add(path) if g.layout==torch.strided and _strides(g.shape, g.stride())!=_strides(g.shape, stride) else None)
+
+    def note_means(self, path, m, args, y):
+        if not args or not all(isinstance(t, torch.Tensor) and t.requires_grad for t in (args[0], y)) or args[0].ndim not in channels_last_formats: return
+        shape,stride = args[0].shape,_strides(args[0].shape, args[0].stride())
+        def see(grads, _):
+            g = grads[0]
+            if g is not None and g.shape==shape and _strides(shape, g.stride())!=stride and torch.equal(g, g[(...,)+(slice(1),)*(g.ndim-2)].expand_as(g)): self.pooled.add(path)
+        for f in _means(y.grad_fn, args[0].grad_fn):
+            if f not in self.means: self.means.add(f); f.register_hook(see) # inner modules come first
+
+    def extras(self):
+        "Path to `LayerPlan` of what else may pay: gradients in other strides, without the convolutions, which bring theirs in order themselves"
+        return {n: LayerPlan(dense=n in self.strange, pooled=n in self.pooled) for n in sorted(self.strange | self.pooled) if n not in self.calls}
 
     def edges(self):
         "Pairs of paths: a convolution, and one that its output leads to without another between"
@@ -490,44 +528,48 @@ class _Candidate:
 
 def _needed(layer, low): return layer!=LayerPlan(low, low if layer.input else None, low if layer.weight else None, False, low) and layer!=LayerPlan(low, low, low, False, low)
 
-def _candidates(specs, times, edges, model, low):
-    "Plans worth measuring, the best predicted first"
+def _candidates(specs, times, rec, model, low, formats):
+    "Plans worth measuring, the best predicted first, and the first two again with dense gradients"
     frozen = {n for n,m in model.named_modules() if n in specs and not m.weight.requires_grad}
     precisions,res = ('fp32', *([low] if low else [])),[]
-    kinds = {'plan': {}, 'plan, other formats too': dict(formats=(None, 'contiguous', 'channels_last'))}
-    if low: kinds |= {f'plan, {low} between': dict(outputs=(low,)), 'plan, fp32 between': dict(outputs=('fp32',)), f'plan, whole layers, {low} between': dict(outputs=(low,), whole=True)}
+    kinds = {'plan, mixed': {}}
+    if low: kinds |= {'plan': dict(outputs=(low,)), 'plan, fp32 between': dict(outputs=('fp32',)), 'plan, whole layers': dict(outputs=(low,), whole=True)}
     for base in ('channels_last', 'contiguous'):
         costs = {n: _Costs(times[s], base, n in frozen) for n,s in specs.items() if s in times}
         for name,kw in kinds.items():
-            if 'formats' in kw: kw = dict(formats=tuple(None if o==base else o for o in kw['formats'][1:]))
-            layers,seconds = choose(costs, edges, precisions, **kw)
+            kw = dict(formats=(None, _other(base)), **kw) if formats else kw
+            layers,seconds = choose(costs, rec.edges(), precisions, **kw)
             res.append(_Candidate(name if base=='channels_last' else f'{name}, contiguous', base, {n:o for n,o in layers.items() if _needed(o, low or 'fp32')}, seconds))
     res.sort(key=lambda c: c.predicted)
     kept = []
     for c in res: # a plan that is another's twin, or far behind, is not measured
-        if c.predicted<=1.3*res[0].predicted and not any((c.memory_format,c.layers)==(o.memory_format,o.layers) for o in kept): kept.append(c)
-    return kept[:5]
+        if (c.predicted<=1.3*res[0].predicted or c.name=='plan') and not any((c.memory_format,c.layers)==(o.memory_format,o.layers) for o in kept): kept.append(c)
+    extras = rec.extras()
+    kept = sorted(kept, key=lambda c: c.name!='plan')[:4] # single layers say little of what lies between them: one precision everywhere is always tried
+    return kept + [replace(c, name=f'{c.name}, dense gradients', layers={**extras, **c.layers}) for c in kept[:2] if extras]
 
-# %% ../nbs/08_plan.ipynb #f3882ac8
-def _arm(c, low, extra=()):
-    "The `Arm` of a candidate; with `extra` layers"
-    layers = {**{n:LayerPlan(dense=True) for n in extra}, **c.layers}
-    return Arm(c.name + (', dense gradients' if extra else ''), c.memory_format, dtypes[low] if low else None, setup=partial(_setup, layers, low))
+# %% ../nbs/08_plan.ipynb #e6aa18f5
+def _arm(c, low):
+    "The `Arm` of a candidate"
+    return Arm(c.name, c.memory_format, dtypes[low] if low else None, setup=partial(_setup, c.layers, low))
 
 def _setup(layers, low, step):
     remove_plan(step.model)
     _wrap(step.model, layers, dtypes[low] if low else None)
 
 def _screen(step, arms, end, rounds, bar, clock):
-    "Seconds of a step of each arm: the least of short blocks in turns. Those that fail are left out"
-    lanes,one = [_step_lane(step, a, False, {}, None) for a in arms],step.device.type=='cpu' and torch.get_num_threads()==1
+    "Seconds of a step of each arm, the least of short blocks in turns, and what a block costs in all; without arms that fail"
+    costs,lanes,one = {},[_step_lane(step, a, False, {}, None) for a in arms],step.device.type=='cpu' and torch.get_num_threads()==1
     for i in progress_bar(range(rounds), leave=False) if bar else range(rounds):
         for lane in lanes:
-            if not lane.failed: _block(lane, clock, 3, i)
-        if max(_ranks(float(time.perf_counter()>end))): break
-    return {l.name: min((l.cpu if one else l.seconds).values()) for l in lanes if not l.failed and l.seconds}
+            if lane.failed: continue
+            start = time.perf_counter()
+            _block(lane, clock, 3, i)
+            costs[lane.name] = time.perf_counter()-start
+        if i and max(_ranks(float(time.perf_counter()>end))): break
+    return {l.name: min((l.cpu if one else l.seconds).values()) for l in lanes if not l.failed and l.seconds},costs
 
-def _best(seconds, names, n=2, within=1.08):
+def _best(seconds, names, n=2, within=1.04):
     "The fastest of `names`, and what is near to it"
     names = sorted((o for o in names if o in seconds), key=seconds.get)
     return [o for o in names if seconds[o]<=within*seconds[names[0]]][:n]
@@ -576,6 +618,7 @@ def plan_formats(
     step:TrainingStep, # Afterwards as it was
     precision:torch.dtype|str|None='as is', # That may be used besides fp32: 'as is' is the step's own autocast; None is fp32 only
     budget:float=120., # Seconds, without what compiling takes
+    formats:bool=False, # Try for each layer the other format too
     compile:bool=False, # A compiled model is allowed, too
     inference:bool=False, # Measure the forward pass without gradients, too
     now:Arm|None=None, # How the step is made now; None: as it is
@@ -593,9 +636,8 @@ def plan_formats(
     times = _share(lambda: _probe_layers(specs, ('fp32', *([low] if low else [])), step.device, start+0.45*budget, bar))
     for n,s in specs.items():
         if s not in times: left[n] = 'there was no time left to measure it'
-    dense = sorted(n for n in rec.strange if n not in rec.calls)
-    plans = _candidates(specs, times, rec.edges(), step.model, low)
-    return _prove(step, plans, dense, specs, times, left, low, now, start, budget, compile, inference, bar)
+    plans = _candidates(specs, times, rec, step.model, low, formats)
+    return _prove(step, plans, specs, times, left, low, now, start, budget, compile, inference, bar)
 
 # %% ../nbs/08_plan.ipynb #68979804
 def _share(f):
@@ -611,23 +653,18 @@ def _single_arms(step, low, now):
     present = _label(_format(step, now), _precision(step))
     return [a for a in format_arms(step).values() if a.dtype in (None, dtype) and a.name!=present]
 
-def _prove(step, plans, dense, specs, times, left, low, now, start, budget, compile, inference, bar):
+def _prove(step, plans, specs, times, left, low, now, start, budget, compile, inference, bar):
     "Race the candidates, prove the best, and say what came of it"
-    clock,by_name = device_clock(step.device),{}
-    singles = _single_arms(step, low, now)
+    clock,singles = device_clock(step.device),_single_arms(step, low, now)
     arms = [now, *singles, *[_arm(c, low) for c in plans]]
-    seconds = _screen(step, arms, start+0.6*budget, 4, bar, clock)
+    seconds,costs = _screen(step, arms, start+0.65*budget, 5, bar, clock)
     if 'now' not in seconds: step.run() # raises what is wrong with it
     by_name = {a.name: (a, next((c for c in plans if c.name==a.name), None)) for a in arms}
-    if dense and plans:
-        c = next((c for c in plans if c.name==_best(seconds, [c.name for c in plans])[:1][0]), plans[0])
-        more = _arm(c, low, dense)
-        by_name[more.name] = more,replace(c, layers={**{n:LayerPlan(dense=True) for n in dense}, **c.layers})
-        seconds |= _screen(step, [more], start+0.65*budget, 4, bar, clock)
-    chosen = _best(seconds, [a.name for a in singles]) + _best(seconds, [n for n in by_name if n.startswith('plan')])
+    chosen = _best(seconds, [a.name for a in singles]) + _best(seconds, [c.name for c in plans])
     proven = [by_name[n][0] for n in chosen]
     if compile: proven += [replace(a, name=f'{a.name}, compiled', compile=True) for a in proven[-1:]]
-    bench = bench_formats(step, proven, limit=max(10., start+budget-time.perf_counter()), now=now, bar=bar)
+    least = 1.5*(least_pairs+4)*sum(costs[n] for n in ['now', 'now', *chosen]) # fewer rounds would prove nothing
+    bench = bench_formats(step, proven, limit=max(least, start+budget-time.perf_counter()), block=3, now=now, bar=bar)
     if bench.interrupted: raise KeyboardInterrupt
     arm = winner(bench)
     base,c = by_name[arm.removesuffix(', compiled')]
