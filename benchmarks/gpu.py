@@ -1,8 +1,9 @@
 """What has to be seen on a GPU, in one command: `python benchmarks/gpu.py`
 
-Optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own callbacks; the demo; the tests.
-Writes results/gpu-DEVICE.json. `--device cpu --tiny` tries the script without a GPU."""
-import contextlib, io, itertools, json, os, subprocess, sys, warnings
+Optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own callbacks; the demo; the tests (`--parts right`).
+How fast (`--parts fast`, under ten minutes): the case that PyTorch publishes (ResNet-50, mixed precision, batches of 200, 224 pixels: 22 % on a V100), the models of its list, and the peers.
+Writes results/gpu-DEVICE.json, results/published-DEVICE.json and .md, results/peers-DEVICE.json and .md. `--device cpu --tiny` tries the script without a GPU."""
+import contextlib, gc, io, itertools, json, os, subprocess, sys, warnings
 import torch
 from torch import nn
 from fastai.callback.channelslast import ChannelsLast
@@ -11,9 +12,11 @@ from fastai.vision.all import Callback, Learner
 from fastcore.script import call_parse
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
-from fastxtend_cl.cli import demo, digits_dls
+from fastxtend_cl.bench import bench_formats
+from fastxtend_cl.cli import demo, digits_dls, model_step
 from fastxtend_cl.format import apply_channels_last
-from common import results, save
+import peers
+from common import conditions, results, save
 
 optimizers = {'Adam': {}, 'AdamW': {}, 'AdamW amsgrad': dict(amsgrad=True), 'SGD momentum': dict(momentum=0.9), 'Adagrad': {}, 'RMSprop momentum': dict(momentum=0.9)}
 kinds = {'plain': dict(foreach=False), 'foreach': dict(foreach=True), 'fused': dict(fused=True)}
@@ -60,14 +63,56 @@ def run_tests(device):
         env={**os.environ, 'FXCL_DEVICE': str(device)}, capture_output=True, text=True)
     return dict(status=r.returncode, tail=r.stdout.splitlines()[-15:])
 
+# The models of https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html, for which it gives 8 to 35 %
+published = [*[f'mnasnet{o}' for o in ('0_5', '0_75', '1_0', '1_3')], 'alexnet', 'mobilenet_v2', *[f'resnet{o}' for o in (18, 34, 50, 101, 152)], 'resnext50_32x4d',
+    *[f'shufflenet_v2_x{o}' for o in ('0_5', '1_0', '1_5', '2_0')], 'squeezenet1_0', 'squeezenet1_1', *[f'vgg{o}{b}' for o in (11, 13, 16, 19) for b in ('', '_bn')], 'wide_resnet50_2', 'wide_resnet101_2']
+
+def published_row(name, bs, size, device, amp, limit):
+    "Mixed precision, contiguous against channels last"
+    try: res = bench_formats(model_step(name, bs, size, 1000, str(device), amp), [f'channels last {amp}', 'contiguous fp32'], limit=limit, bar=False)
+    except Exception as e: return dict(model=name, bs=bs, failed=f'{type(e).__name__}: {e}'[:200]) # such as out of memory
+    r = res[f'channels last {amp}']
+    return dict(model=name, bs=bs, size=size, amp=amp, verdict=r.verdict, ratio=r.ratio, low=r.low, high=r.high, ms=1e3*res.now.seconds, samples=r.samples, noise=res.noise, bench=res.to_dict())
+
+def run_published(device, tiny, limit):
+    amp = 'fp16' if device.type=='cuda' else 'bf16'
+    cases = [('resnet50', 2, 32), ('squeezenet1_0', 2, 64)] if tiny else [('resnet50', 200, 224), *[(n, 64, 224) for n in published]]
+    rows = []
+    for i,(name,bs,size) in enumerate(cases):
+        rows.append(r := published_row(name, bs, size, device, amp, limit if i else 5*limit))
+        print(f'{name:20}{bs:4}  ' + (r['failed'] if 'failed' in r else r['verdict'] if r['ratio'] is None else f"{r['verdict']:7}{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})"), flush=True)
+        gc.collect()
+        if device.type=='cuda': torch.cuda.empty_cache()
+    if tiny: return
+    save(f'published-{device.type}', rows=rows)
+    c = conditions()
+    lines = ['| model | batch | times as fast in channels last | 99 % interval | |', '|---|--:|--:|---|---|']
+    lines += [f"| {r['model']} | {r['bs']} | | | {r['failed']} |" if 'failed' in r or r['ratio'] is None else f"| {r['model']} | {r['bs']} | {r['ratio']:.2f} | {r['low']:.2f} to {r['high']:.2f} | {r['verdict']} |" for r in rows]
+    (results/f'published-{device.type}.md').write_text(f"A training step in {amp}, channels last against contiguous. {c['gpu'] or c['cpu']}, torch {c['torch']}, {c['date']}.\n\n" + '\n'.join(lines) + '\n')
+
+def run_peers(device, tiny, limit):
+    rows = []
+    for name,shape in list(peers.models.items())[:1 if tiny else None]:
+        if tiny: shape = (2, 3, 32, 32)
+        rows += peers.measure(name, shape if tiny or name=='r3d_18' else (4*shape[0], *shape[1:]), device, 8, 3 if tiny else 8, limit, compile=False)
+        print(name, *[f"{r['arm']}: {r['ratio'][0]:.2f}" for r in rows if r['model']==name and 'ratio' in r], sep='  ', flush=True)
+        gc.collect()
+        if device.type=='cuda': torch.cuda.empty_cache()
+    if not tiny: peers.write(f'peers-{device.type}', rows)
+
 @call_parse
 def main(
     device:str='cuda', # Where to run
     tiny:bool=False, # Small and short, to try the script
     tests:bool=True, # Run the tests too
+    parts:str='right,fast', # What to do: is it right, is it fast
+    limit:float=4., # Seconds for a network
 ):
     "Measure and write benchmarks/results/gpu-DEVICE.json"
     device,res = torch.device(device),{}
+    if wrong := set(parts.split(','))-{'right', 'fast'}: sys.exit(f'--parts takes right and fast, received {parts}')
+    if 'fast' in parts: run_published(device, tiny, limit); run_peers(device, tiny, limit)
+    if 'right' not in parts: return
     res['across_conversion'] = across_conversion(device)
     for r in res['across_conversion']: print(r)
     fastais = [ChannelsLast, MixedPrecision('fp16')] if device.type=='cuda' else [ChannelsLast, DeviceMixedPrecision('fp16')]

@@ -143,7 +143,7 @@ def demo(
     arch:str='resnet18', # Architecture from fastai, torchvision or timm
     size:int=64, # Height and width of the images in pixels
     bs:int=64, # Images a batch
-    limit:float=20., # Seconds for the paired measurement at the end
+    limit:float=30., # Seconds for the paired measurement at the end
     json:bool=False, # Print one JSON object and nothing else
 ):
     "Train on handwritten digits, contiguous and then channels last, from the same seed"
@@ -164,7 +164,7 @@ def demo(
     if not json: print('\nthe first batches once more in double precision', flush=True)
     exact = exact_difference(model, size, min(bs, 32))
     if not json: print('one training step in turns, paired', flush=True)
-    measured = learns['contiguous fp32'].bench_channelslast(limit=limit, epochs=False, bar=not json and _terminal())
+    measured = learns['contiguous fp32'].bench_channelslast([name for name,_ in arms[1:]], limit=limit, epochs=False, bar=not json and _terminal())
     report = {**demo_report(learns, exact, device, arch, epochs, size, bs), 'bench': measured.to_dict()}
     print(_json.dumps(report, indent=2) if json else demo_table(report))
     if not json: show(measured)
@@ -257,7 +257,7 @@ def _model_errors(name):
     "What a model cannot do with these arguments, as one line"
     try: yield
     except UsageError: raise
-    except (ValueError, RuntimeError, TypeError, NotImplementedError) as e: raise UsageError(f'{name}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
+    except (ValueError, RuntimeError, TypeError, NotImplementedError, AssertionError, IndexError) as e: raise UsageError(f'{name}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
 
 def _check_file(plot):
     if plot is None: return

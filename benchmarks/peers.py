@@ -1,0 +1,155 @@
+"""One training step of twelve networks by each known method, side by side: `python benchmarks/peers.py`
+
+Every arm is a `Learner` of its own with the same weights and batch, timed by `Learner.one_batch` with the independent harness of common.py.
+What `Learner.bench_channelslast` says of the same step is set beside it, and whether both agree.
+Peers whose packages are not installed are their published few lines; the rows say which. Writes results/peers-DEVICE.json and .md. `--tiny` tries the script."""
+import gc, statistics, warnings
+warnings.simplefilter("ignore", FutureWarning) # torch's own, when fastai.vision is imported
+from functools import partial
+import torch, torchvision
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision
+from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, TensorCategory, TensorImage, TensorMask, create_unet_model, to_device
+from fastcore.script import call_parse
+import fastxtend_cl.all
+from fastxtend_cl.amp import native_amp_mode
+from fastxtend_cl.bench import kept_memory # of the harness, the one thing that is ours: else page faults decide
+from common import conditions, interleave, interval, results, save
+
+models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128), 'mobilenet_v3_large': (16, 3, 128, 128), 'efficientnet_b0': (16, 3, 128, 128),
+    'regnety_004': (16, 3, 128, 128), 'densenet121': (8, 3, 128, 128), 'convnext_atto': (16, 3, 128, 128), 'ghostnet_100': (16, 3, 128, 128), 'shufflenet_v2_x1_0': (16, 3, 128, 128),
+    'unet_resnet18': (4, 3, 128, 128), 'r3d_18': (2, 3, 8, 56, 56)}
+base,again,ours,ours_fp32 = 'contiguous fp32','contiguous fp32, again','ours: to_channelslast()','ours: to_channelslast(use_amp=False)'
+
+def model_of(name, shape):
+    if name=='unet_resnet18': return create_unet_model(torchvision.models.resnet18, 10, shape[-2:], pretrained=False)
+    if name in torchvision.models.list_models(torchvision.models): return torchvision.models.get_model(name)
+    if name in torchvision.models.list_models(): return torchvision.models.get_model(name, weights=None)
+    import timm
+    return timm.create_model(name, pretrained=False)
+
+def learner(name, shape, device):
+    torch.manual_seed(0)
+    mask = name.startswith('unet')
+    target = lambda i: TensorMask(torch.randint(10, shape[2:])) if mask else TensorCategory(i%10)
+    ds = [(TensorImage(torch.randn(shape[1:])),target(i)) for i in range(shape[0])]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = model_of(name, shape)
+    return Learner(DataLoaders.from_dsets(ds, ds, bs=shape[0], num_workers=0, device=device, shuffle=False), model.to(device), loss_func=CrossEntropyLossFlat(axis=1 if mask else -1), lr=1e-6,
+        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+class ConvertInputs(Callback):
+    order = -1
+    def before_batch(self): self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d) for x in self.xb)
+
+def mixed(learn): # what `to_channelslast` of fastai and fastxtend adds; its autocast is CUDA's, whatever the device
+    learn.add_cb(MixedPrecision(AMPMode.FP16))
+def as_fastai(learn, device): learn.add_cb(ChannelsLast()); mixed(learn)
+def as_fastxtend(learn, device): learn.model.to(memory_format=torch.channels_last); learn.add_cb(ConvertInputs()); mixed(learn)
+def as_composer(learn, device): learn.model.to(memory_format=torch.channels_last)
+def compiled(learn, device): learn.model.compile()
+def compiled_ours(learn, device): learn.to_channelslast().model.compile()
+
+def autotuned(learn, device):
+    if device.type!='cuda': raise RuntimeError('its requirements are not met: it tunes on CUDA only')
+    from pytorch_autotune import autotune
+    x,y = to_device(learn.dls.train.one_batch(), device)
+    res = autotune(learn.model, (x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)), optimizer='adamw', budget='fast', cache=False)
+    return lambda: res.step(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor))
+
+# name: (set-up, what ran)
+arms = {base: (lambda learn, device: None, ''), again: (lambda learn, device: None, ''), "fastai's to_channelslast()": (as_fastai, 'its callbacks'),
+    "fastxtend's to_channelslast()": (as_fastxtend, 'reimplemented: model and inputs'), "Composer's channels last": (as_composer, 'reimplemented: model.to(memory_format=channels_last)'),
+    'pytorch-autotune': (autotuned, 'pytorch_autotune 2.0'), 'torch.compile': (compiled, 'model.compile()'), ours_fp32: (lambda learn, device: learn.to_channelslast(use_amp=False), ''),
+    ours: (lambda learn, device: learn.to_channelslast(), ''), 'ours: to_channelslast(), compiled': (compiled_ours, '')}
+
+def ready(learn, device):
+    "A function that trains `learn` on its first batch, as inside of a fit"
+    batch = learn.dls.train.one_batch()
+    learn.create_opt()
+    learn.dl,learn.n_iter,learn.n_epoch,learn.iter,learn.training = learn.dls.train,1,1,0,True
+    for o in learn.cbs.filter(lambda o: o.name in ('recorder','progress')): learn.remove_cb(o)
+    for e in ('before_fit','before_epoch','before_train'): learn(e)
+    learn.model.train()
+    def step():
+        learn.one_batch(0, batch)
+        if device.type=='cuda': torch.cuda.synchronize(device)
+    return step
+
+def stepper(name, shape, device, setup):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = learner(name, shape, device)
+        own = setup(learn, device)
+        step = own if callable(own) and not isinstance(own, Learner) else ready(learn, device)
+        for _ in range(3): step() # a first failure shows here, and compiling is done
+    return step
+
+def measure(name, shape, device, rounds, block, limit, compile=True, bench=True):
+    "Rows of one network"
+    steps,rows = {},[]
+    for arm,(setup,what) in arms.items():
+        if 'compile' in arm and not compile: continue
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            try: steps[arm] = stepper(name, shape, device, setup)
+            except Exception as e:
+                if arm in (base, again): raise
+                rows.append(dict(model=name, arm=arm, what=what, failed=f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'[:200]))
+    with warnings.catch_warnings(), kept_memory():
+        warnings.simplefilter('ignore')
+        for step in steps.values(): step()
+        seconds = interleave(steps, rounds, block)
+    for arm,s in seconds.items():
+        rows.append(dict(model=name, shape=list(shape), arm=arm, what=arms[arm][1], ms=1e3*statistics.median(s), ratio=interval([b/a for a,b in zip(s, seconds[base])])))
+    del steps
+    gc.collect()
+    if bench: rows += agreement(name, shape, device, limit, rows)
+    return rows
+
+def agreement(name, shape, device, limit, rows):
+    "What `bench_channelslast` says of the same steps"
+    mode = native_amp_mode(device)
+    pairs = {'channels last fp32': ours_fp32, **({f'channels last {mode.value}': ours} if mode else {})}
+    res = learner(name, shape, device).bench_channelslast(list(pairs), limit=limit, epochs=False)
+    out = []
+    for arm,theirs in pairs.items():
+        r,h = res[arm],next((q for q in rows if q['arm']==theirs and 'ratio' in q), None)
+        if r.ratio is None or h is None: out.append(dict(model=name, arm=f'bench: {arm}', failed=r.reason or 'the harness has no row')); continue
+        low,high = h['ratio'][1:]
+        out.append(dict(model=name, shape=list(shape), arm=f'bench: {arm}', what=f'{r.verdict}, noise {res.noise}', ms=1e3*r.seconds, ratio=[r.ratio, r.low, r.high], pairs=r.pairs, harness=h['ratio'], agrees=r.low<=high and low<=r.high))
+    return out
+
+def table(rows):
+    "Markdown: networks by arms"
+    names,kinds = list(dict.fromkeys(r['model'] for r in rows)),list(dict.fromkeys(r['arm'] for r in rows))
+    cell = {(r['model'],r['arm']): 'fails' if 'failed' in r else '{:.2f} ({:.2f} to {:.2f})'.format(*r['ratio'])+('' if r.get('agrees', True) else ' differs') for r in rows}
+    lines = [f"| {' | '.join(['', *names])} |", f"|{'---|'*(len(names)+1)}"] + [f"| {' | '.join([k, *(cell.get((n,k), '') for n in names)])} |" for k in kinds]
+    notes = [f"- {r['model']}, {r['arm']}: {r['failed']}" for r in rows if 'failed' in r]
+    return '\n'.join(lines+['']+notes)
+
+def write(name, rows, **kw):
+    save(name, rows=rows, **kw)
+    c = conditions()
+    (results/f'{name}.md').write_text(f"Times as fast as contiguous fp32 (95 % interval). {c['gpu'] or c['cpu']}, {c['cores']} threads, torch {c['torch']}, fastai {c['fastai']}, {c['date']}.\n\n{table(rows)}\n")
+
+@call_parse
+def main(
+    names:str=','.join(models), # Networks, separated by commas
+    device:str='cuda' if torch.cuda.is_available() else 'cpu',
+    rounds:int=10, # Rounds; in each, every arm runs one block
+    block:int=4, # Steps a block; the first is dropped
+    limit:float=60, # Seconds for `bench_channelslast`
+    no_compile:bool=False, # Leave the compiled arms out
+    tiny:bool=False, # Batches of 2 and images of 32 pixels; writes nothing
+):
+    "Measure and write benchmarks/results/peers-DEVICE.json and .md"
+    device,rows = torch.device(device),[]
+    for name in names.split(','):
+        shape = (2, 3, *((4, 32, 32) if name=='r3d_18' else (32, 32))) if tiny else models[name]
+        for r in measure(name, shape, device, rounds, block, limit, not no_compile):
+            rows.append(r)
+            print(f"{r['model']:20}{r['arm']:38}" + (r['failed'] if 'failed' in r else '{:9.1f} ms  {:.2f} ({:.2f} to {:.2f})'.format(r['ms'], *r['ratio']) + {True: '', False: ', the harness differs'}[r.get('agrees', True)]), flush=True)
+        if not tiny: write(f'peers-{device.type}', rows, rounds=rounds, block=block)
+    if tiny: print(table(rows))
