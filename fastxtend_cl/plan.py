@@ -6,12 +6,14 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/plan.html.md"""
 
 # %% auto #0
 __all__ = ['LayerPlan', 'Planned', 'remove_plan', 'planned', 'record_step', 'solve_pbqp', 'layer_options', 'choose', 'PlanRow',
-           'kind_of', 'FormatPlan', 'apply_plan', 'winner', 'plan_formats']
+           'kind_of', 'FormatPlan', 'apply_plan', 'winner', 'cache_file', 'plan_key', 'plan_formats']
 
-# %% ../nbs/08_plan.ipynb #c8b9b941
-import time
+# %% ../nbs/08_plan.ipynb #b657b38f
+import hashlib, json, os, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
+import fastxtend_cl
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -20,9 +22,9 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
-from .bench import (Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, least_pairs, _block, _conditions, _format, _label,
+from .bench import (Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, least_pairs, _block, _conditions, _format, _label, _machine,
     _precision, _ranks, _step_lane, _world)
-from .format import _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format, format_of
+from .format import FormatWarning, _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format, format_of
 from .hazards import Guard, hazards
 from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, tiled_weight_grad
 from .step import TrainingStep
@@ -613,6 +615,62 @@ def _plan_rows(specs, times, plan, now_format, now_precision):
         res.append(PlanRow(n, kind_of(s), layer, before, seconds(_Costs(times[s], base), layer) if s in times else None))
     return res + [PlanRow(n, 'other', o) for n,o in plan.layers.items() if n not in specs]
 
+# %% ../nbs/08_plan.ipynb #10af7c6d
+def cache_file() -> Path:
+    "Where plans are kept"
+    if own := os.environ.get('FASTXTEND_CL_CACHE'): return Path(own)/'plans.json'
+    home = {'win32': os.environ.get('LOCALAPPDATA'), 'darwin': '~/Library/Caches'}.get(sys.platform) or os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    return Path(home).expanduser()/'fastxtend_cl'/'plans.json'
+
+_cache_version = 1
+
+def _read_cache(file):
+    "Key to plan as plain data; a file that cannot be read is none, with a warning"
+    try:
+        d = json.loads(file.read_text())
+        if d['version']==_cache_version and isinstance(d['plans'], dict): return d['plans']
+        why = f'it is of version {d["version"]!r}'
+    except FileNotFoundError: return {}
+    except (OSError, ValueError, KeyError, TypeError) as e: why = f'{type(e).__name__}: {e}'
+    warnings.warn(FormatWarning(f'the plans kept in {file} cannot be used and will be written anew: {why}'), stacklevel=2)
+    return {}
+
+def _write_cache(file, key, plan):
+    "Add a plan; others may read and write meanwhile"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # it has been warned of
+            plans = {**_read_cache(file), key: plan.to_dict()}
+        fd,new = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(fd, 'w') as f: json.dump(dict(version=_cache_version, plans=plans), f)
+        os.replace(new, file)
+    except OSError as e: warnings.warn(FormatWarning(f'the plan is not kept: {e}'), stacklevel=2)
+
+# %% ../nbs/08_plan.ipynb #c9554ce3
+def _flags_now():
+    b = torch.backends
+    return [b.cudnn.enabled, b.cudnn.benchmark, b.cudnn.deterministic, b.cudnn.allow_tf32, b.cuda.matmul.allow_tf32, b.mkldnn.enabled, torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(), *sorted((k,v) for k,v in os.environ.items() if k.startswith(('DNNL_', 'ONEDNN_', 'OMP_', 'KMP_', 'MALLOC_', 'LD_PRELOAD')))]
+
+def _driver(device):
+    if device.type!='cuda': return torch.__config__.show() # with the versions of oneDNN and MKL, and the instructions in use
+    return [torch.version.cuda, torch.cuda.get_device_capability(device), torch._C._cuda_getDriverVersion()]
+
+def plan_key(
+    step:TrainingStep,
+    rec, # From `record_step`
+    *more, # What else decides
+) -> str:
+    "A hash of all that can change the answer"
+    m,opt = step.model,getattr(step.optimizer, 'opt', step.optimizer)
+    parts = [_cache_version, fastxtend_cl.__version__, type(m).__qualname__, [(n,type(o).__qualname__) for n,o in m.named_modules()], [(n,list(p.shape),p.stride(),str(p.dtype),p.requires_grad) for n,p in m.named_parameters()],
+        [(n,o.training) for n,o in m.named_modules()], [(n,[asdict(s) for s in c]) for n,c in rec.calls.items()], sorted(rec.edges()), sorted(rec.strange), sorted(rec.pooled),
+        [(list(t.shape),t.stride(),str(t.dtype)) for t in _tensors_in([*step.inputs, *step.targets])], str(step.autocast), type(opt).__qualname__, _machine_key(step.device), _driver(step.device), _flags_now(), *more]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+def _machine_key(device): return {k:v for k,v in _machine(device).items() if k!='date'}
+
 # %% ../nbs/08_plan.ipynb #ad85bb72
 def plan_formats(
     step:TrainingStep, # Afterwards as it was
@@ -621,31 +679,43 @@ def plan_formats(
     formats:bool=False, # Try for each layer the other format too
     compile:bool=False, # A compiled model is allowed, too
     inference:bool=False, # Measure the forward pass without gradients, too
+    cache:bool|str=True, # Take a plan that was found earlier, and keep a new one; 'refresh': find a new one in any case
     now:Arm|None=None, # How the step is made now; None: as it is
     bar:bool=True, # Show progress bars
 ) -> FormatPlan:
     """The fastest proven way to make `step`: a format and a precision for each of its convolutions, or one setting for all, or what it has now
 
     Raises a `ValueError` for a model without a convolution, and what the step itself raises. Ctrl-C leaves everything as it was."""
+    if cache not in (True, False, 'refresh'): raise ValueError(f"cache is True, False or 'refresh', received {cache!r}")
     if not budget>0: raise ValueError(f'budget is a number of seconds above 0, received {budget!r}')
     if not any(isinstance(m, _ConvNd) for m in step.model.modules()): raise ValueError(f'there is nothing to plan: {type(step.model).__name__} has no convolution')
     start,dtype = time.perf_counter(),step.autocast if isinstance(precision, str) else precision
     low,now = _name_of(dtype) if dtype is not None else None,replace(now or Arm('now'), name='now')
     rec = record_step(step, 'channels_last', dtype)
+    key = plan_key(step, rec, low, formats, compile, inference, _label(_format(step, now), _precision(step)), now.memory_format, planned(step.model)) if cache else None
+    if cache is True and (kept := _share(lambda: _read_cache(cache_file()).get(key))): return replace(FormatPlan.from_dict(kept), cached=True)
     specs,left = _sort_out(rec, step.model)
     times = _share(lambda: _probe_layers(specs, ('fp32', *([low] if low else [])), step.device, start+0.45*budget, bar))
     for n,s in specs.items():
         if s not in times: left[n] = 'there was no time left to measure it'
     plans = _candidates(specs, times, rec, step.model, low, formats)
-    return _prove(step, plans, specs, times, left, low, now, start, budget, compile, inference, bar)
+    plan = FormatPlan.from_dict(_share(_prove(step, plans, specs, times, left, low, now, start, budget, compile, inference, bar).to_dict))
+    if cache and _first_rank(): _write_cache(cache_file(), key, plan)
+    return plan
 
-# %% ../nbs/08_plan.ipynb #68979804
+# %% ../nbs/08_plan.ipynb #d524d974
 def _share(f):
     "What `f()` returns on the first rank, on all of them"
     if _world()==1: return f()
-    got = [f() if dist.get_rank()==0 else None]
+    got = [None,None]
+    if _first_rank():
+        try: got[0] = f()
+        except Exception as e: got[1] = f'{type(e).__name__}: {e}' # the others would wait for ever
     dist.broadcast_object_list(got)
+    if got[1]: raise RuntimeError(f'planning failed on the first rank: {got[1]}')
     return got[0]
+
+def _first_rank(): return _world()==1 or dist.get_rank()==0
 
 def _single_arms(step, low, now):
     "The single settings but the present"
@@ -664,7 +734,8 @@ def _prove(step, plans, specs, times, left, low, now, start, budget, compile, in
     proven = [by_name[n][0] for n in chosen]
     if compile: proven += [replace(a, name=f'{a.name}, compiled', compile=True) for a in proven[-1:]]
     least = 1.5*(least_pairs+4)*sum(costs[n] for n in ['now', 'now', *chosen]) # fewer rounds would prove nothing
-    bench = bench_formats(step, proven, limit=max(least, start+budget-time.perf_counter()), block=3, now=now, bar=bar)
+    limit = max(_ranks(max(least, start+budget-time.perf_counter())))
+    bench = bench_formats(step, proven, limit=limit, block=3, now=now, bar=bar)
     if bench.interrupted: raise KeyboardInterrupt
     arm = winner(bench)
     base,c = by_name[arm.removesuffix(', compiled')]
