@@ -28,7 +28,7 @@ from .amp import DeviceMixedPrecision, as_amp_mode, check_scaler_args, learner_d
 from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last, as_contiguous, contiguous_meanwhile,
     convert_format, format_of, format_warnings)
 from .hazards import Guard
-from .plan import FormatPlan, apply_plan, remove_plan
+from .plan import FormatPlan, apply_plan, planned, remove_plan
 from .step import generators, seed_all
 
 # %% ../nbs/02_channelslast.ipynb #fd74f427
@@ -280,7 +280,16 @@ def _plain_pickle(module):
     res.__dict__.update(module.__dict__, Pickler=Pickler)
     return res
 
-# %% ../nbs/02_channelslast.ipynb #126ed59a
+# %% ../nbs/02_channelslast.ipynb #ae4b3ba4
+@contextmanager
+def _plan_kept(learn):
+    "Put back the plan that the layers of `learn` have"
+    cb = first(learn._grab_cbs(ChannelsLastCallback))
+    had = cb and cb.plan and planned(get_model(learn.model))
+    try: yield
+    finally:
+        if had: apply_plan(get_model(learn.model), cb.plan, learn.opt)
+
 @contextmanager
 def _kept_on_error(learn):
     "Put back the data and the optimizer of `learn` if the body raises"
@@ -296,6 +305,7 @@ def _kept_on_error(learn):
 def export(self:Learner, fname='export.pkl', **kwargs):
     "Export the content of `self` without the items and the optimizer state for inference, as plain fastai: it loads where this package is not installed"
     with ExitStack() as stack:
+        stack.enter_context(_plan_kept(self))
         for dl in getattr(self.dls, 'loaders', []):
             for p in (dl.after_item, dl.before_batch, dl.after_batch):
                 if isinstance(p, Pipeline): stack.enter_context(_without_tfm(p))

@@ -228,11 +228,11 @@ def _producers(fn, nodes):
         else: todo += [o for o,_ in f.next_functions]
     return res
 
-# %% ../nbs/08_plan.ipynb #e0ba71f3
+# %% ../nbs/08_plan.ipynb #42442e2b
 def record_step(
     step:TrainingStep, # Afterwards as it was
     memory_format:str|None='channels_last',
-    dtype:torch.dtype|None=None, # Of autocast
+    dtype:torch.dtype|str|None=None, # Of autocast; 'as is': the step's own
 ): # A `_Record`
     "Run `step` once and note what it is made of"
     with step.preserved():
@@ -279,8 +279,8 @@ def _reduce(i, costs, g):
         for j,m in near.items(): costs[j] += m[fixed]
         return fixed
 
-# %% ../nbs/08_plan.ipynb #d7a8b25b
-def _cast(t, f, name, a, b): return 0. if a==b else t.get(f, a, f'{name} to {b}')
+# %% ../nbs/08_plan.ipynb #a708f9f7
+def _cast(t, f, name, a, b): return 0. if a==b else t.seconds.get((f, a, f'{name} to {b}'), 0.) # of a candidate that died, casts are not known
 
 @dataclass(frozen=True)
 class _Costs:
@@ -451,6 +451,25 @@ def _repr_markdown_(self:FormatPlan):
     proof = [f'<details><summary>The proof</summary>\n\n{self.bench._repr_markdown_()}\n\n</details>'] if self.bench is not None else []
     return '\n\n'.join([f'**{self.arm}**: {self.reason}', *table, *_plan_notes(self), *proof])
 
+# %% ../nbs/08_plan.ipynb #c4f70144
+@patch
+def plot(self:FormatPlan,
+    ax=None, # matplotlib axes; None makes new ones
+): # The axes
+    "Time of each convolution before and after, in the order of the model, coloured by precision; hatched where the format is another"
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+    rows = [r for r in self.rows if r.kind!='other']
+    if ax is None: ax = plt.subplots(figsize=(8, 3))[1]
+    colors = {'fp32': 'tab:blue', 'bf16': 'tab:orange', 'fp16': 'tab:orange', 'mixed': 'tab:green'}
+    kinds = [r.layer.forward if len({r.layer.forward, r.layer.input or r.layer.forward, r.layer.weight or r.layer.forward})==1 else 'mixed' for r in rows]
+    ax.bar(range(len(rows)), [1e3*(r.before or 0) for r in rows], color='0.85', label='before')
+    for i,(r,k) in enumerate(zip(rows, kinds)): ax.bar(i, 1e3*(r.after or 0), width=0.6, color=colors[k], hatch='//' if r.layer.memory_format else None)
+    ax.legend(handles=[Patch(color='0.85', label='before'), *[Patch(color=colors[k], label=k) for k in dict.fromkeys(kinds)]])
+    ax.set_xlabel('convolution')
+    ax.set_ylabel('ms')
+    return ax
+
 # %% ../nbs/08_plan.ipynb #ce856add
 @patch
 def to_dict(self:FormatPlan):
@@ -530,7 +549,21 @@ class _Candidate:
 
 def _needed(layer, low): return layer!=LayerPlan(low, low if layer.input else None, low if layer.weight else None, False, low) and layer!=LayerPlan(low, low, low, False, low)
 
-def _candidates(specs, times, rec, model, low, formats):
+def _deadly(times):
+    "(format, precision) to what happened, where a layer killed or hung the child and no guard stands before it"
+    return {k: f'{s}: {why}' for s,t in times.items() for k,why in t.lost.items() if len(k)==2 and why.startswith(('died', 'hung')) and not _guarded(s, k[1])}
+
+def _guarded(spec, precision):
+    "Whether a hazard that is known applies to `spec`"
+    m,x = spec.build(),torch.empty(spec.shape)
+    with torch.autocast('cpu', dtype=dtypes[precision], enabled=dtypes[precision] is not None): return any(h.suspect(m) and h.applies(m, x) for h in hazards.values())
+
+def _extras(step, dtype):
+    "What `_Record.extras` says of the step in channels last; nothing if it cannot be made there"
+    try: return record_step(step, 'channels_last', dtype).extras()
+    except (RuntimeError, ValueError): return {}
+
+def _candidates(specs, times, edges, extras, model, low, formats):
     "Plans worth measuring, the best predicted first, and the first two again with dense gradients"
     frozen = {n for n,m in model.named_modules() if n in specs and not m.weight.requires_grad}
     precisions,res = ('fp32', *([low] if low else [])),[]
@@ -540,13 +573,12 @@ def _candidates(specs, times, rec, model, low, formats):
         costs = {n: _Costs(times[s], base, n in frozen) for n,s in specs.items() if s in times}
         for name,kw in kinds.items():
             kw = dict(formats=(None, _other(base)), **kw) if formats else kw
-            layers,seconds = choose(costs, rec.edges(), precisions, **kw)
+            layers,seconds = choose(costs, edges, precisions, **kw)
             res.append(_Candidate(name if base=='channels_last' else f'{name}, contiguous', base, {n:o for n,o in layers.items() if _needed(o, low or 'fp32')}, seconds))
     res.sort(key=lambda c: c.predicted)
     kept = []
     for c in res: # a plan that is another's twin, or far behind, is not measured
         if (c.predicted<=1.3*res[0].predicted or c.name=='plan') and not any((c.memory_format,c.layers)==(o.memory_format,o.layers) for o in kept): kept.append(c)
-    extras = rec.extras()
     kept = sorted(kept, key=lambda c: c.name!='plan')[:4] # single layers say little of what lies between them: one precision everywhere is always tried
     return kept + [replace(c, name=f'{c.name}, dense gradients', layers={**extras, **c.layers}) for c in kept[:2] if extras]
 
@@ -665,7 +697,7 @@ def plan_key(
     "A hash of all that can change the answer"
     m,opt = step.model,getattr(step.optimizer, 'opt', step.optimizer)
     parts = [_cache_version, fastxtend_cl.__version__, type(m).__qualname__, [(n,type(o).__qualname__) for n,o in m.named_modules()], [(n,list(p.shape),p.stride(),str(p.dtype),p.requires_grad) for n,p in m.named_parameters()],
-        [(n,o.training) for n,o in m.named_modules()], [(n,[asdict(s) for s in c]) for n,c in rec.calls.items()], sorted(rec.edges()), sorted(rec.strange), sorted(rec.pooled),
+        [(n,o.training) for n,o in m.named_modules()], [(n,[asdict(s) for s in c]) for n,c in rec.calls.items()], sorted(rec.edges()),
         [(list(t.shape),t.stride(),str(t.dtype)) for t in _tensors_in([*step.inputs, *step.targets])], str(step.autocast), type(opt).__qualname__, _machine_key(step.device), _driver(step.device), _flags_now(), *more]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
@@ -691,15 +723,17 @@ def plan_formats(
     if not any(isinstance(m, _ConvNd) for m in step.model.modules()): raise ValueError(f'there is nothing to plan: {type(step.model).__name__} has no convolution')
     start,dtype = time.perf_counter(),step.autocast if isinstance(precision, str) else precision
     low,now = _name_of(dtype) if dtype is not None else None,replace(now or Arm('now'), name='now')
-    rec = record_step(step, 'channels_last', dtype)
+    rec = record_step(step, now.memory_format, 'as is') # nothing new is run here before it was tried in a child
     key = plan_key(step, rec, low, formats, compile, inference, _label(_format(step, now), _precision(step)), now.memory_format, planned(step.model)) if cache else None
     if cache is True and (kept := _share(lambda: _read_cache(cache_file()).get(key))): return replace(FormatPlan.from_dict(kept), cached=True)
     specs,left = _sort_out(rec, step.model)
     times = _share(lambda: _probe_layers(specs, ('fp32', *([low] if low else [])), step.device, start+0.45*budget, bar))
     for n,s in specs.items():
         if s not in times: left[n] = 'there was no time left to measure it'
-    plans = _candidates(specs, times, rec, step.model, low, formats)
-    plan = FormatPlan.from_dict(_share(_prove(step, plans, specs, times, left, low, now, start, budget, compile, inference, bar).to_dict))
+    deadly = _deadly(times)
+    extras = _extras(step, dtype) if ('channels_last',low or 'fp32') not in deadly else {}
+    plans = _candidates(specs, times, rec.edges(), extras, step.model, low, formats)
+    plan = FormatPlan.from_dict(_share(_prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar).to_dict))
     if cache and _first_rank(): _write_cache(cache_file(), key, plan)
     return plan
 
@@ -723,9 +757,9 @@ def _single_arms(step, low, now):
     present = _label(_format(step, now), _precision(step))
     return [a for a in format_arms(step).values() if a.dtype in (None, dtype) and a.name!=present]
 
-def _prove(step, plans, specs, times, left, low, now, start, budget, compile, inference, bar):
+def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar):
     "Race the candidates, prove the best, and say what came of it"
-    clock,singles = device_clock(step.device),_single_arms(step, low, now)
+    clock,singles = device_clock(step.device),[a for a in _single_arms(step, low, now) if (a.memory_format,_name_of(a.dtype)) not in deadly]
     arms = [now, *singles, *[_arm(c, low) for c in plans]]
     seconds,costs = _screen(step, arms, start+0.65*budget, 5, bar, clock)
     if 'now' not in seconds: step.run() # raises what is wrong with it
@@ -742,6 +776,7 @@ def _prove(step, plans, specs, times, left, low, now, start, budget, compile, in
     name = None if arm=='now' or c is None and base.dtype is None else low
     plan = FormatPlan(arm, base.memory_format if arm!='now' else None, name, dict(c.layers) if c else {}, arm.endswith(', compiled'), bench, left=left)
     plan.conditions = {**_conditions(step, now, False, bench.conditions['block']), 'precision': low}
+    plan.notes = [f'{f.replace("_", " ")} {p} was not run as a whole: {why}' for (f,p),why in deadly.items()]
     plan.predicted = {c.name: c.predicted for c in plans}
     plan.rows = _plan_rows(specs, times, plan, _format(step, now), _precision(step) if step.autocast is not None else 'fp32')
     if inference and plan.changes: plan.inference = bench_formats(step, [by_name[n][0] for n in dict.fromkeys([arm.removesuffix(', compiled'), *chosen]) if n!='now'], limit=budget/4, inference=True, now=now, bar=bar)
