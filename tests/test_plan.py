@@ -582,3 +582,41 @@ def test_command(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)['notes']==['None 120.0 True']
     assert cli.main(['plan', 'resnet18', '--amp', 'int4'])==2
     assert '--amp int4 is no precision: it takes fp16, bf16 or none' in capsys.readouterr().err
+
+# Two processes
+
+def worker(folder):
+    "Plan in a group of two; only the first rank may probe"
+    import torch.distributed as dist
+    dist.init_process_group('gloo')
+    rank,real = dist.get_rank(),module._probe_layers
+    def probe(*a):
+        assert rank==0, 'the second rank probes'
+        return real(*a)
+    module._probe_layers = probe
+    p = plan_formats(step_of(), low, budget=5, bar=False)
+    again = plan_formats(step_of(), low, budget=5, bar=False)
+    (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=cache_file().exists())))
+    dist.destroy_process_group()
+
+def test_two_processes_get_the_same_plan(tmp_path):
+    from test_distributed import free_port
+    tests = Path(__file__).resolve().parent
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tests.parent), str(tests)])}
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(tmp_path)], env={**env, 'RANK': str(i), 'FASTXTEND_CL_CACHE': str(tmp_path/f'cache{i}')}, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try: errs = [p.communicate(timeout=200)[1] for p in ps]
+    finally:
+        for p in ps: p.kill()
+    assert [p.returncode for p in ps]==[0, 0], errs
+    a,b = (json.loads((tmp_path/f'{i}.json').read_text()) for i in range(2))
+    assert a['plan']['arm']==b['plan']['arm'] and a['plan']['layers']==b['plan']['layers'] and a['plan']['bench']==b['plan']['bench']
+    assert (a['kept'],b['kept'])==(True, False) and a['again']['cached'] and b['again']['cached'], 'the first rank keeps it for all'
+
+def test_a_failure_on_the_first_rank_is_one_on_all(monkeypatch):
+    monkeypatch.setattr(module, '_world', lambda: 2)
+    sent = [None, 'ZeroDivisionError: division by zero']
+    monkeypatch.setattr(module.dist, 'get_rank', lambda: 1)
+    monkeypatch.setattr(module.dist, 'broadcast_object_list', lambda l: l.__setitem__(slice(None), sent))
+    with pytest.raises(RuntimeError, match='planning failed on the first rank: ZeroDivisionError'): module._share(lambda: 1)
+
+if __name__=='__main__': worker(*sys.argv[1:])
