@@ -22,7 +22,7 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
-from .bench import (Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, least_pairs, _block, _conditions, _format, _label, _machine,
+from .bench import (Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, kept_memory, least_pairs, _block, _conditions, _format, _label, _machine,
     _precision, _ranks, _step_lane, _world)
 from .format import FormatWarning, _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format, format_of
 from .hazards import Guard, hazards
@@ -761,7 +761,7 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     "Race the candidates, prove the best, and say what came of it"
     clock,singles = device_clock(step.device),[a for a in _single_arms(step, low, now) if (a.memory_format,_name_of(a.dtype)) not in deadly]
     arms = [now, *singles, *[_arm(c, low) for c in plans]]
-    seconds,costs = _screen(step, arms, start+0.65*budget, 5, bar, clock)
+    with kept_memory(): seconds,costs = _screen(step, arms, start+0.65*budget, 5, bar, clock)
     if 'now' not in seconds: step.run() # raises what is wrong with it
     by_name = {a.name: (a, next((c for c in plans if c.name==a.name), None)) for a in arms}
     chosen = _best(seconds, [a.name for a in singles]) + _best(seconds, [c.name for c in plans])
