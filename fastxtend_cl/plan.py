@@ -8,10 +8,11 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/plan.html.md"""
 __all__ = ['LayerPlan', 'Planned', 'remove_plan', 'planned', 'record_step', 'solve_pbqp', 'layer_options', 'choose', 'PlanRow',
            'kind_of', 'FormatPlan', 'apply_plan', 'winner', 'cache_file', 'plan_key', 'plan_formats']
 
-# %% ../nbs/08_plan.ipynb #b657b38f
+# %% ../nbs/08_plan.ipynb #a5c20539
 import hashlib, json, os, sys, tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 import fastxtend_cl
 import numpy as np
@@ -22,9 +23,10 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
-from .bench import (Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, kept_memory, least_pairs, _block, _conditions, _format, _label, _machine,
-    _precision, _ranks, _step_lane, _world)
-from .format import FormatWarning, _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format, format_of
+from .bench import (Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, kept_memory, least_pairs,
+    _block, _conditions, _format, _label, _machine, _precision, _ranks, _step_lane, _world)
+from fastxtend_cl.format import (FormatWarning, _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format,
+    format_of)
 from .hazards import Guard, hazards
 from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, tiled_weight_grad
 from .step import TrainingStep
@@ -47,7 +49,8 @@ class LayerPlan:
         words = [] if self.forward is None else [self.forward] if len({*kernels}-{None})==1 else ['/'.join(k or '-' for k in kernels)]
         if self.output and self.output!=self.forward: words.append(f'hands on {self.output}')
         if self.memory_format: words.append(self.memory_format.replace('_', ' '))
-        return ', '.join(words + ['weight gradient tiled']*self.tiled + ['dense gradient']*self.dense + ['dense gradient of its mean']*self.pooled) or 'as it is'
+        words += ['weight gradient tiled']*self.tiled + ['dense gradient']*self.dense + ['dense gradient of its mean']*self.pooled
+        return ', '.join(words) or 'as it is'
 
 # %% ../nbs/08_plan.ipynb #997634f6
 def _dtype(name): return dtypes[name] or torch.float32
@@ -104,7 +107,8 @@ class Planned(Guard):
 
     def __call__(self, *args, **kwargs):
         y = self.compute(*args) if self.applies(args, kwargs) else super().__call__(*args, **kwargs)
-        if (self.layer.dense or self.layer.pooled) and isinstance(y, torch.Tensor) and y.requires_grad and not torch.compiler.is_compiling(): self.tidy(args, y)
+        tidy = (self.layer.dense or self.layer.pooled) and not torch.compiler.is_compiling() # which has layouts of its own
+        if tidy and isinstance(y, torch.Tensor) and y.requires_grad: self.tidy(args, y)
         return y
 
     def tidy(self, args, y):
@@ -125,13 +129,15 @@ class Planned(Guard):
 
     def compute(self, x):
         m = self.module
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, m.weight, m.bias)): return _Conv.apply(x, m.weight, m.bias, self.layer, self.args)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, m.weight, m.bias)):
+            return _Conv.apply(x, m.weight, m.bias, self.layer, self.args)
         y = _run_forward(x, m.weight, m.bias, self.layer, self.args)[0]
         return _back(y.to(_dtype(self.layer.output)), self.layer.memory_format)
 
 def _dense(stride, g):
     "`g` with the strides of the output it belongs to"
-    return g if g.stride()==stride or g.layout!=torch.strided else torch.empty_strided(g.shape, stride, dtype=g.dtype, device=g.device).copy_(g)
+    if g.stride()==stride or g.layout!=torch.strided: return g
+    return torch.empty_strided(g.shape, stride, dtype=g.dtype, device=g.device).copy_(g)
 def _spread(stride, grads, _):
     "What a mean over all pixels hands back, with the strides of what it is a mean of"
     g = grads[0]
@@ -173,16 +179,18 @@ def planned(
     "The layers of `model` that run by a plan"
     return {n:vars(m)['forward'].layer for n,m in model.named_modules() if isinstance(vars(m).get('forward'), Planned)}
 
-# %% ../nbs/08_plan.ipynb #4fe4e80c
-def _plain_forward(m): return type(m).forward in {c.forward for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+# %% ../nbs/08_plan.ipynb #e3652e53
+_plain_convs = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+
+def _plain_forward(m): return type(m).forward in {c.forward for c in _plain_convs}
 
 class _Record:
     "Convolutions of a step, where their inputs come from, and gradients in other strides"
     def __init__(self, model):
         self.calls,self.nodes,self.sources,self.strange,self.pooled,self.means,self.handles = {},{},{},set(),set(),set(),[]
         for n,m in model.named_modules():
-            if isinstance(m, _ConvNd) or not any(True for _ in m.children()): self.handles.append(m.register_forward_hook(partial(self.note, n)))
-            if not isinstance(m, _ConvNd): self.handles.append(m.register_forward_hook(partial(self.note_means, n)))
+            hooks = [self.note]*(isinstance(m, _ConvNd) or not any(True for _ in m.children())) + [self.note_means]*(not isinstance(m, _ConvNd))
+            self.handles += [m.register_forward_hook(partial(h, n)) for h in hooks]
 
     def remove(self):
         for h in self.handles: h.remove()
@@ -195,21 +203,26 @@ class _Record:
             self.nodes.setdefault(y.grad_fn, path)
             self.sources.setdefault(path, []).append(x.grad_fn)
         elif y.ndim in channels_last_formats:
-            stride = y.stride()
-            y.register_hook(lambda g: self.strange.add(path) if g.layout==torch.strided and _strides(g.shape, g.stride())!=_strides(g.shape, stride) else None)
+            shape,stride = y.shape,_strides(y.shape, y.stride())
+            def see(g):
+                if g.layout==torch.strided and _strides(shape, g.stride())!=stride: self.strange.add(path)
+            y.register_hook(see)
 
     def note_means(self, path, m, args, y):
-        if not args or not all(isinstance(t, torch.Tensor) and t.requires_grad for t in (args[0], y)) or args[0].ndim not in channels_last_formats: return
+        if not args or not all(isinstance(t, torch.Tensor) and t.requires_grad for t in (args[0], y)): return
+        if args[0].ndim not in channels_last_formats: return
         shape,stride = args[0].shape,_strides(args[0].shape, args[0].stride())
         def see(grads, _):
             g = grads[0]
-            if g is not None and g.shape==shape and _strides(shape, g.stride())!=stride and torch.equal(g, g[(...,)+(slice(1),)*(g.ndim-2)].expand_as(g)): self.pooled.add(path)
+            if g is None or g.shape!=shape or _strides(shape, g.stride())==stride: return
+            if torch.equal(g, g[(...,)+(slice(1),)*(g.ndim-2)].expand_as(g)): self.pooled.add(path) # of all pixels alike
         for f in _means(y.grad_fn, args[0].grad_fn):
             if f not in self.means: self.means.add(f); f.register_hook(see) # inner modules come first
 
     def extras(self):
-        "Path to `LayerPlan` of what else may pay: gradients in other strides, without the convolutions, which bring theirs in order themselves"
-        return {n: LayerPlan(dense=n in self.strange, pooled=n in self.pooled) for n in sorted(self.strange | self.pooled) if n not in self.calls}
+        "Path to `LayerPlan` of what else may pay: gradients in other strides; convolutions bring theirs in order themselves"
+        found = sorted((self.strange | self.pooled) - {*self.calls})
+        return {n: LayerPlan(dense=n in self.strange, pooled=n in self.pooled) for n in found}
 
     def edges(self):
         "Pairs of paths: a convolution, and one that its output leads to without another between"
@@ -279,8 +292,10 @@ def _reduce(i, costs, g):
         for j,m in near.items(): costs[j] += m[fixed]
         return fixed
 
-# %% ../nbs/08_plan.ipynb #a708f9f7
-def _cast(t, f, name, a, b): return 0. if a==b else t.seconds.get((f, a, f'{name} to {b}'), 0.) # of a candidate that died, casts are not known
+# %% ../nbs/08_plan.ipynb #553e6fb3
+def _cast(t, f, name, a, b):
+    if a==b: return 0.
+    return t.seconds.get((f, a, f'{name} to {b}'), 0.) # of a candidate that died, casts are not known
 
 @dataclass(frozen=True)
 class _Costs:
@@ -323,9 +338,10 @@ def layer_options(
 ) -> list: # `LayerPlan`s
     "The options of a layer that are cheapest for some precision of what it receives and hands on"
     spec,res = costs.times.spec,{}
-    every = [LayerPlan(f, i, w, tiled, out, m) for m in formats for f in precisions for i in (precisions if spec.input_grad and not whole else (f,))
-             for w in (precisions if not costs.frozen and not whole else (f,))
-             for tiled in ((False, True) if is_tiled(spec) and not costs.frozen and not whole else (False,)) for out in outputs or precisions]
+    free = not costs.frozen and not whole
+    tiles = (False, True) if is_tiled(spec) and free else (False,)
+    every = [LayerPlan(f, i, w, tiled, out, m) for m,f,tiled,out in product(formats, precisions, tiles, outputs or precisions)
+             for i in (precisions if spec.input_grad and not whole else (f,)) for w in (precisions if free else (f,))]
     inside = {o: costs.inside(o) for o in every}
     for p in precisions:
         for out in outputs or precisions:
@@ -343,8 +359,10 @@ def choose(
     options = {n: layer_options(c, precisions, **kwargs) for n,c in costs.items()}
     names = [n for n,o in options.items() if o]
     fed = {n: [a for a,b in edges if b==n and a in names and a!=n] for n in names}
-    nodes = [np.array([costs[n].inside(o) + (costs[n].entry(o, precisions[0]) if not fed[n] else 0) for o in options[n]]) for n in names]
-    pairs = {(names.index(a),names.index(b)): np.array([[costs[b].entry(o, p.output)/len(fed[b]) for o in options[b]] for p in options[a]]) for b in names for a in fed[b]}
+    def node(n, o): return costs[n].inside(o) + (0 if fed[n] else costs[n].entry(o, precisions[0]))
+    def edge(a, b): return np.array([[costs[b].entry(o, p.output)/len(fed[b]) for o in options[b]] for p in options[a]])
+    nodes,at = [np.array([node(n, o) for o in options[n]]) for n in names],{n:i for i,n in enumerate(names)}
+    pairs = {(at[a],at[b]): edge(a, b) for b in names for a in fed[b]}
     picked = solve_pbqp(nodes, pairs)
     total = sum(c[i] for c,i in zip(nodes, picked)) + sum(m[picked[i],picked[j]] for (i,j),m in pairs.items())
     return {n: options[n][i] for n,i in zip(names, picked)},float(total)
@@ -400,13 +418,16 @@ class FormatPlan:
         now,row = self.bench.conditions.get('now') or 'now',self.bench[self.arm]
         if not self.changes: return f'what you have now ({now}) stays: nothing was proven to be faster'
         one = self.best_single
-        beside = f', and {row.seconds and one.seconds/row.seconds:.2f} times as fast as the best single setting, {one.arm}' if self.layers and one is not None and one.seconds else ''
+        beside = ''
+        if self.layers and one is not None and one.seconds and row.seconds:
+            beside = f', and {one.seconds/row.seconds:.2f} times as fast as the best single setting, {one.arm}'
         return f'{self.arm} is {row.ratio:.2f} times as fast as what you have now ({now}), {row.low:.2f} to {row.high:.2f}{beside}'
 
     @property
     def best_single(self):
         "The `BenchRow` of the fastest single setting, or None"
-        return max((r for r in self.bench.rows if r.ratio is not None and not r.arm.startswith('plan') and not r.arm.endswith('again')), key=lambda r: r.ratio, default=None)
+        single = [r for r in self.bench.rows if r.ratio is not None and not r.arm.startswith('plan') and not r.arm.endswith('again')]
+        return max(single, key=lambda r: r.ratio, default=None)
 
     @property
     def counts(self):
@@ -417,17 +438,21 @@ class FormatPlan:
             res[r.kind,str(r.layer)] = n+1,b+(r.before or 0),a+(r.after or 0)
         return res
 
-# %% ../nbs/08_plan.ipynb #da7fdc6e
+# %% ../nbs/08_plan.ipynb #675bfdee
 _plan_columns = ['layers', '', 'computed in', 'ms before', 'ms after']
 
-def _plan_cells(plan): return [[str(n), kind, what, f'{1e3*b:.1f}' if b else '', f'{1e3*a:.1f}' if a else ''] for (kind,what),(n,b,a) in sorted(plan.counts.items(), key=lambda o: -o[1][1])]
+def _plan_cells(plan):
+    def ms(t): return f'{1e3*t:.1f}' if t else ''
+    return [[str(n), kind, what, ms(b), ms(a)] for (kind,what),(n,b,a) in sorted(plan.counts.items(), key=lambda o: -o[1][1])]
 
 def _plan_notes(plan):
     res = list(plan.notes)
     if plan.left:
-        why = next(iter(plan.left.values()))
-        res.append(f'{len(plan.left)} convolutions stay as they are: {next(iter(plan.left))} ({why})' + (' and others.' if len(plan.left)>1 else '.'))
-    res.append(f'Found in {plan.seconds:.0f} s' + (', earlier.' if plan.cached else '.') + (f' That has paid for itself after {n:,} steps.' if (n := plan.break_even) else ''))
+        path,why = next(iter(plan.left.items()))
+        more = ' and others' if len(plan.left)>1 else ''
+        res.append(f'{len(plan.left)} convolutions stay as they are: {path} ({why}){more}.')
+    paid = f' That has paid for itself after {n:,} steps.' if (n := plan.break_even) else ''
+    res.append(f'Found in {plan.seconds:.0f} s{", earlier" if plan.cached else ""}.{paid}')
     return res
 
 @patch(as_prop=True)
@@ -462,25 +487,29 @@ def plot(self:FormatPlan,
     rows = [r for r in self.rows if r.kind!='other']
     if ax is None: ax = plt.subplots(figsize=(8, 3))[1]
     colors = {'fp32': 'tab:blue', 'bf16': 'tab:orange', 'fp16': 'tab:orange', 'mixed': 'tab:green'}
-    kinds = [r.layer.forward if len({r.layer.forward, r.layer.input or r.layer.forward, r.layer.weight or r.layer.forward})==1 else 'mixed' for r in rows]
+    def kind(o): return o.forward if {o.forward, o.input, o.weight}<={o.forward, None} else 'mixed'
+    kinds = [kind(r.layer) for r in rows]
     ax.bar(range(len(rows)), [1e3*(r.before or 0) for r in rows], color='0.85', label='before')
-    for i,(r,k) in enumerate(zip(rows, kinds)): ax.bar(i, 1e3*(r.after or 0), width=0.6, color=colors[k], hatch='//' if r.layer.memory_format else None)
+    for i,(r,k) in enumerate(zip(rows, kinds)):
+        ax.bar(i, 1e3*(r.after or 0), width=0.6, color=colors[k], hatch='//' if r.layer.memory_format else None)
     ax.legend(handles=[Patch(color='0.85', label='before'), *[Patch(color=colors[k], label=k) for k in dict.fromkeys(kinds)]])
     ax.set_xlabel('convolution')
     ax.set_ylabel('ms')
     return ax
 
-# %% ../nbs/08_plan.ipynb #ce856add
+# %% ../nbs/08_plan.ipynb #a91bc787
 @patch
 def to_dict(self:FormatPlan):
     "Plain data for JSON"
     benches = {n: None if b is None else b.to_dict() for n,b in (('bench', self.bench), ('inference', self.inference))}
-    return {**vars(self), 'layers': {n:asdict(o) for n,o in self.layers.items()}, 'rows': [asdict(r) for r in self.rows], **benches, 'reason': self.reason}
+    layers,rows = {n:asdict(o) for n,o in self.layers.items()},[asdict(r) for r in self.rows]
+    return {**vars(self), 'layers': layers, 'rows': rows, **benches, 'reason': self.reason}
 
 def _bench_from(d):
     if d is None: return None
     rows = [BenchRow(**{**r, 'blocks': {int(k):v for k,v in r['blocks'].items()}}) for r in d['rows']]
-    return FormatBench(rows, d['noise'] and tuple(d['noise']), **{k:d[k] for k in ('conditions', 'seconds', 'interrupted', 'ceilings', 'loader', 'notes')})
+    kept = {k:d[k] for k in ('conditions', 'seconds', 'interrupted', 'ceilings', 'loader', 'notes')}
+    return FormatBench(rows, d['noise'] and tuple(d['noise']), **kept)
 
 @patch(cls_method=True)
 def from_dict(cls:FormatPlan,
@@ -489,7 +518,8 @@ def from_dict(cls:FormatPlan,
     "The plan that `d` is plain data of"
     rows = [PlanRow(**{**r, 'layer': LayerPlan(**r['layer'])}) for r in d['rows']]
     layers = {n:LayerPlan(**o) for n,o in d['layers'].items()}
-    kept = {k:d[k] for k in ('arm', 'memory_format', 'autocast', 'compile', 'left', 'predicted', 'conditions', 'seconds', 'cached', 'notes')}
+    names = ('arm', 'memory_format', 'autocast', 'compile', 'left', 'predicted', 'conditions', 'seconds', 'cached', 'notes')
+    kept = {k:d[k] for k in names}
     return cls(**kept, layers=layers, rows=rows, bench=_bench_from(d['bench']), inference=_bench_from(d['inference']))
 
 # %% ../nbs/08_plan.ipynb #a6d7aef2
@@ -503,7 +533,9 @@ def apply_plan(
     Its precisions hold inside `torch.autocast` with the dtype of the plan. `remove_plan` takes it away, and so does `apply_contiguous`.
     Raises a `ValueError` for a model that has not the layers of the plan; then nothing has changed."""
     names = dict(model.named_modules())
-    if missing := [n for n in plan.layers if n not in names]: raise ValueError(f'the plan is of another model: it has {len(plan.layers)} layers, of which {missing[0]} and {len(missing)-1} more are not in this {type(model).__name__}')
+    if missing := [n for n in plan.layers if n not in names]:
+        raise ValueError(f'the plan is of another model: it has {len(plan.layers)} layers, '
+            f'of which {missing[0]} and {len(missing)-1} more are not in this {type(model).__name__}')
     if plan.memory_format: convert_format(model, plan.memory_format, optimizers)
     if planned(model)!=plan.layers:
         remove_plan(model)
@@ -538,7 +570,7 @@ def _probe_layers(specs, precisions, device, end, bar):
             res[s] = child.times(s, precisions=precisions, device=str(device), seconds=min(0.5, spare/(len(distinct)-i)))
     return res
 
-# %% ../nbs/08_plan.ipynb #b5087a33
+# %% ../nbs/08_plan.ipynb #61efd9ee
 @dataclass(frozen=True)
 class _Candidate:
     "Layers and the format of the model"
@@ -547,16 +579,18 @@ class _Candidate:
     layers:dict
     predicted:float
 
-def _needed(layer, low): return layer!=LayerPlan(low, low if layer.input else None, low if layer.weight else None, False, low) and layer!=LayerPlan(low, low, low, False, low)
+def _uniform(p): return LayerPlan(p, p, p, False, p)
 
 def _deadly(times):
     "(format, precision) to what happened, where a layer killed or hung the child and no guard stands before it"
-    return {k: f'{s}: {why}' for s,t in times.items() for k,why in t.lost.items() if len(k)==2 and why.startswith(('died', 'hung')) and not _guarded(s, k[1])}
+    lost = [(s,k,why) for s,t in times.items() for k,why in t.lost.items() if len(k)==2 and why.startswith(('died', 'hung'))]
+    return {k: f'{s}: {why}' for s,k,why in lost if not _guarded(s, k[1])}
 
 def _guarded(spec, precision):
     "Whether a hazard that is known applies to `spec`"
     m,x = spec.build(),torch.empty(spec.shape)
-    with torch.autocast('cpu', dtype=dtypes[precision], enabled=dtypes[precision] is not None): return any(h.suspect(m) and h.applies(m, x) for h in hazards.values())
+    with torch.autocast('cpu', dtype=dtypes[precision], enabled=dtypes[precision] is not None):
+        return any(h.suspect(m) and h.applies(m, x) for h in hazards.values())
 
 def _extras(step, dtype):
     "What `_Record.extras` says of the step in channels last; nothing if it cannot be made there"
@@ -568,18 +602,22 @@ def _candidates(specs, times, edges, extras, model, low, formats):
     frozen = {n for n,m in model.named_modules() if n in specs and not m.weight.requires_grad}
     precisions,res = ('fp32', *([low] if low else [])),[]
     kinds = {'plan, mixed': {}}
-    if low: kinds |= {'plan': dict(outputs=(low,)), 'plan, fp32 between': dict(outputs=('fp32',)), 'plan, whole layers': dict(outputs=(low,), whole=True)}
+    if low:
+        kinds |= {'plan': dict(outputs=(low,)), 'plan, fp32 between': dict(outputs=('fp32',)),
+                  'plan, whole layers': dict(outputs=(low,), whole=True)}
     for base in ('channels_last', 'contiguous'):
         costs = {n: _Costs(times[s], base, n in frozen) for n,s in specs.items() if s in times}
         for name,kw in kinds.items():
             kw = dict(formats=(None, _other(base)), **kw) if formats else kw
             layers,seconds = choose(costs, edges, precisions, **kw)
-            res.append(_Candidate(name if base=='channels_last' else f'{name}, contiguous', base, {n:o for n,o in layers.items() if _needed(o, low or 'fp32')}, seconds))
+            needed = {n:o for n,o in layers.items() if o!=_uniform(low or 'fp32')} # the others do so by themselves
+            res.append(_Candidate(name if base=='channels_last' else f'{name}, contiguous', base, needed, seconds))
     res.sort(key=lambda c: c.predicted)
     kept = []
     for c in res: # a plan that is another's twin, or far behind, is not measured
-        if (c.predicted<=1.3*res[0].predicted or c.name=='plan') and not any((c.memory_format,c.layers)==(o.memory_format,o.layers) for o in kept): kept.append(c)
-    kept = sorted(kept, key=lambda c: c.name!='plan')[:4] # single layers say little of what lies between them: one precision everywhere is always tried
+        near,twin = c.predicted<=1.3*res[0].predicted,any((c.memory_format,c.layers)==(o.memory_format,o.layers) for o in kept)
+        if (near or c.name=='plan') and not twin: kept.append(c)
+    kept = sorted(kept, key=lambda c: c.name!='plan')[:4] # single layers say little of what lies between: one precision is always tried
     return kept + [replace(c, name=f'{c.name}, dense gradients', layers={**extras, **c.layers}) for c in kept[:2] if extras]
 
 # %% ../nbs/08_plan.ipynb #e6aa18f5
@@ -626,24 +664,18 @@ def winner(
             if _faster(best, r, bench.noise): best = r
     return best.arm
 
-# %% ../nbs/08_plan.ipynb #9f7f3c72
-def _prediction(layers, costs, low):
-    "Seconds by single layers"
-    plain = LayerPlan(low, low, low, False, low)
-    return float(sum(c.inside(layers[n] if n in layers and layers[n].forward else plain) for n,c in costs.items()))
-
+# %% ../nbs/08_plan.ipynb #16b83d11
 def _plan_rows(specs, times, plan, now_format, now_precision):
     "What each layer gets, and its time before and after"
     def seconds(c, layer):
         s = c.inside(layer)-c.chain(layer.output)
         return s if np.isfinite(s) else None
-    def uniform(p): return LayerPlan(p, p, p, False, p)
     res,base = [],plan.memory_format or now_format
     for n,s in specs.items():
         p = plan.autocast if plan.changes else now_precision
         layer = plan.layers.get(n)
-        layer = layer if layer and layer.forward else uniform(p or 'fp32')
-        before = seconds(_Costs(times[s], now_format), uniform(now_precision)) if s in times else None
+        layer = layer if layer and layer.forward else _uniform(p or 'fp32')
+        before = seconds(_Costs(times[s], now_format), _uniform(now_precision)) if s in times else None
         res.append(PlanRow(n, kind_of(s), layer, before, seconds(_Costs(times[s], base), layer) if s in times else None))
     return res + [PlanRow(n, 'other', o) for n,o in plan.layers.items() if n not in specs]
 
@@ -651,7 +683,8 @@ def _plan_rows(specs, times, plan, now_format, now_precision):
 def cache_file() -> Path:
     "Where plans are kept"
     if own := os.environ.get('FASTXTEND_CL_CACHE'): return Path(own)/'plans.json'
-    home = {'win32': os.environ.get('LOCALAPPDATA'), 'darwin': '~/Library/Caches'}.get(sys.platform) or os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    home = {'win32': os.environ.get('LOCALAPPDATA'), 'darwin': '~/Library/Caches'}.get(sys.platform)
+    home = home or os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     return Path(home).expanduser()/'fastxtend_cl'/'plans.json'
 
 _cache_version = 1
@@ -679,11 +712,12 @@ def _write_cache(file, key, plan):
         os.replace(new, file)
     except OSError as e: warnings.warn(FormatWarning(f'the plan is not kept: {e}'), stacklevel=2)
 
-# %% ../nbs/08_plan.ipynb #c9554ce3
+# %% ../nbs/08_plan.ipynb #bbbdc008
 def _flags_now():
-    b = torch.backends
-    return [b.cudnn.enabled, b.cudnn.benchmark, b.cudnn.deterministic, b.cudnn.allow_tf32, b.cuda.matmul.allow_tf32, b.mkldnn.enabled, torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(), *sorted((k,v) for k,v in os.environ.items() if k.startswith(('DNNL_', 'ONEDNN_', 'OMP_', 'KMP_', 'MALLOC_', 'LD_PRELOAD')))]
+    b,env = torch.backends,('DNNL_', 'ONEDNN_', 'OMP_', 'KMP_', 'MALLOC_', 'LD_PRELOAD')
+    flags = [getattr(b.cudnn, n) for n in ('enabled', 'benchmark', 'deterministic', 'allow_tf32')] + [b.cuda.matmul.allow_tf32, b.mkldnn.enabled]
+    settings = [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
+    return flags + settings + sorted((k,v) for k,v in os.environ.items() if k.startswith(env))
 
 def _driver(device):
     if device.type!='cuda': return torch.__config__.show() # with the versions of oneDNN and MKL, and the instructions in use
@@ -696,9 +730,12 @@ def plan_key(
 ) -> str:
     "A hash of all that can change the answer"
     m,opt = step.model,getattr(step.optimizer, 'opt', step.optimizer)
-    parts = [_cache_version, fastxtend_cl.__version__, type(m).__qualname__, [(n,type(o).__qualname__) for n,o in m.named_modules()], [(n,list(p.shape),p.stride(),str(p.dtype),p.requires_grad) for n,p in m.named_parameters()],
-        [(n,o.training) for n,o in m.named_modules()], [(n,[asdict(s) for s in c]) for n,c in rec.calls.items()], sorted(rec.edges()),
-        [(list(t.shape),t.stride(),str(t.dtype)) for t in _tensors_in([*step.inputs, *step.targets])], str(step.autocast), type(opt).__qualname__, _machine_key(step.device), _driver(step.device), _flags_now(), *more]
+    layers = [(n,type(o).__qualname__,o.training) for n,o in m.named_modules()]
+    params = [(n,list(p.shape),p.stride(),str(p.dtype),p.requires_grad) for n,p in m.named_parameters()]
+    batch = [(list(t.shape),t.stride(),str(t.dtype)) for t in _tensors_in([*step.inputs, *step.targets])]
+    calls = [(n,[asdict(s) for s in c]) for n,c in rec.calls.items()]
+    parts = [_cache_version, fastxtend_cl.__version__, layers, params, batch, calls, sorted(rec.edges()), str(step.autocast),
+        type(opt).__qualname__, _machine_key(step.device), _driver(step.device), _flags_now(), *more]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 def _machine_key(device): return {k:v for k,v in _machine(device).items() if k!='date'}
@@ -720,12 +757,15 @@ def plan_formats(
     Raises a `ValueError` for a model without a convolution, and what the step itself raises. Ctrl-C leaves everything as it was."""
     if cache not in (True, False, 'refresh'): raise ValueError(f"cache is True, False or 'refresh', received {cache!r}")
     if not budget>0: raise ValueError(f'budget is a number of seconds above 0, received {budget!r}')
-    if not any(isinstance(m, _ConvNd) for m in step.model.modules()): raise ValueError(f'there is nothing to plan: {type(step.model).__name__} has no convolution')
+    if not any(isinstance(m, _ConvNd) for m in step.model.modules()):
+        raise ValueError(f'there is nothing to plan: {type(step.model).__name__} has no convolution')
     start,dtype = time.perf_counter(),step.autocast if isinstance(precision, str) else precision
     low,now = _name_of(dtype) if dtype is not None else None,replace(now or Arm('now'), name='now')
     rec = record_step(step, now.memory_format, 'as is') # nothing new is run here before it was tried in a child
-    key = plan_key(step, rec, low, formats, compile, inference, _label(_format(step, now), _precision(step)), now.memory_format, planned(step.model)) if cache else None
-    if cache is True and (kept := _share(lambda: _read_cache(cache_file()).get(key))): return replace(FormatPlan.from_dict(kept), cached=True)
+    present = _label(_format(step, now), _precision(step)),planned(step.model),now.setup is None
+    key = plan_key(step, rec, low, formats, compile, inference, *present) if cache else None
+    if cache is True and (kept := _share(lambda: _read_cache(cache_file()).get(key))):
+        return replace(FormatPlan.from_dict(kept), cached=True)
     specs,left = _sort_out(rec, step.model)
     times = _share(lambda: _probe_layers(specs, ('fp32', *([low] if low else [])), step.device, start+0.45*budget, bar))
     for n,s in specs.items():
@@ -733,7 +773,8 @@ def plan_formats(
     deadly = _deadly(times)
     extras = _extras(step, dtype) if ('channels_last',low or 'fp32') not in deadly else {}
     plans = _candidates(specs, times, rec.edges(), extras, step.model, low, formats)
-    plan = FormatPlan.from_dict(_share(_prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar).to_dict))
+    found = _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar)
+    plan = FormatPlan.from_dict(_share(found.to_dict))
     if cache and _first_rank(): _write_cache(cache_file(), key, plan)
     return plan
 
@@ -774,11 +815,12 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     arm = winner(bench)
     base,c = by_name[arm.removesuffix(', compiled')]
     name = None if arm=='now' or c is None and base.dtype is None else low
-    plan = FormatPlan(arm, base.memory_format if arm!='now' else None, name, dict(c.layers) if c else {}, arm.endswith(', compiled'), bench, left=left)
+    layers,memory_format = dict(c.layers) if c else {},None if arm=='now' else base.memory_format
+    plan = FormatPlan(arm, memory_format, name, layers, arm.endswith(', compiled'), bench, left=left)
     plan.conditions = {**_conditions(step, now, False, bench.conditions['block']), 'precision': low}
     plan.notes = [f'{f.replace("_", " ")} {p} was not run as a whole: {why}' for (f,p),why in deadly.items()]
     plan.predicted = {c.name: c.predicted for c in plans}
     plan.rows = _plan_rows(specs, times, plan, _format(step, now), _precision(step) if step.autocast is not None else 'fp32')
-    if inference and plan.changes: plan.inference = bench_formats(step, [by_name[n][0] for n in dict.fromkeys([arm.removesuffix(', compiled'), *chosen]) if n!='now'], limit=budget/4, inference=True, now=now, bar=bar)
+    if inference: plan.inference = bench_formats(step, [by_name[n][0] for n in chosen], limit=budget/4, inference=True, now=now, bar=bar)
     plan.seconds = time.perf_counter()-start
     return plan
