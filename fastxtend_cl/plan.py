@@ -86,8 +86,10 @@ class _Conv(torch.autograd.Function):
         if nx and nw and l.input==l.weight and not l.tiled: gx,gw,gb = run(l.input, True, True, nb)
         else:
             gx = run(l.input, True, False, False)[0] if nx else None
-            _,gw,gb = run(l.weight, False, nw and not l.tiled, nb) if nb or nw and not l.tiled else (None,)*3
-            if nw and l.tiled: gw = _run_tiled(g, x, w, _dtype(l.weight), l.memory_format, ctx.args)
+            if nw and not l.tiled: _,gw,gb = run(l.weight, False, True, nb)
+            else: # the kernel of a bias alone computes the gradient of the weight, too
+                gw = _run_tiled(g, x, w, _dtype(l.weight), l.memory_format, ctx.args) if nw else None
+                gb = g.sum([d for d in range(g.ndim) if d!=1], dtype=torch.float32) if nb else None
         if nx: gx = _back(gx.to(ctx.dtypes[0]), l.memory_format)
         return gx,gw.to(ctx.dtypes[1]) if nw else None,gb.to(ctx.bias[1]) if nb else None,None,None
 

@@ -155,12 +155,13 @@ def tiled_weight_grad(
 ): # Gradient of the weight
     "The weight gradient of a convolution in tiles of 3x3 taps"
     stride,(ph,pw),dilation,_,out,groups = args
-    x,res = F.pad(x, (pw, pw, ph, ph)),torch.empty_like(w, dtype=g.dtype)
+    fmt = torch.channels_last if 'channels_last' in (format_of(x), format_of(g)) else torch.contiguous_format
+    g,x,res = g.contiguous(memory_format=fmt),F.pad(x.contiguous(memory_format=fmt), (pw, pw, ph, ph)),torch.empty_like(w, dtype=g.dtype)
     (kh,kw),(ho,wo) = (min(k, 3) for k in w.shape[2:]),g.shape[2:]
     tile = w.new_empty((*w.shape[:2], kh, kw), dtype=g.dtype)
     for a in _starts(w.shape[2]):
         for b in _starts(w.shape[3]):
-            part = x[:,:,a:a+(ho-1)*stride[0]+kh,b:b+(wo-1)*stride[1]+kw].contiguous(memory_format=torch.channels_last if format_of(x)=='channels_last' else torch.contiguous_format)
+            part = x[:,:,a:a+(ho-1)*stride[0]+kh,b:b+(wo-1)*stride[1]+kw].contiguous(memory_format=fmt)
             res[:,:,a:a+kh,b:b+kw] = aten.convolution_backward(g, part, tile, None, stride, [0, 0], dilation, False, out, groups, [False, True, False])[1]
     return res
 
