@@ -1,8 +1,10 @@
 """The twelve networks of peers.py by the plan, against contiguous, fastai's, the best single setting and compiled models: `python benchmarks/plan.py`
 
 Each network is planned as a user would, without the cache, and then measured anew with the independent harness of common.py, paired, in blocks.
-Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew, `--tiny` tries the script."""
-import gc, json, math, statistics, warnings
+Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew, `--tiny` tries the script.
+`--robust_times 5` plans each network five times while another process keeps one core busy, measures what was chosen when all is quiet, and writes
+results/plan-robust-DEVICE.json."""
+import contextlib, gc, json, math, statistics, subprocess, sys, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch
 from fastcore.script import call_parse
@@ -88,6 +90,33 @@ def table(found):
     means = [geometric([next(r for r in f['rows'] if r['arm']=='plan')['ratio'][0] for f in found]), *[geometric([f[k]['ratio'][0] for f in found]) for k in ('over_fastai', 'over_single')], geometric([f['allowed']['over_fastai']['ratio'][0] for f in found])]
     return '\n'.join([*lines, f"| **geometric mean** | {' | '.join(f'**{m:.3f}**' for m in means)} | | |"])
 
+@contextlib.contextmanager
+def busy_core():
+    "Another process computes meanwhile"
+    p = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+    try: yield
+    finally: p.kill(); p.wait()
+
+def robust(name, shape, device, budget, times, rounds, block):
+    "What planning under load chooses, and how fast that is when all is quiet, against the best single setting"
+    mode = native_amp_mode(device)
+    native,precision = amp_dtypes.get(mode),mode and mode.value
+    with busy_core(): plans = [plan_formats(step_of(name, shape, device), native, budget=budget, cache=False) for _ in range(times)]
+    args = {k:v for k,v in arms_of(plans[0], native, precision, False).items() if k!='plan'}
+    args |= {f'plan {i}': arms_of(p, native, precision, False)['plan'] for i,p in enumerate(plans)}
+    with kept_memory(): seconds = interleave({a: stepper(name, shape, device, *v) for a,v in args.items()}, rounds, block)
+    best = min((a for a in seconds if not a.startswith('plan')), key=lambda a: statistics.median(seconds[a]))
+    ratios = [interval([b/a for a,b in zip(seconds[f'plan {i}'], seconds[best])]) for i in range(times)]
+    return dict(model=name, shape=list(shape), chosen=[p.arm for p in plans], best_single=best, over_single=ratios, slower=[r[2]<0.98 for r in ratios])
+
+def robust_main(names, device, budget, times, rounds, block, tiny):
+    rows = []
+    for name in names.split(','):
+        rows.append(robust(name, (2, *models[name][1:]) if tiny else models[name], device, 10. if tiny else budget, times, 2 if tiny else rounds, 3 if tiny else block))
+        print(rows[-1], flush=True)
+        if not tiny: save(f'plan-robust-{device}', rows=rows, budget=budget, times=times, rounds=rounds, block=block)
+    print('slower than the best single setting by more than 2 %:', sum(map(sum, (r['slower'] for r in rows))), 'of', times*len(rows))
+
 @call_parse
 def main(
     names:str=','.join(models), # Networks, separated by commas
@@ -96,10 +125,12 @@ def main(
     rounds:int=16, # Rounds; in each, every arm runs one block
     block:int=4, # Steps a block; the first is dropped
     compile:bool=True, # Compiled models, too
+    robust_times:int=0, # Plan so often under load, and do no more
     refresh:bool=False, # Measure anew what has been measured
     tiny:bool=False, # Small batches and few rounds, to try the script; writes nothing
 ):
     "Measure and write benchmarks/results/plan-DEVICE.json and .md"
+    if robust_times: return robust_main(names, torch.device(device), budget, robust_times, rounds, block, tiny)
     device,file = torch.device(device),results/f'plan-{device}.json'
     found = {} if refresh or tiny or not file.exists() else {f['model']: f for f in json.loads(file.read_text())['found']}
     for name in names.split(','):

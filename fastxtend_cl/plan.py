@@ -800,6 +800,12 @@ def _single_arms(step, low, now):
     present = _label(_format(step, now), _precision(step))
     return [a for a in format_arms(step).values() if a.dtype in (None, dtype) and a.name!=present]
 
+def _compile_note(bench, arm):
+    "What compiling costs, and from when on it pays"
+    row,plain = bench[arm],[r for r in bench.rows[2:] if r.seconds and not r.arm.endswith('compiled')] + [bench.now]
+    cost,saved = (row.first_seconds or 0)-row.seconds,min(r.seconds for r in plain)-row.seconds
+    return f'Compiling takes {cost:.0f} s' + (f', and has paid for itself after {int(np.ceil(cost/saved)):,} steps.' if saved>0 else '.')
+
 def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar):
     "Race the candidates, prove the best, and say what came of it"
     clock,singles = device_clock(step.device),[a for a in _single_arms(step, low, now) if (a.memory_format,_name_of(a.dtype)) not in deadly]
@@ -809,7 +815,9 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     by_name = {a.name: (a, next((c for c in plans if c.name==a.name), None)) for a in arms}
     chosen = _best(seconds, [a.name for a in singles]) + _best(seconds, [c.name for c in plans])
     proven = [by_name[n][0] for n in chosen]
-    if compile: proven += [replace(a, name=f'{a.name}, compiled', compile=True) for a in proven[-1:]]
+    if compile: # the best of each kind
+        best = [n for kind in ([a.name for a in singles], [c.name for c in plans]) for n in _best(seconds, kind, 1)]
+        proven += [replace(by_name[n][0], name=f'{n}, compiled', compile=True) for n in best]
     least = 1.5*(least_pairs+4)*sum(costs[n] for n in ['now', 'now', *chosen]) # fewer rounds would prove nothing
     limit = max(_ranks(max(least, start+budget-time.perf_counter())))
     bench = bench_formats(step, proven, limit=limit, block=3, now=now, bar=bar)
@@ -821,6 +829,7 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     plan = FormatPlan(arm, memory_format, name, layers, arm.endswith(', compiled'), bench, left=left)
     plan.conditions = {**_conditions(step, now, False, bench.conditions['block']), 'precision': low}
     plan.notes = [f'{f.replace("_", " ")} {p} was not run as a whole: {why}' for (f,p),why in deadly.items()]
+    if plan.compile: plan.notes.append(_compile_note(bench, arm))
     plan.predicted = {c.name: c.predicted for c in plans}
     plan.rows = _plan_rows(specs, times, plan, _format(step, now), _precision(step) if step.autocast is not None else 'fp32')
     if inference: plan.inference = bench_formats(step, [by_name[n][0] for n in chosen], limit=budget/4, inference=True, now=now, bar=bar)
