@@ -2,6 +2,7 @@
 
 Optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own callbacks; the demo; the tests (`--parts right`).
 How fast (`--parts fast`, under ten minutes): the case that PyTorch publishes (ResNet-50, mixed precision, batches of 200, 224 pixels: 22 % on a V100), the models of its list, and the peers.
+Plans (`--parts plan`) for networks with grouped and depthwise convolutions, where channels last is known to lose: results/plans-DEVICE.json.
 Writes results/gpu-DEVICE.json, results/published-DEVICE.json and .md, results/peers-DEVICE.json and .md. `--device cpu --tiny` tries the script without a GPU."""
 import contextlib, gc, io, itertools, json, os, subprocess, sys, warnings
 import torch
@@ -13,8 +14,9 @@ from fastcore.script import call_parse
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
 from fastxtend_cl.bench import bench_formats
-from fastxtend_cl.cli import demo, digits_dls, model_step
+from fastxtend_cl.cli import UsageError, demo, digits_dls, model_step
 from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.plan import plan_formats
 import peers
 from common import conditions, results, save
 
@@ -57,6 +59,19 @@ def fp16_rows(cbs, device, tiny):
         learn = Learner(digits_dls(16, 256 if tiny else 64, device), model, loss_func=nn.CrossEntropyLoss(), cbs=[*cbs, Scales()])
         with learn.no_bar(), learn.no_logging(): learn.fit(1 if tiny else 3, 1e-3)
     return learn.scales.rows
+
+def plan_rows(device, tiny):
+    "What `plan_formats` finds, on networks from timm"
+    rows = []
+    for name in ('regnetx_032', 'resnest50d', 'mobilenetv2_100') if not tiny else ('mobilenetv2_050',):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            try: step = model_step(name, *((2, 32) if tiny else (64, 224)), device=str(device))
+            except UsageError as e: rows.append(dict(model=name, failed=str(e))); continue
+        plan = plan_formats(step, torch.float16 if device.type=='cuda' else torch.bfloat16, budget=10 if tiny else 180, cache=False, bar=False)
+        rows.append(dict(model=name, **plan.to_dict()))
+        print(plan, flush=True)
+    return rows
 
 def run_tests(device):
     r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py', 'tests/test_format.py', 'tests/test_training.py'],
@@ -105,13 +120,16 @@ def main(
     device:str='cuda', # Where to run
     tiny:bool=False, # Small and short, to try the script
     tests:bool=True, # Run the tests too
-    parts:str='right,fast', # What to do: is it right, is it fast
+    parts:str='right,fast,plan', # What to do: is it right, is it fast, what is the fastest
     limit:float=4., # Seconds for a network
 ):
     "Measure and write benchmarks/results/gpu-DEVICE.json"
     device,res = torch.device(device),{}
-    if wrong := set(parts.split(','))-{'right', 'fast'}: sys.exit(f'--parts takes right and fast, received {parts}')
+    if wrong := set(parts.split(','))-{'right', 'fast', 'plan'}: sys.exit(f'--parts takes right, fast and plan, received {parts}')
     if 'fast' in parts: run_published(device, tiny, limit); run_peers(device, tiny, limit)
+    if 'plan' in parts:
+        rows = plan_rows(device, tiny)
+        if not tiny: save(f'plans-{device.type}', rows=rows)
     if 'right' not in parts: return
     res['across_conversion'] = across_conversion(device)
     for r in res['across_conversion']: print(r)

@@ -6,7 +6,7 @@ import pytest, torch
 from fastai.losses import CrossEntropyLossFlat
 from hypothesis import assume, given, settings, strategies as st
 from torch import nn
-from helpers import caught_warnings, dls_of, fit, images, labels, mixed, quiet, random_images, tiny_learner
+from helpers import AveragedCopy, caught_warnings, dls_of, fit, images, labels, mixed, quiet, random_images, tiny_learner
 import fastxtend_cl.all
 from fastxtend_cl import plan as module
 from fastxtend_cl.bench import Arm, BenchRow, FormatBench
@@ -165,7 +165,7 @@ def test_round_trip():
     model = guard(nn.Sequential(*net(), nn.Conv2d(3, 8, 1, stride=2)))
     before,keys = {n:vars(m).get('forward') for n,m in model.named_modules()},list(model.state_dict())
     apply_plan(model, a_plan())
-    assert planned(model)==plans and list(model.state_dict())==keys
+    assert planned(model)==plans and list(model.state_dict())==keys and set(guarded(model))=={'3', '10'}
     forward = vars(model[3])['forward']
     apply_plan(model, a_plan())
     assert vars(model[3])['forward'] is forward, 'applied twice'
@@ -519,6 +519,18 @@ def test_a_learner_trains_by_a_plan():
     assert planned(learn.model)=={} and not any('forward' in vars(m) for m in learn.model.modules()) and learn.model[0].weight.is_contiguous()
     fit(learn)
 
+def test_with_other_callbacks():
+    "Accumulated gradients, an average of the weights, and a frozen body"
+    from fastai.callback.training import GradientAccumulation
+    learn = learner(cbs=[GradientAccumulation(8), AveragedCopy()]).to_channelslast(plan=a_plan())
+    for p in learn.model[:3].parameters(): p.requires_grad_(False)
+    before = [p.clone() for p in learn.model.parameters()]
+    fit(learn)
+    moved = [not torch.equal(p, b) for p,b in zip(learn.model.parameters(), before)]
+    assert moved[:3]==[False]*3 and all(moved[3:]), moved
+    copied = learn.averaged_copy.averaged.module
+    assert planned(copied)==plans and all(vars(m)['forward'].module is m for m in copied.modules() if 'forward' in vars(m))
+
 def test_a_contiguous_plan():
     learn = learner().to_channelslast(plan=a_plan(memory_format='contiguous'))
     fit(learn)
@@ -605,9 +617,14 @@ def worker(folder):
         assert rank==0, 'the second rank probes'
         return real(*a)
     module._probe_layers = probe
+    model = net()
+    apply_plan(model, a_plan())
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with bf16(): wrapped(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(rank))).float().square().sum().backward()
+    grads = [float(q.grad.double().norm()) for q in model.parameters()]
     p = plan_formats(step_of(), low, budget=5, bar=False)
     again = plan_formats(step_of(), low, budget=5, bar=False)
-    (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=cache_file().exists())))
+    (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=cache_file().exists(), grads=grads)))
     dist.destroy_process_group()
 
 def test_two_processes_get_the_same_plan(tmp_path):
@@ -621,6 +638,7 @@ def test_two_processes_get_the_same_plan(tmp_path):
     assert [p.returncode for p in ps]==[0, 0], errs
     a,b = (json.loads((tmp_path/f'{i}.json').read_text()) for i in range(2))
     assert a['plan']['arm']==b['plan']['arm'] and a['plan']['layers']==b['plan']['layers'] and a['plan']['bench']==b['plan']['bench']
+    assert a['grads']==b['grads'] and all(a['grads'])
     assert (a['kept'],b['kept'])==(True, False) and a['again']['cached'] and b['again']['cached'], 'the first rank keeps it for all'
 
 def test_a_failure_on_the_first_rank_is_one_on_all(monkeypatch):
