@@ -742,7 +742,13 @@ def plan_key(
 
 def _machine_key(device): return {k:v for k,v in _machine(device).items() if k!='date'}
 
-# %% ../nbs/08_plan.ipynb #ad85bb72
+# %% ../nbs/08_plan.ipynb #32ba0b6c
+_no_time = 'there was no time left to measure it'
+
+def _is_final(plan):
+    "Whether more time would not have changed `plan`; others are not kept"
+    return (plan.bench is None or plan.bench.verdict!='cannot tell') and _no_time not in plan.left.values()
+
 def plan_formats(
     step:TrainingStep, # Afterwards as it was
     precision:torch.dtype|str|None='as is', # That may be used besides fp32: 'as is' is the step's own autocast; None is fp32 only
@@ -771,13 +777,13 @@ def plan_formats(
     specs,left = _sort_out(rec, step.model)
     times = _share(lambda: _probe_layers(specs, ('fp32', *([low] if low else [])), step.device, start+0.45*budget, bar))
     for n,s in specs.items():
-        if s not in times: left[n] = 'there was no time left to measure it'
+        if s not in times: left[n] = _no_time
     deadly = _deadly(times)
     extras = _extras(step, dtype) if ('channels_last',low or 'fp32') not in deadly else {}
     plans = _candidates(specs, times, rec.edges(), extras, step.model, low, formats)
     found = _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar)
     plan = FormatPlan.from_dict(_share(found.to_dict))
-    if cache and _first_rank(): _write_cache(cache_file(), key, plan)
+    if cache and _first_rank() and _is_final(plan): _write_cache(cache_file(), key, plan)
     return plan
 
 # %% ../nbs/08_plan.ipynb #d524d974

@@ -437,7 +437,7 @@ def test_interrupted_anywhere(monkeypatch, where):
 
 def fake_search(monkeypatch, found):
     calls = []
-    monkeypatch.setattr(module, '_probe_layers', lambda *a: {})
+    monkeypatch.setattr(module, '_probe_layers', lambda specs, *a: {s: LayerTimes(s) for s in specs.values()})
     monkeypatch.setattr(module, '_prove', lambda *a: calls.append(1) or found)
     return calls
 
@@ -449,6 +449,13 @@ def test_a_plan_is_found_once(monkeypatch):
     plan_formats(step, cache='refresh'); plan_formats(step, cache=False)
     assert len(calls)==3
     assert json.loads(cache_file().read_text())['version']==1
+
+def test_what_is_not_final_is_not_kept(monkeypatch):
+    calls = fake_search(monkeypatch, a_plan(left={'0': 'there was no time left to measure it'}))
+    plan_formats(step_of()); plan_formats(step_of())
+    assert len(calls)==2
+    calls = fake_search(monkeypatch, FormatPlan('now', bench=proof(noise=None)))
+    assert proof(noise=None).verdict=='cannot tell' and not plan_formats(step_of()).cached and not plan_formats(step_of()).cached and not cache_file().exists()
 
 def test_what_changes_the_key(monkeypatch):
     fake_search(monkeypatch, a_plan())
@@ -616,7 +623,7 @@ def worker(folder):
     def probe(*a):
         assert rank==0, 'the second rank probes'
         return real(*a)
-    module._probe_layers = probe
+    module._probe_layers,module._is_final = probe,lambda p: True # also where the machine is too busy for a verdict
     model = net()
     apply_plan(model, a_plan())
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -624,6 +631,7 @@ def worker(folder):
     grads = [float(q.grad.double().norm()) for q in model.parameters()]
     p = plan_formats(step_of(), low, budget=5, bar=False)
     again = plan_formats(step_of(), low, budget=5, bar=False)
+    assert not p.left
     (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=cache_file().exists(), grads=grads)))
     dist.destroy_process_group()
 
