@@ -121,7 +121,8 @@ class Planned(Guard):
 
     def applies(self, args, kwargs):
         "Whether this call is one that the plan is for"
-        if self.layer.forward is None or self.args is None or kwargs or len(args)!=1 or not isinstance(args[0], torch.Tensor): return False
+        if self.layer.forward is None or self.args is None or self.instance_forward is not None: return False
+        if kwargs or len(args)!=1 or not isinstance(args[0], torch.Tensor): return False
         x,w,d = args[0],self.module.weight,self.autocast
         if x.ndim!=w.ndim or w.dtype!=torch.float32 or x.dtype not in (torch.float32, d) or not x.numel(): return False
         kind = x.device.type
@@ -181,10 +182,13 @@ def planned(
     "The layers of `model` that run by a plan"
     return {n:vars(m)['forward'].layer for n,m in model.named_modules() if isinstance(vars(m).get('forward'), Planned)}
 
-# %% ../nbs/08_plan.ipynb #e3652e53
+# %% ../nbs/08_plan.ipynb #e3e81bc8
 _plain_convs = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
-def _plain_forward(m): return type(m).forward in {c.forward for c in _plain_convs}
+def _plain_forward(m):
+    own = vars(m).get('forward')
+    own = own.instance_forward if isinstance(own, Guard) else own
+    return own is None and type(m).forward in {c.forward for c in _plain_convs}
 
 class _Record:
     "Convolutions of a step, where their inputs come from, and gradients in other strides"

@@ -177,11 +177,20 @@ def test_round_trip():
     assert not any('forward' in vars(m) for m in model.modules())
 
 def test_a_forward_of_the_users_own_is_kept():
-    m = net()
-    own = m[3].forward = lambda x: nn.Conv2d.forward(m[3], x)*2
-    apply_plan(m, a_plan())
-    remove_plan(m)
-    assert vars(m[3])['forward'].instance_forward is own if isinstance(vars(m[3])['forward'], Guard) else vars(m[3])['forward'] is own
+    "On the layer itself, or below its guard; it has no plan, and a plan that names it lets it be"
+    for guarded_too in (False, True):
+        m = net()
+        own = m[3].forward = lambda x: nn.Conv2d.forward(m[3], x)*2
+        if guarded_too: guard(m)
+        step = step_of(m)
+        assert module._sort_out(record_step(step, None), m)[1]=={'3': 'Conv2d has a forward of its own'}
+        x = torch.randn(2, 8, 9, 9)
+        with bf16(): before = m[3](x)
+        apply_plan(m, a_plan())
+        with bf16(): assert torch.equal(m[3](x), before)
+        remove_plan(m)
+        f = vars(m[3])['forward']
+        assert (f.instance_forward if isinstance(f, Guard) else f) is own
 
 def test_copies_and_pickles():
     model = net()
