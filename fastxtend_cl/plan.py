@@ -298,10 +298,10 @@ def _reduce(i, costs, g):
         for j,m in near.items(): costs[j] += m[fixed]
         return fixed
 
-# %% ../nbs/08_plan.ipynb #553e6fb3
+# %% ../nbs/08_plan.ipynb #8179bda5
 def _cast(t, f, name, a, b):
     if a==b: return 0.
-    return t.seconds.get((f, a, f'{name} to {b}'), 0.) # of a candidate that died, casts are not known
+    return t.get(f, a, f'{name} to {b}', 0.) # of a candidate that died, casts are not known
 
 @dataclass(frozen=True)
 class _Costs:
@@ -324,8 +324,7 @@ class _Costs:
         return res
 
     def chain(self, p):
-        t = self.times.seconds.get((self.base, p, 'chain'))
-        return 0. if t is None else t
+        return self.times.get(self.base, p, 'chain', 0.)
 
     def entry(self, o, p):
         "Casts of an input that arrives in precision `p`, and of its gradient"
@@ -344,7 +343,7 @@ def layer_options(
 ) -> list: # `LayerPlan`s
     "The options of a layer that are cheapest for some precision of what it receives and hands on"
     spec,res = costs.times.spec,{}
-    free = not costs.frozen and not whole
+    free,formats = not costs.frozen and not whole,formats if len(spec.kernel_size)>1 else (None,)
     tiles = (False, True) if is_tiled(spec) and free else (False,)
     every = [LayerPlan(f, i, w, tiled, out, m) for m,f,tiled,out in product(formats, precisions, tiles, outputs or precisions)
              for i in (precisions if spec.input_grad and not whole else (f,)) for w in (precisions if free else (f,))]

@@ -392,11 +392,11 @@ class LayerTimes:
     seconds:dict=field(default_factory=dict) # (format, precision, name) to seconds; names: 'forward', 'input', 'weight', 'chain', 'input to bf16', ...
     lost:dict=field(default_factory=dict) # (format, precision) or (format, precision, kernel) to why it is no candidate
 
-    def get(self, memory_format, precision, name):
-        "Seconds, infinite for what is no candidate"
-        return self.seconds.get((memory_format, precision, name), float('inf'))
+    def get(self, memory_format, precision, name, default=float('inf')):
+        "Seconds, or `default` for what is no candidate; a 1-D convolution has one format"
+        return self.seconds.get((memory_format if len(self.spec.kernel_size)>1 else 'contiguous', precision, name), default)
 
-    def lose(self, answer):
+    def add(self, answer):
         "Take in an answer of the child"
         self.seconds |= {tuple(k):t for *k,t in answer['seconds']}
         for f,p,k,e in answer['wrong']:
@@ -417,10 +417,10 @@ def times(self:Probe,
     def ask(fs, ps): return self._ask('time', spec, dict(formats=fs, precisions=ps, device=str(device), seconds=seconds))
     status,answer = ask(list(formats), list(precisions))
     res = LayerTimes(spec)
-    if status=='answered' and 'raised' not in answer: return res.lose(answer)
+    if status=='answered' and 'raised' not in answer: return res.add(answer)
     for f in formats:
         for p in precisions:
             status,answer = ask([f], [p])
-            if status=='answered' and 'raised' not in answer: res.lose(answer)
+            if status=='answered' and 'raised' not in answer: res.add(answer)
             else: res.lost[f,p] = answer['raised'] if status=='answered' else f'{status}: {answer}'
     return res

@@ -321,6 +321,13 @@ def test_a_lost_candidate_is_never_chosen():
     assert layer_options(_Costs(LayerTimes(spec), 'channels_last'), ('fp32', 'bf16'))==[]
     assert choose({'a': _Costs(LayerTimes(spec), 'channels_last')}, [], ('fp32', 'bf16'))==({}, 0.)
 
+def test_a_layer_of_one_dimension():
+    spec = LayerSpec.of(nn.Conv1d(8, 8, 3), torch.randn(2, 8, 32).requires_grad_())
+    with module.Probe() as child: t = child.times(spec, precisions=('fp32', 'bf16'), seconds=0.1)
+    assert {f for f,*_ in t.seconds}=={'contiguous'} and not t.lost
+    layer = choose({'a': _Costs(t, 'channels_last')}, [], ('fp32', 'bf16'), formats=(None, 'contiguous'))[0]['a']
+    assert layer.memory_format is None and layer.forward
+
 def test_a_frozen_layer_has_no_weight_gradient():
     t = times_of(spec, changes={('fp32', 'weight'): 100., ('bf16', 'weight'): 100.})
     assert _Costs(t, 'channels_last', frozen=True).inside(LayerPlan('fp32', 'fp32', 'fp32', False, 'fp32'))<10
