@@ -827,7 +827,7 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     if compile: # the best of each kind
         best = [n for kind in ([a.name for a in singles], [c.name for c in plans]) for n in _best(seconds, kind, 1)]
         proven += [replace(by_name[n][0], name=f'{n}, compiled', compile=True) for n in best]
-    least = 2*(least_pairs+4)*sum(costs[n] for n in ['now', 'now', *chosen]) # fewer rounds would prove nothing
+    least = 5 + 1.5*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *chosen]) # fewer rounds would prove nothing
     limit = max(_ranks(max(least, start+budget-time.perf_counter())))
     bench = bench_formats(step, proven, limit=limit, block=3, now=now, bar=bar)
     if bench.interrupted: raise KeyboardInterrupt
