@@ -5,6 +5,7 @@ pool whose backward was wrong in channels last (pytorch issue 188344) and famili
 the demo; traces, fake tensors and repairs, each with a result of its own; the tests.
 Fast (`--parts fast`, under ten minutes): the case that PyTorch publishes (ResNet-50, mixed precision, batches of 200, 224 pixels: 22 % on a V100),
 the models of its list, and the peers.
+Plans (`--parts plan`) for networks with grouped and depthwise convolutions, where channels last is known to lose: plans-DEVICE.json.
 Writes results/gpu-DEVICE.json, published-DEVICE.json and .md, peers-DEVICE.json and .md. `--device cpu --tiny` tries the script without a GPU."""
 import contextlib, gc, io, itertools, json, os, subprocess, sys, warnings
 from pathlib import Path
@@ -18,8 +19,9 @@ from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
 from fastxtend_cl.bench import bench_formats
 from fastxtend_cl.check import check_formats
-from fastxtend_cl.cli import demo, digits_dls, model_step
+from fastxtend_cl.cli import UsageError, demo, digits_dls, model_step
 from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.plan import plan_formats
 from fastxtend_cl.step import TrainingStep
 import peers
 from common import conditions, results, save
@@ -92,6 +94,19 @@ def checks(device, tiny):
                 yield dict(model=name, dtype=str(dtype), ok=c.ok, reason=c.reason, first=c.first, seconds=c.seconds)
             except Exception as e: yield dict(model=name, dtype=str(dtype), raised=f'{type(e).__name__}: {e}'.splitlines()[0])
 
+def plan_rows(device, tiny):
+    "What `plan_formats` finds, on networks from timm"
+    rows = []
+    for name in ('regnetx_032', 'resnest50d', 'mobilenetv2_100') if not tiny else ('mobilenetv2_050',):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            try: step = model_step(name, *((2, 32) if tiny else (64, 224)), device=str(device))
+            except UsageError as e: rows.append(dict(model=name, failed=str(e))); continue
+        plan = plan_formats(step, torch.float16 if device.type=='cuda' else torch.bfloat16, budget=10 if tiny else 180, cache=False, bar=False)
+        rows.append(dict(model=name, **plan.to_dict()))
+        print(plan, flush=True)
+    return rows
+
 def run_tests(device):
     r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py', 'tests/test_format.py', 'tests/test_training.py', 'tests/test_step.py', 'tests/test_check.py', 'tests/test_trace.py', 'tests/test_repair.py'],
         env={**os.environ, 'FXCL_DEVICE': str(device)}, capture_output=True, text=True)
@@ -146,13 +161,16 @@ def main(
     device:str='cuda', # Where to run
     tiny:bool=False, # Small and short, to try the script
     tests:bool=True, # Run the tests too
-    parts:str='right,fast', # What to do: is it right, is it fast
+    parts:str='right,fast,plan', # What to do: is it right, is it fast, what is the fastest
     limit:float=4., # Seconds for a network
 ):
     "Measure and write benchmarks/results/gpu-DEVICE.json"
     device,res = torch.device(device),{}
-    if wrong := set(parts.split(','))-{'right', 'fast'}: sys.exit(f'--parts takes right and fast, received {parts}')
+    if wrong := set(parts.split(','))-{'right', 'fast', 'plan'}: sys.exit(f'--parts takes right, fast and plan, received {parts}')
     if 'fast' in parts: run_published(device, tiny, limit); run_peers(device, tiny, limit)
+    if 'plan' in parts:
+        rows = plan_rows(device, tiny)
+        if not tiny: save(f'plans-{device.type}', rows=rows)
     if 'right' not in parts: return
     res['across_conversion'] = across_conversion(device)
     for r in res['across_conversion']: print(r)

@@ -29,6 +29,7 @@ from .amp import DeviceMixedPrecision, as_amp_mode, check_scaler_args, learner_d
 from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last, as_contiguous, contiguous_meanwhile,
     convert_format, format_of, format_warnings)
 from .hazards import Guard
+from .plan import FormatPlan, apply_plan, planned, remove_plan
 from .repair import unrepair_format, unrepaired_meanwhile
 from .step import generators, seed_all
 
@@ -43,18 +44,29 @@ class ChannelsLastTfm(DisplayedTransform):
 class ChannelsLastCallback(ChannelsLast):
     "Train with model and inputs in channels last"
     order = -1 # Needs to run before callbacks that wrap or copy the model, and before CastToTensor (9) removes the types of the batch
-    def __init__(self):
+    def __init__(self,
+        plan:FormatPlan|None=None, # Of `plan_formats`: a format and a precision for each layer; None: channels last for all
+    ):
         super().__init__()
-        self.tfm,self.amp_added,self.amp_displaced,self.repair,self._said = ChannelsLastTfm(),None,None,None,set()
+        self.tfm,self.amp_added,self.amp_displaced,self.repair,self._said,self.plan = ChannelsLastTfm(),None,None,None,set(),plan
 
     def before_fit(self):
-        "Convert the model, its gradients and the optimizer's state, where they are not so already"
+        "Convert the model, its gradients and the optimizer's state, where they are not so already, or apply the plan"
+        if self.plan is not None: return apply_plan(get_model(self.learn.model), self.plan, self.learn.opt)
         convert_format(self.learn.model, 'channels_last', self.learn.opt)
         self.warn_once(format_warnings(self.learn.model))
 
     def before_batch(self):
         "Convert image-like inputs and targets"
-        self.learn.xb,self.learn.yb = self.tfm(self.learn.xb),self.tfm(self.learn.yb)
+        if self.plan is not None: self.notice_size()
+        if self.plan is None or self.plan.memory_format=='channels_last': self.learn.xb,self.learn.yb = self.tfm(self.learn.xb),self.tfm(self.learn.yb)
+
+    def notice_size(self):
+        "Warn once of each input size that the plan was not made for"
+        made,x = self.plan.conditions.get('shape'),first(self.learn.xb)
+        if not made or not isinstance(x, torch.Tensor) or list(x.shape[1:])==made[1:]: return
+        def text(s): return 'x'.join(map(str, s))
+        self.warn_once([FormatWarning(f'the plan was made for inputs of {text(made[1:])} and holds for these of {text(x.shape[1:])}, too, but another may be faster: `to_channelslast(plan="auto")` plans again')])
 
     def __call__(self, event_name):
         "Call `self.{event_name}` if it's defined"
@@ -124,6 +136,17 @@ def _new_amp(learn, own, use, mode, scaler_kwargs):
     new.explain(device)
     return new,idle
 
+# %% ../nbs/02_channelslast.ipynb #7d740346
+def _asked_plan(learn, plan, use, mode, compile):
+    "The `FormatPlan` that `to_channelslast` was asked for"
+    if isinstance(plan, FormatPlan):
+        if plan.autocast and (not use or mode and mode.value!=plan.autocast):
+            raise ValueError(f'the plan computes in {plan.autocast}, and the arguments ask for {mode.value if use and mode else "fp32"}: leave them out, or plan again with them')
+        return plan
+    if plan!='auto': raise ValueError(f"plan is 'auto', a FormatPlan or None, received {plan!r}")
+    if not hasattr(learn, 'plan_channelslast'): raise ImportError("plan='auto' needs what `from fastxtend_cl.all import *` imports")
+    return learn.plan_channelslast(use_amp=use, amp_mode=mode, compile=compile)
+
 # %% ../nbs/02_channelslast.ipynb #8628bf40
 @patch
 @delegates(GradScaler, but=['device'])
@@ -132,6 +155,8 @@ def to_channelslast(self:Learner,
     amp_mode:str|AMPMode|bool|None=None, # 'fp16', 'bf16', or False for none. None keeps what the `Learner` has, or else takes what its device does natively
     to_fp16:bool|None=None, # Older name of `use_amp`
     repair:bool=False, # Also repair layers that lose channels last, where that makes a training step faster; see `Learner.repair_channelslast`
+    plan:str|FormatPlan|None=None, # A format and a precision for each layer: 'auto' finds the fastest, within the precision allowed. None: channels last for all
+    compile:bool=False, # A compiled model is allowed for the plan, too
     **kwargs
 ) -> Learner: # The same `Learner`
     """Set `Learner` and inputs to channels last, with mixed precision for its device by default
@@ -139,6 +164,14 @@ def to_channelslast(self:Learner,
     Raises a `TypeError` for arguments that `GradScaler` does not have, a `ValueError` for a mode that the device does not have and for arguments that contradict each other; then nothing has changed."""
     use,mode = _asked_amp(use_amp, amp_mode, to_fp16, kwargs)
     if not isinstance(repair, bool): raise TypeError(f'repair is True or False, received {repair!r}')
+    if repair and plan is not None: raise ValueError('repair=True and a plan are two ways: a plan has remedies of its own, leave one of them out')
+    if compile and plan!='auto': raise ValueError("compile=True is for plan='auto', which measures whether it pays; without, call `learn.model.compile()`")
+    if plan is not None:
+        plan = _asked_plan(self, plan, use, mode, compile)
+        if not plan.changes:
+            warnings.warn(NoEffectWarning(plan.reason), stacklevel=2)
+            return self
+        use,mode = plan.autocast is not None,plan.autocast and as_amp_mode(plan.autocast)
     own = _own_amp(self)
     new,idle = _new_amp(self, own, use, mode, kwargs)
     cb = first(self._grab_cbs(ChannelsLastCallback)) or ChannelsLastCallback()
@@ -149,6 +182,9 @@ def to_channelslast(self:Learner,
     for old in self._grab_cbs(MixedPrecision):
         if old is not new: self.remove_cb(old)
     if new is not None and new not in self.cbs: self.add_cb(new)
+    if plan is None: remove_plan(get_model(self.model))
+    cb.plan = plan
+    if plan is not None and plan.compile: self.model.compile()
     for o in (cb,new): # removing a callback of the same name takes the attribute away
         if o is not None: setattr(self, o.name, o)
     cb.amp_added,cb.amp_displaced = (None,None) if new is own else (new,own)
@@ -162,7 +198,10 @@ def to_channelslast(self:Learner,
 def to_contiguous(self:Learner,
     to_fp32:bool=False, # Remove mixed precision as well
 ) -> Learner: # The same `Learner`
-    "Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; optionally to single precision"
+    "Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; without a plan; optionally to single precision"
+    cb = first(self._grab_cbs(ChannelsLastCallback))
+    if cb and cb.plan and cb.plan.compile: self.model._compiled_call_impl = None
+    remove_plan(get_model(self.model))
     apply_contiguous(unrepair_format(self.model), self.opt)
     return self.remove_cbs([ChannelsLast, MixedPrecision] if to_fp32 else [ChannelsLast])
 
@@ -249,7 +288,16 @@ def _plain_pickle(module):
     res.__dict__.update(module.__dict__, Pickler=Pickler)
     return res
 
-# %% ../nbs/02_channelslast.ipynb #126ed59a
+# %% ../nbs/02_channelslast.ipynb #ae4b3ba4
+@contextmanager
+def _plan_kept(learn):
+    "Put back the plan that the layers of `learn` have"
+    cb = first(learn._grab_cbs(ChannelsLastCallback))
+    had = cb and cb.plan and planned(get_model(learn.model))
+    try: yield
+    finally:
+        if had: apply_plan(get_model(learn.model), cb.plan, learn.opt)
+
 @contextmanager
 def _kept_on_error(learn):
     "Put back the data and the optimizer of `learn` if the body raises"
@@ -265,6 +313,7 @@ def _kept_on_error(learn):
 def export(self:Learner, fname='export.pkl', **kwargs):
     "Export the content of `self` without the items and the optimizer state for inference, as plain fastai: it loads where this package is not installed"
     with ExitStack() as stack:
+        stack.enter_context(_plan_kept(self))
         for dl in getattr(self.dls, 'loaders', []):
             for p in (dl.after_item, dl.before_batch, dl.after_batch):
                 if isinstance(p, Pipeline): stack.enter_context(_without_tfm(p))

@@ -7,7 +7,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'UsageError', 'check_device', 'check_range', 'show', 'digits_dls', 'find_arch', 'train_arm',
            'exact_difference', 'demo', 'demo_report', 'demo_table', 'model_of', 'any_loss', 'model_step', 'bench',
-           'check', 'trace', 'main']
+           'check', 'trace', 'plan', 'main']
 
 # %% ../nbs/09_cli.ipynb #006967ab
 import contextlib, importlib, json as _json, os, platform, re, statistics, sys, time, warnings
@@ -325,8 +325,36 @@ def trace(
     with _model_errors(model): res = trace_format(step)
     print(_json.dumps(res.to_dict(), indent=2)) if json else show(res)
 
-# %% ../nbs/09_cli.ipynb #7608d73a
-commands = {f.__name__: f for f in (demo, bench, check, trace)}
+# %% ../nbs/09_cli.ipynb #8f3b92a3
+def plan(
+    model:str, # Name from torchvision or timm, or module:function
+    bs:int=16, # Samples a batch
+    size:int=128, # Height and width in pixels
+    classes:int=10, # Of the output
+    device:str=None, # Such as cpu or cuda; default: what fastai would take
+    amp:str=None, # What may be used besides fp32: fp16, bf16 or none; default: what the device computes natively
+    compile:bool=False, # A compiled model is allowed, too
+    inference:bool=False, # Measure the forward pass without gradients, too
+    budget:float=120., # Seconds
+    refresh:bool=False, # Find a new plan, even if one was found earlier
+    json:bool=False, # Print one JSON object and nothing else
+    plot:str=None, # Write a picture to this file
+):
+    "Find the fastest format and precision for each layer, and prove it"
+    check_range('budget', budget, 1, 86400)
+    _check_file(plot)
+    if amp not in (None, 'none', 'fp16', 'bf16'): raise UsageError(f'--amp {amp} is no precision: it takes fp16, bf16 or none')
+    step = model_step(model, bs, size, classes, device)
+    from fastxtend_cl.bench import precisions
+    from fastxtend_cl.plan import plan_formats
+    native = next(iter(precisions(step.device)), None)
+    dtype = {None: native, 'none': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[amp]
+    with _model_errors(model): res = plan_formats(step, dtype, budget=budget, compile=compile, inference=inference, cache='refresh' if refresh else True, bar=not json and _terminal())
+    if plot: res.plot().figure.savefig(plot, bbox_inches='tight')
+    print(_json.dumps(res.to_dict(), indent=2)) if json else show(res)
+
+# %% ../nbs/09_cli.ipynb #8f669a77
+commands = {f.__name__: f for f in (demo, bench, check, trace, plan)}
 
 def _usage():
     lines = [f'  {n:8}{f.__doc__}' for n,f in commands.items()]

@@ -153,4 +153,4 @@ def guarded(
     model:nn.Module, # Any model
 ) -> dict: # Dotted path to the names of hazards
     "The layers of `model` that are guarded, and against what"
-    return {n:vars(m)['forward'].names for n,m in model.named_modules() if isinstance(vars(m).get('forward'), Guard)}
+    return {n:g.names for n,m in model.named_modules() if isinstance(g := vars(m).get('forward'), Guard) and g.names}

@@ -7,20 +7,21 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/learner.html.md"""
 # %% auto #0
 __all__ = ['WrongStepError']
 
-# %% ../nbs/10_learner.ipynb #eafaef24
+# %% ../nbs/10_learner.ipynb #ee014dba
 from collections.abc import Iterator
 from copy import copy
 import torch
-from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import first, patch
 from fastcore.meta import delegates
-from .amp import DeviceMixedPrecision, amp_dtypes, learner_device
+from .amp import DeviceMixedPrecision, amp_dtypes, as_amp_mode, check_amp_mode, learner_device, native_amp_mode
 from .bench import Arm, FormatBench, bench_formats
 from .channelslast import ChannelsLastCallback
 from .check import FormatCheck, check_formats
+from .plan import FormatPlan, apply_plan, plan_formats
 from .step import Preserved, TrainingStep
 from .repair import FormatRepair, repair_format
 from .trace import FormatTrace, trace_format
@@ -135,6 +136,15 @@ def repair_channelslast(self:Learner,
     "Repair the layers of the model that lose channels last, where that makes the first training step faster"
     return repair_format(TrainingStep.from_learner(self), rounds=rounds)
 
+# %% ../nbs/10_learner.ipynb #572a3615
+def _present(learn):
+    "How the next fit of `learn` would make a step"
+    cb = first(learn._grab_cbs(ChannelsLastCallback))
+    if cb is None: return None
+    if cb.plan is None: return Arm('now', 'channels_last')
+    def setup(step): apply_plan(step.model, cb.plan)
+    return Arm('now', cb.plan.memory_format, setup=setup)
+
 # %% ../nbs/10_learner.ipynb #c8c3c8f2
 class _Batches:
     "Training batches as the model gets them; changes `learn`"
@@ -157,7 +167,29 @@ def bench_channelslast(self:Learner,
 ) -> FormatBench:
     "Measure the first training step in each format and precision against the present, paired; the `Learner` is afterwards as it was"
     step,dl = TrainingStep.from_learner(self),_train_dl(self)
-    now = Arm('now', 'channels_last') if first(self._grab_cbs(ChannelsLastCallback)) else None # `before_fit` would convert
+    now = _present(self)
     if not epochs: return bench_formats(step, arms, now=now, **kwargs)
     with Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
         return bench_formats(step, arms, now=now, loader=_Batches(self, step.device), **kwargs)
+
+# %% ../nbs/10_learner.ipynb #2efd52eb
+def _allowed(learn, step, use_amp, amp_mode):
+    "The dtype that a plan may use besides fp32, or None"
+    if not use_amp: return None
+    if amp_mode is not None:
+        check_amp_mode(mode := as_amp_mode(amp_mode), step.device)
+        return amp_dtypes[mode]
+    if first(learn._grab_cbs(MixedPrecision)) and step.autocast is not None: return step.autocast
+    return amp_dtypes.get(native_amp_mode(step.device))
+
+# %% ../nbs/10_learner.ipynb #52e4f646
+@patch
+@delegates(plan_formats, but=['precision','now'])
+def plan_channelslast(self:Learner,
+    use_amp:bool=True, # Mixed precision is allowed
+    amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'. None: what the `Learner` has, or else what its device does natively
+    **kwargs
+) -> FormatPlan: # For `to_channelslast(plan=...)`
+    "The fastest proven way to make the first training step; the `Learner` is afterwards as it was"
+    step = TrainingStep.from_learner(self)
+    return plan_formats(step, _allowed(self, step, use_amp, amp_mode), now=_present(self), **kwargs)

@@ -108,3 +108,49 @@ def test_random_layers_are_right(data):
     try: res = run_layer(spec)
     except RuntimeError as e: assert 'output size is too small' in str(e) or "Kernel size can't be greater" in str(e); return
     assert res['wrong']==[], (spec, res)
+
+# Times of single kernels
+
+inner = LayerSpec.of(nn.Conv2d(8, 8, 5, padding=2, groups=8), torch.randn(2, 8, 9, 9).requires_grad_())
+
+def test_times_of_each_kernel(probe):
+    t = probe.times(inner, precisions=('fp32', 'bf16'), seconds=0.1)
+    kernels = {'forward', 'input', 'weight', 'weight tiled'}
+    assert {k for k in t.seconds if k[2] in kernels}=={(f,p,k) for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16') for k in kernels} - {k for k in t.lost if len(k)==3}
+    assert all(0<s<60 for s in t.seconds.values()) and ('channels_last', 'fp32', 'output to bf16') in t.seconds
+    assert t.get('channels_last', 'fp32', 'nothing')==float('inf')
+    assert not any(k=='input' for *_,k in probe.times(good, seconds=0.05).seconds), 'the data needs no gradient'
+
+def test_death_and_hang_lose_the_candidate_only(probe, monkeypatch):
+    real = probe._ask
+    def ask(task, spec, request):
+        if 'bf16' in request['precisions'] and 'channels_last' in request['formats']: return 'died','the process died of SIGSEGV'
+        return real(task, spec, request)
+    monkeypatch.setattr(probe, '_ask', ask)
+    t = probe.times(inner, precisions=('fp32', 'bf16'), seconds=0.05)
+    assert t.lost=={('channels_last','bf16'): 'died: the process died of SIGSEGV'}
+    assert {k[:2] for k in t.seconds}=={('contiguous','fp32'), ('contiguous','bf16'), ('channels_last','fp32')}
+
+def test_a_layer_that_raises_has_no_times(probe):
+    t = probe.times(LayerSpec.of(nn.Conv2d(3, 8, 3), torch.randn(2, 3, 2, 2)), seconds=0.05)
+    assert not t.seconds and all("Kernel size can't be greater" in why for why in t.lost.values()) and len(t.lost)==2
+
+def test_a_planted_wrong_kernel_is_no_candidate(monkeypatch):
+    from fastxtend_cl import probe as module
+    real = module._kernels
+    def planted(x, w, b, g, args):
+        res = real(x, w, b, g, args)
+        if x.dtype==torch.bfloat16: right = res['weight']; res['weight'] = lambda: right()*1.2
+        return res
+    monkeypatch.setattr(module, '_kernels', planted)
+    res = module.time_layer(inner, precisions=('fp32', 'bf16'), seconds=0.02)
+    assert {tuple(k[:3]) for k in res['wrong']}=={(f,'bf16','weight') for f in ('contiguous', 'channels_last')}
+    t = module.LayerTimes(inner).add(res)
+    assert t.get('channels_last', 'bf16', 'weight')==float('inf') and t.lost['channels_last','bf16','weight'].startswith('relative distance from double precision')
+
+@pytest.mark.parametrize('padding,mode,args', [('same', 'zeros', ([1, 1], [1, 2], [1, 1], False, [0, 0], 1)), ('valid', 'zeros', ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)), (1, 'reflect', None)])
+def test_what_a_convolution_is_called_with(padding, mode, args):
+    from fastxtend_cl.probe import conv_args
+    assert conv_args(nn.Conv2d(3, 8, (3, 5), padding=padding, padding_mode=mode))==args
+    assert conv_args(nn.Conv2d(3, 8, 4, padding='same')) is None, 'more on one side than on the other'
+    assert conv_args(nn.ConvTranspose2d(3, 8, 3, stride=2, output_padding=1))==([2, 2], [0, 0], [1, 1], True, [1, 1], 1)

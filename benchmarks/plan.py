@@ -1,0 +1,144 @@
+"""The twelve networks of peers.py by the plan, against contiguous, fastai's, the best single setting and compiled models: `python benchmarks/plan.py`
+
+Each network is planned as a user would, without the cache, and then measured anew with the independent harness of common.py, paired, in blocks.
+Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew, `--tiny` tries the script.
+`--robust_times 5` plans each network five times while another process keeps one core busy, measures what was chosen when all is quiet, and writes
+results/plan-robust-DEVICE.json."""
+import contextlib, gc, json, math, statistics, subprocess, sys, warnings
+warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
+import torch
+from fastcore.script import call_parse
+from fastxtend_cl.amp import amp_dtypes, native_amp_mode
+from fastxtend_cl.bench import kept_memory
+from fastxtend_cl.plan import apply_plan, plan_formats
+from fastxtend_cl.step import TrainingStep
+from common import interleave, interval, results, save
+from peers import model_of, models
+
+base,again,fastais = 'contiguous fp32','contiguous fp32, again','channels last fp32' # what fastai's own gives outside CUDA
+
+def step_of(name, shape, device):
+    "A step of training with AdamW, from a fixed seed"
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = model_of(name, shape).to(device)
+    y = torch.randint(10, (shape[0], *(shape[2:] if name.startswith('unet') else ())), device=device)
+    return TrainingStep(model, torch.randn(shape, device=device), y, torch.nn.functional.cross_entropy, torch.optim.AdamW(model.parameters(), lr=1e-6))
+
+def stepper(name, shape, device, memory_format, dtype, plan=None, compile=False, scale=1024.):
+    "A function that trains one step in a world of its own"
+    step = step_of(name, shape, device)
+    step.loss_scale = scale
+    step.convert(memory_format)
+    if plan is not None: apply_plan(step.model, plan, step.optimizer)
+    if compile: step.model.compile()
+    def run():
+        step.run(dtype=dtype, keep='loss')
+        if device.type=='cuda': torch.cuda.synchronize(device)
+    for _ in range(2): run() # compiling, and what else is done once
+    return run
+
+def arms_of(plan, native, precision, compile):
+    "Name to arguments of `stepper`"
+    res = {base: ('contiguous', None), again: ('contiguous', None), fastais: ('channels_last', None)}
+    if native: res |= {f'contiguous {precision}': ('contiguous', native), f'channels last {precision}': ('channels_last', native)}
+    if plan.changes and plan.layers: res['plan'] = plan.memory_format,amp_dtypes_of(plan),plan
+    elif plan.changes: res['plan'] = plan.memory_format,amp_dtypes_of(plan)
+    else: res['plan'] = 'contiguous',None
+    if compile:
+        res |= {f'{base}, compiled': ('contiguous', None, None, True), f'{fastais}, compiled': ('channels_last', None, None, True)}
+        if native: res[f'channels last {precision}, compiled'] = 'channels_last',native,None,True
+        res['plan, compiled'] = (*res['plan'], None, None)[:3] + (True,)
+    return res
+
+def amp_dtypes_of(plan): return {'fp16': torch.float16, 'bf16': torch.bfloat16}.get(plan.autocast)
+
+def measure(name, shape, device, budget, rounds, block, compile):
+    "Plan, and the rows of one network"
+    mode = native_amp_mode(device)
+    plan = plan_formats(step_of(name, shape, device), amp_dtypes.get(mode), budget=budget, cache=False)
+    steps,failed = {},{}
+    for arm,args in arms_of(plan, amp_dtypes.get(mode), mode and mode.value, compile).items():
+        try: steps[arm] = stepper(name, shape, device, *args)
+        except Exception as e:
+            if arm in (base, again): raise
+            failed[arm] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'[:200]
+    with kept_memory(): seconds = interleave(steps, rounds, block)
+    rows = [dict(arm=arm, ms=1e3*statistics.median(s), ratio=interval([b/a for a,b in zip(s, seconds[base])])) for arm,s in seconds.items()]
+    def over(arm, others): # of the fastest of `others`, round by round
+        best = min((o for o in others if o in seconds), key=lambda o: statistics.median(seconds[o]))
+        return dict(arm=best, ratio=interval([b/a for a,b in zip(seconds[arm], seconds[best])]))
+    singles = [a for a in seconds if 'plan' not in a and 'compiled' not in a]
+    allowed = min((a for a in ('plan', 'plan, compiled', *[a for a in seconds if a.endswith('compiled')]) if a in seconds), key=lambda o: statistics.median(seconds[o]))
+    known = [r for r in plan.rows if r.before is not None and r.after is not None]
+    saved = dict(predicted_ms=1e3*sum(r.before-r.after for r in known), measured_ms=1e3*(statistics.median(seconds[base])-statistics.median(seconds['plan'])))
+    del steps
+    gc.collect()
+    return dict(model=name, shape=list(shape), chosen=plan.arm, plan_seconds=plan.seconds, own_ratio=plan.ratio, rows=rows, failed=failed, saved=saved,
+        over_fastai=over('plan', [fastais]), over_single=over('plan', singles), allowed=dict(arm=allowed, over_fastai=over(allowed, [fastais])), layers=[[k, w, n] for (k,w),(n,*_) in plan.counts.items()])
+
+def geometric(xs): return math.exp(statistics.fmean(map(math.log, xs)))
+
+def table(found):
+    "Markdown"
+    lines = ['| | plan over contiguous | over channels last fp32 | over the best single setting | with compile, over channels last fp32 | chosen | planned in |', '|---|--:|--:|--:|--:|---|--:|']
+    def cell(r): return '{:.2f} ({:.2f} to {:.2f})'.format(*r)
+    for f in found:
+        plan = next(r for r in f['rows'] if r['arm']=='plan')
+        lines.append(f"| {f['model']} | {cell(plan['ratio'])} | {cell(f['over_fastai']['ratio'])} | {cell(f['over_single']['ratio'])}, {f['over_single']['arm']} | {cell(f['allowed']['over_fastai']['ratio'])} | {f['chosen']} | {f['plan_seconds']:.0f} s |")
+    means = [geometric([next(r for r in f['rows'] if r['arm']=='plan')['ratio'][0] for f in found]), *[geometric([f[k]['ratio'][0] for f in found]) for k in ('over_fastai', 'over_single')], geometric([f['allowed']['over_fastai']['ratio'][0] for f in found])]
+    return '\n'.join([*lines, f"| **geometric mean** | {' | '.join(f'**{m:.3f}**' for m in means)} | | |"])
+
+@contextlib.contextmanager
+def busy_core():
+    "Another process computes meanwhile"
+    p = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+    try: yield
+    finally: p.kill(); p.wait()
+
+def robust(name, shape, device, budget, times, rounds, block):
+    "What planning under load chooses, and how fast that is when all is quiet, against the best single setting"
+    mode = native_amp_mode(device)
+    native,precision = amp_dtypes.get(mode),mode and mode.value
+    with busy_core(): plans = [plan_formats(step_of(name, shape, device), native, budget=budget, cache=False) for _ in range(times)]
+    args = {k:v for k,v in arms_of(plans[0], native, precision, False).items() if k!='plan'}
+    args |= {f'plan {i}': arms_of(p, native, precision, False)['plan'] for i,p in enumerate(plans)}
+    with kept_memory(): seconds = interleave({a: stepper(name, shape, device, *v) for a,v in args.items()}, rounds, block)
+    best = min((a for a in seconds if not a.startswith('plan')), key=lambda a: statistics.median(seconds[a]))
+    ratios = [interval([b/a for a,b in zip(seconds[f'plan {i}'], seconds[best])]) for i in range(times)]
+    return dict(model=name, shape=list(shape), chosen=[p.arm for p in plans], best_single=best, over_single=ratios, slower=[r[2]<0.98 for r in ratios])
+
+def robust_main(names, device, budget, times, rounds, block, tiny):
+    rows = []
+    for name in names.split(','):
+        rows.append(robust(name, (2, *models[name][1:]) if tiny else models[name], device, 10. if tiny else budget, times, 2 if tiny else rounds, 3 if tiny else block))
+        print(rows[-1], flush=True)
+        if not tiny: save(f'plan-robust-{device}', rows=rows, budget=budget, times=times, rounds=rounds, block=block)
+    print('slower than the best single setting by more than 2 %:', sum(map(sum, (r['slower'] for r in rows))), 'of', times*len(rows))
+
+@call_parse
+def main(
+    names:str=','.join(models), # Networks, separated by commas
+    device:str='cuda' if torch.cuda.is_available() else 'cpu',
+    budget:float=120., # Seconds to plan a network in
+    rounds:int=16, # Rounds; in each, every arm runs one block
+    block:int=4, # Steps a block; the first is dropped
+    compile:bool=True, # Compiled models, too
+    robust_times:int=0, # Plan so often under load, and do no more
+    refresh:bool=False, # Measure anew what has been measured
+    tiny:bool=False, # Small batches and few rounds, to try the script; writes nothing
+):
+    "Measure and write benchmarks/results/plan-DEVICE.json and .md"
+    if robust_times: return robust_main(names, torch.device(device), budget, robust_times, rounds, block, tiny)
+    device,file = torch.device(device),results/f'plan-{device}.json'
+    found = {} if refresh or tiny or not file.exists() else {f['model']: f for f in json.loads(file.read_text())['found']}
+    for name in names.split(','):
+        if name in found: continue
+        shape = (2, *models[name][1:]) if tiny else models[name]
+        found[name] = measure(name, shape, device, 10. if tiny else budget, 2 if tiny else rounds, 3 if tiny else block, compile)
+        print(table([found[name]]), flush=True)
+        if not tiny: save(file.stem, found=[*found.values()], budget=budget, rounds=rounds, block=block)
+    text = table([*found.values()])
+    print(text)
+    if not tiny: file.with_suffix('.md').write_text(text+'\n')
