@@ -149,6 +149,28 @@ def test_nothing_is_left_behind(fault, monkeypatch):
     except (KeyboardInterrupt, MemoryError): assert fault in ('raises', 'interrupt')
     assert same(state(step), before)
 
+@pytest.mark.parametrize('mean', [0., 1e-4, 1e-3, 1e-2])
+def test_the_running_mean_of_values_around_zero(mean):
+    "In channels last it is as exact as the values are, which beside a small mean is little"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model[1].bias.data.fill_(mean)
+    res = check_formats(step_of(model, size=80))
+    assert res.ok is True, res
+
+@pytest.mark.parametrize('mean', [1e-3, 1.])
+def test_a_wrong_running_mean_is_found(mean):
+    class WrongMean(nn.BatchNorm2d):
+        def forward(self, x):
+            res = super().forward(x)
+            if x.dtype==torch.float32 and not x.is_contiguous(): self.running_mean.data.add_(2e-3)
+            return res
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), WrongMean(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model[1].bias.data.fill_(mean)
+    res = check_formats(step_of(model, size=40))
+    assert res.ok is False and res.wrong==['2.running_mean']
+
 def test_a_kink_does_not_hide_a_fault():
     "Batches in which a planted error tips a value over ReLU's kink; with one planting 17 of 400 hid a gradient that is 5 % off"
     for i in range(12):
