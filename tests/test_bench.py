@@ -221,19 +221,20 @@ def faults(n=10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(n): torch.ones(1<<25)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before
-assert faults()>200_000
+usual = faults()
+if usual<100_000: raise SystemExit(77) # huge pages: a tensor is faulted in at once
 with kept_memory() as told:
     faults(20)
-    assert told and faults()<50_000
-assert faults()>200_000
+    assert told and faults()<usual/4
+assert faults()>usual/2
 seen = []
 def f():
     if len(seen)<4: seen.append(faults())
 res = compare({'now': f}, bar=False, limit=0.5)
-assert res.conditions['kept_memory'] and seen[3]<50_000 and faults()>200_000
+assert res.conditions['kept_memory'] and seen[3]<usual/4 and faults()>usual/2
 try: compare({'now': lambda: 1/0}, bar=False)
 except ValueError: pass
-assert faults()>200_000
+assert faults()>usual/2
 """
 
 @glibc
@@ -241,6 +242,7 @@ def test_memory_is_kept_while_measured_and_given_back_afterwards():
     "In a process of its own: here a hole in the heap might serve as well"
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'THP_MEM_ALLOC_ENABLE': '0'}
     r = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=600)
+    if r.returncode==77: pytest.skip('the kernel gives huge pages')
     assert r.returncode==0, r.stderr
 
 @glibc
