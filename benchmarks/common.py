@@ -1,5 +1,5 @@
 "What the benchmarks share: paired, interleaved timing and the conditions that stand beside each figure"
-import json, platform, random, statistics, sys, time
+import json, math, platform, random, statistics, sys, time
 from pathlib import Path
 import torch
 
@@ -33,6 +33,8 @@ def interval(pairs, n=2000, seed=0):
     rng = random.Random(seed)
     meds = sorted(statistics.median(rng.choices(pairs, k=len(pairs))) for _ in range(n))
     return statistics.median(pairs), meds[int(n*0.025)], meds[int(n*0.975)]
+
+def geometric(ratios): return math.exp(statistics.fmean(map(math.log, ratios)))
 
 def save(name, **data):
     "Write `data` with its conditions to results/NAME.json"

@@ -2,8 +2,8 @@
 
 Every arm is a `Learner` of its own with the same weights and batch, timed by `Learner.one_batch` with the independent harness of common.py.
 What `Learner.bench_channelslast` says of the same step is set beside it, and whether both agree.
-Peers whose packages are not installed are their published few lines; the rows say which. Writes results/peers-DEVICE.json and .md. `--tiny` tries the script."""
-import gc, statistics, warnings
+Peers whose packages are not installed are their published few lines; the rows say which. Writes results/peers-DEVICE.json and .md after each network and goes on where it was broken off. `--tiny` tries the script."""
+import gc, json, statistics, warnings
 warnings.simplefilter("ignore", FutureWarning) # torch's own, when fastai.vision is imported
 from functools import partial
 import torch, torchvision
@@ -14,7 +14,7 @@ from fastcore.script import call_parse
 import fastxtend_cl.all
 from fastxtend_cl.amp import native_amp_mode
 from fastxtend_cl.bench import kept_memory # of the harness, the one thing that is ours: else page faults decide
-from common import conditions, interleave, interval, results, save
+from common import conditions, geometric, interleave, interval, results, save
 
 models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128), 'mobilenet_v3_large': (16, 3, 128, 128), 'efficientnet_b0': (16, 3, 128, 128),
     'regnety_004': (16, 3, 128, 128), 'densenet121': (8, 3, 128, 128), 'convnext_atto': (16, 3, 128, 128), 'ghostnet_100': (16, 3, 128, 128), 'shufflenet_v2_x1_0': (16, 3, 128, 128),
@@ -122,12 +122,18 @@ def agreement(name, shape, device, limit, rows):
     return out
 
 def table(rows):
-    "Markdown: networks by arms"
-    names,kinds = list(dict.fromkeys(r['model'] for r in rows)),list(dict.fromkeys(r['arm'] for r in rows))
-    cell = {(r['model'],r['arm']): 'fails' if 'failed' in r else '{:.2f} ({:.2f} to {:.2f})'.format(*r['ratio'])+('' if r.get('agrees', True) else ' differs') for r in rows}
-    lines = [f"| {' | '.join(['', *names])} |", f"|{'---|'*(len(names)+1)}"] + [f"| {' | '.join([k, *(cell.get((n,k), '') for n in names)])} |" for k in kinds]
-    notes = [f"- {r['model']}, {r['arm']}: {r['failed']}" for r in rows if 'failed' in r]
-    return '\n'.join(lines+['']+notes)
+    "Markdown: a row for each network, a column for each arm"
+    names,kinds = list(dict.fromkeys(r['model'] for r in rows)),list(dict.fromkeys(r['arm'] for r in rows if r['arm']!=base and 'failed' not in r))
+    found = {(r['model'],r['arm']): r for r in rows if 'ratio' in r}
+    def cell(r): return '' if r is None else '{:.2f} ({:.2f} to {:.2f})'.format(*r['ratio'])+('' if r.get('agrees', True) else ' differs')
+    lines = [f"| {' | '.join(['', *kinds])} |", f"|---|{'--:|'*len(kinds)}"] + [f"| {' | '.join([n, *(cell(found.get((n, k))) for k in kinds)])} |" for n in names]
+    means = [geometric(r['ratio'][0] for n in names if (r := found.get((n, k)))) for k in kinds]
+    whole = [f'{m:.2f}' if all((n, k) in found for n in names) else '' for k,m in zip(kinds, means)]
+    failed = {}
+    for r in rows:
+        if 'failed' in r: failed.setdefault((r['arm'],r['failed']), []).append(r['model'])
+    notes = [f"- {arm}: {why} ({'all' if len(of)==len(names) else ', '.join(of)})" for (arm,why),of in failed.items()]
+    return '\n'.join([*lines, f"| geometric mean | {' | '.join(whole)} |", '', *notes])
 
 def write(name, rows, **kw):
     save(name, rows=rows, **kw)
@@ -145,11 +151,15 @@ def main(
     tiny:bool=False, # Batches of 2 and images of 32 pixels; writes nothing
 ):
     "Measure and write benchmarks/results/peers-DEVICE.json and .md"
-    device,rows = torch.device(device),[]
+    device = torch.device(device)
+    path,asked = results/f'peers-{device.type}.json',dict(rounds=rounds, block=block)
+    old = json.loads(path.read_text()) if path.exists() and not tiny else {}
+    rows = old['rows'] if {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
     for name in names.split(','):
+        if any(r['model']==name for r in rows): continue
         shape = (2, 3, *((4, 32, 32) if name=='r3d_18' else (32, 32))) if tiny else models[name]
         for r in measure(name, shape, device, rounds, block, limit, not no_compile):
             rows.append(r)
             print(f"{r['model']:20}{r['arm']:38}" + (r['failed'] if 'failed' in r else '{:9.1f} ms  {:.2f} ({:.2f} to {:.2f})'.format(r['ms'], *r['ratio']) + {True: '', False: ', the harness differs'}[r.get('agrees', True)]), flush=True)
-        if not tiny: write(f'peers-{device.type}', rows, rounds=rounds, block=block)
+        if not tiny: write(f'peers-{device.type}', rows, **asked)
     if tiny: print(table(rows))

@@ -4,7 +4,7 @@ Each network is planned as a user would, without the cache, and then measured an
 Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew, `--tiny` tries the script.
 `--robust_times 5` plans each network five times while another process keeps one core busy, measures what was chosen when all is quiet, and writes
 results/plan-robust-DEVICE.json."""
-import contextlib, gc, json, math, statistics, subprocess, sys, warnings
+import contextlib, gc, json, statistics, subprocess, sys, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch
 from fastcore.script import call_parse
@@ -12,7 +12,7 @@ from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.bench import kept_memory
 from fastxtend_cl.plan import apply_plan, plan_formats
 from fastxtend_cl.step import TrainingStep
-from common import interleave, interval, results, save
+from common import geometric, interleave, interval, results, save
 from peers import model_of, models
 
 base,again,fastais = 'contiguous fp32','contiguous fp32, again','channels last fp32' # what fastai's own gives outside CUDA
@@ -47,7 +47,7 @@ def arms_of(plan, native, precision, compile):
     elif plan.changes: res['plan'] = plan.memory_format,amp_dtypes_of(plan)
     else: res['plan'] = 'contiguous',None
     if compile:
-        res |= {f'{base}, compiled': ('contiguous', None, None, True), f'{fastais}, compiled': ('channels_last', None, None, True)}
+        res |= {f'{fastais}, compiled': ('channels_last', None, None, True)}
         if native: res[f'channels last {precision}, compiled'] = 'channels_last',native,None,True
         res['plan, compiled'] = (*res['plan'], None, None)[:3] + (True,)
     return res
@@ -77,8 +77,6 @@ def measure(name, shape, device, budget, rounds, block, compile):
     gc.collect()
     return dict(model=name, shape=list(shape), chosen=plan.arm, plan_seconds=plan.seconds, own_ratio=plan.ratio, rows=rows, failed=failed, saved=saved,
         over_fastai=over('plan', [fastais]), over_single=over('plan', singles), allowed=dict(arm=allowed, over_fastai=over(allowed, [fastais])), layers=[[k, w, n] for (k,w),(n,*_) in plan.counts.items()])
-
-def geometric(xs): return math.exp(statistics.fmean(map(math.log, xs)))
 
 def table(found):
     "Markdown"

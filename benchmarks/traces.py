@@ -1,7 +1,7 @@
 """What really is kept, forward and backward: traces of the 28 torchvision models that PyTorch's channels-last tutorial lists as fully supported, and of fastai's unets
 
 Writes results/trace-DEVICE.json after each model, and goes on where it was broken off. The formats are facts; of the times only the share of the step is kept."""
-import json, os, warnings
+import gc, json, os, warnings
 import torch, torchvision
 from fastai.layers import NormType
 from fastai.losses import CrossEntropyLossFlat
@@ -54,7 +54,9 @@ def main(
     old = json.loads(path.read_text()) if path.exists() and not tiny else {}
     rows = old['rows'] if {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
     todo = [n for n in names.split(',') if n not in {r['model'] for r in rows}]
+    if todo: trace_format(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
     for n in progress_bar(todo):
+        gc.collect()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             rows.append(row_of(n, trace_format(step_of(n, bs, size, torch.device(device), {k.value:v for k,v in amp_dtypes.items()}.get(autocast)))))
