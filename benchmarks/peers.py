@@ -116,7 +116,7 @@ def agreement(name, shape, device, limit, rows):
     out = []
     for arm,theirs in pairs.items():
         r,h = res[arm],next((q for q in rows if q['arm']==theirs and 'ratio' in q), None)
-        if r.ratio is None or h is None: out.append(dict(model=name, arm=f'bench: {arm}', failed=r.reason or 'the harness has no row')); continue
+        if r.low is None or h is None: out.append(dict(model=name, arm=f'bench: {arm}', failed=r.reason or 'the harness has no row')); continue
         low,high = h['ratio'][1:]
         out.append(dict(model=name, shape=list(shape), arm=f'bench: {arm}', what=f'{r.verdict}, noise {res.noise}', ms=1e3*r.seconds, ratio=[r.ratio, r.low, r.high], pairs=r.pairs, harness=h['ratio'], agrees=r.low<=high and low<=r.high))
     return out
