@@ -12,7 +12,7 @@ def conditions():
     return dict(cpu=cpu, cores=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, system=platform.platform(),
         python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, fastxtend_cl=fastxtend_cl.__version__, date=time.strftime('%Y-%m-%d'))
 
-def interleave(arms, rounds=60, block=5, progress=True):
+def interleave(arms, rounds=60, block=5, progress=True, clock=time.perf_counter):
     """Seconds of each arm in each round: the median of a block's steps but for the first, arms in a new random order each round
 
     The first step after another arm's pays for memory that the allocator has given back, so it is dropped."""
@@ -22,9 +22,9 @@ def interleave(arms, rounds=60, block=5, progress=True):
         for name in rng.sample(list(arms), len(arms)):
             times = []
             for i in range(block):
-                start = time.perf_counter()
+                start = clock()
                 arms[name]()
-                times.append(time.perf_counter()-start)
+                times.append(clock()-start)
             res[name].append(statistics.median(times[1:]))
     return res
 

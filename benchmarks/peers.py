@@ -144,7 +144,7 @@ def write(name, rows, **kw):
 def main(
     names:str=','.join(models), # Networks, separated by commas
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
-    rounds:int=10, # Rounds; in each, every arm runs one block
+    rounds:int=8, # Rounds; in each, every arm runs one block
     block:int=4, # Steps a block; the first is dropped
     limit:float=60, # Seconds for `bench_channelslast`
     no_compile:bool=False, # Leave the compiled arms out

@@ -48,7 +48,6 @@ def arms_of(plan, native, precision, compile):
     else: res['plan'] = 'contiguous',None
     if compile:
         res |= {f'{fastais}, compiled': ('channels_last', None, None, True)}
-        if native: res[f'channels last {precision}, compiled'] = 'channels_last',native,None,True
         res['plan, compiled'] = (*res['plan'], None, None)[:3] + (True,)
     return res
 
@@ -120,7 +119,7 @@ def main(
     names:str=','.join(models), # Networks, separated by commas
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
     budget:float=120., # Seconds to plan a network in
-    rounds:int=16, # Rounds; in each, every arm runs one block
+    rounds:int=10, # Rounds; in each, every arm runs one block
     block:int=4, # Steps a block; the first is dropped
     compile:bool=True, # Compiled models, too
     robust_times:int=0, # Plan so often under load, and do no more

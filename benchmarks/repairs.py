@@ -48,6 +48,7 @@ def steppers(step, todo, device):
     return {n:arm(n) for n in ('as it is', 'as it is, again', *todo)}
 
 def rows_of(name, precision, step, device, rounds, block):
+    bs = len(step.inputs[0])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         todo = candidates(trace_format(step), step.model)
@@ -56,15 +57,16 @@ def rows_of(name, precision, step, device, rounds, block):
         step.convert('channels_last')
         seconds = interleave(steppers(step, todo, device), rounds, block) if todo else {}
     for arm,s in seconds.items():
-        rows.append(dict(model=name, precision=precision, arm=arm, layers=len(todo.get(arm, ())), ms=1e3*statistics.median(s), ratio=interval([a/b for a,b in zip(seconds['as it is'], s)])))
+        rows.append(dict(model=name, bs=bs, precision=precision, arm=arm, layers=len(todo.get(arm, ())), ms=1e3*statistics.median(s), ratio=interval([a/b for a,b in zip(seconds['as it is'], s)])))
         print('{model:30}{precision:6}{arm:18}{layers:4} layers {ms:9.1f} ms'.format(**rows[-1]) + '{:8.3f} ({:.3f} to {:.3f})'.format(*rows[-1]['ratio']), flush=True)
-    return rows or [dict(model=name, precision=precision, arm='nothing to repair', layers=0, ms=None, ratio=None)]
+    return rows or [dict(model=name, bs=bs, precision=precision, arm='nothing to repair', layers=0, ms=None, ratio=None)]
 
 @call_parse
 def main(
     names:str=','.join(models), # Models, separated by commas
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
-    bs:int=8, size:int=128,
+    bs:int=8, # A quarter of it for unets
+    size:int=128,
     rounds:int=15, # Rounds; in each, every arm runs one block
     block:int=4, # Steps a block; the first is dropped
     tiny:bool=False, # Small and short, to try the script; nothing is written
@@ -79,5 +81,5 @@ def main(
     for name in names.split(','):
         for precision,dtype in {'fp32': None, **({mode.value: amp_dtypes[mode]} if mode else {})}.items():
             if any((r['model'],r['precision'])==(name, precision) for r in rows): continue
-            rows += rows_of(name, precision, step_of(name, bs, size, device, dtype), device, rounds, block)
+            rows += rows_of(name, precision, step_of(name, max(1, bs//4) if 'unet' in name else bs, size, device, dtype), device, rounds, block)
             if not tiny: save(f'repairs-{device.type}', rows=rows, **asked)

@@ -3,13 +3,14 @@
 Each model runs in a child process of its own, contiguous, converted naively by `model.to(memory_format=...)`, and converted by this package.
 Rows go to results/zoo-DEVICE.jsonl as they come; a second run goes on where the first stopped. `python benchmarks/zoo.py` measures and prints the
 summary; `--tiny` tries the script on three models."""
-import contextlib, json, multiprocessing, random, statistics, time, warnings
+import contextlib, json, multiprocessing, statistics, time, warnings
 from collections import Counter
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
-from common import conditions, results
+from fastxtend_cl.format import _tensors_in
+from common import conditions, interleave, results
 
 classes,batch,image = 10,2,128
 small = dict(image=64, batch=4) # for the check, whose double precision is slow
@@ -64,13 +65,8 @@ def build(name, image=image, batch=batch, own_size=False):
         else: model = getattr(fv, arch)(n_out=classes, sa='sa' in options)
     return model.train(),torch.randn(shape)
 
-def tensors_in(o):
-    if isinstance(o, torch.Tensor): yield o
-    elif isinstance(o, dict): yield from (t for v in o.values() for t in tensors_in(v))
-    elif isinstance(o, (list, tuple)): yield from (t for v in o for t in tensors_in(v))
-
 def loss_func(out, y):
-    outs = [o for o in tensors_in(out) if o.is_floating_point()]
+    outs = [o for o in _tensors_in(out) if o.is_floating_point()]
     return sum(F.cross_entropy(o, y) if o.ndim==2 and len(o)==len(y) else o.pow(2).mean() for o in outs)
 
 def naive(model, x):
@@ -98,17 +94,6 @@ def kept(model, x):
     for h in handles: h.remove()
     model.zero_grad()
     return {p: seen[p,True]/max(1, seen[p,True]+seen[p,False]) for p in ('forward', 'backward')}
-
-def paired(arms, rounds, block, seed=0):
-    "CPU seconds a step (seconds on a GPU), median of each block but for its first step"
-    clock,rng,res = time.perf_counter if torch.cuda.is_available() else time.process_time,random.Random(seed),{n:[] for n in arms}
-    for _ in range(rounds):
-        for name in rng.sample(list(arms), len(arms)):
-            times = []
-            for _ in range(block):
-                start = clock(); arms[name](); times.append(clock()-start)
-            res[name].append(statistics.median(times[1:]))
-    return res
 
 def failed(res): return bool({'died', 'hung', 'raised'} & res.keys())
 
@@ -188,7 +173,7 @@ def child(conn, name, device, rounds, block, known):
             lost = failed(known[n]) or n=='naive' and failed(known.get('naive_check', {}))
             if lost: arms.pop(n, None)
             elif n not in arms: f()
-        secs = paired(arms, rounds, block)
+        secs = interleave(arms, rounds, block, progress=False, clock=time.perf_counter if torch.cuda.is_available() else time.process_time) # CPU seconds on a CPU
         return dict(seconds={k: statistics.median(v) for k,v in secs.items()}, ratio={k: statistics.median(b/a for a,b in zip(v, secs['contiguous'])) for k,v in secs.items() if k!='contiguous'})
     def go_on(n): return not (n=='naive_check' and failed(known['naive']) or n=='check' and failed(known['ours']))
     phase('contiguous', contiguous)

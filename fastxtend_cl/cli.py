@@ -32,13 +32,17 @@ def check_device(
 def check_range(name, value, low, high):
     if not low<=value<=high: raise UsageError(f'--{name} {value} is out of range: it takes {low} to {high}')
 
-# %% ../nbs/09_cli.ipynb #5f1166e6
+# %% ../nbs/09_cli.ipynb #7ea198b7
 def _terminal(): return sys.stdout.isatty()
 
 def show(
     res, # Such as a `FormatBench`
+    json:bool=False, # One JSON object and nothing else
+    plot:str|None=None, # File that gets the picture
 ):
     "Print a result: with rich in a terminal, plain into a pipe"
+    if plot: res.plot().figure.savefig(plot, bbox_inches='tight')
+    if json: return print(_json.dumps(res.to_dict(), indent=2))
     if not _terminal(): return print(res)
     from rich.console import Console
     from rich.markdown import Markdown
@@ -288,8 +292,7 @@ def bench(
     step = model_step(model, bs, size, classes, device, amp)
     from fastxtend_cl.bench import bench_formats
     with _model_errors(model): res = bench_formats(step, limit=limit, compile=compile, inference=inference, check=check, bar=not json and _terminal())
-    if plot: res.plot().figure.savefig(plot, bbox_inches='tight')
-    print(_json.dumps(res.to_dict(), indent=2)) if json else show(res)
+    show(res, json, plot)
 
 # %% ../nbs/09_cli.ipynb #344b0dc5
 def check(
@@ -306,7 +309,7 @@ def check(
     step = model_step(model, bs, size, classes, device, amp)
     from fastxtend_cl.check import check_formats
     with _model_errors(model), contextlib.redirect_stdout(sys.stderr) if not _terminal() or json else contextlib.nullcontext(): res = check_formats(step, probe=probe)
-    print(_json.dumps(res.to_dict(), indent=2)) if json else show(res)
+    show(res, json)
     return int(res.ok is False)
 
 # %% ../nbs/09_cli.ipynb #3d1d80eb
@@ -323,7 +326,7 @@ def trace(
     step = model_step(model, bs, size, classes, device, amp)
     from fastxtend_cl.trace import trace_format
     with _model_errors(model): res = trace_format(step)
-    print(_json.dumps(res.to_dict(), indent=2)) if json else show(res)
+    show(res, json)
 
 # %% ../nbs/09_cli.ipynb #8f3b92a3
 def plan(
@@ -350,8 +353,7 @@ def plan(
     native = next(iter(precisions(step.device)), None)
     dtype = {None: native, 'none': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[amp]
     with _model_errors(model): res = plan_formats(step, dtype, budget=budget, compile=compile, inference=inference, cache='refresh' if refresh else True, bar=not json and _terminal())
-    if plot: res.plot().figure.savefig(plot, bbox_inches='tight')
-    print(_json.dumps(res.to_dict(), indent=2)) if json else show(res)
+    show(res, json, plot)
 
 # %% ../nbs/09_cli.ipynb #8f669a77
 commands = {f.__name__: f for f in (demo, bench, check, trace, plan)}

@@ -23,12 +23,12 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
-from .bench import (Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, kept_memory, least_pairs,
-    _block, _conditions, _format, _label, _machine, _precision, _ranks, _step_lane, _world)
-from fastxtend_cl.format import (FormatWarning, _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format,
-    format_of)
-from .hazards import Guard, hazards
-from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, tiled_weight_grad
+from .bench import Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, least_pairs
+from .bench import _block, _conditions, _format, _label, _machine, _precision, _ranks, _step_lane, _world
+from .format import FormatWarning, _tensors_in, as_channels_last, as_contiguous
+from .format import channels_last_formats, convert_format, format_of
+from .hazards import Guard, hazards, restore_forward
+from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, kept_memory, tiled_weight_grad
 from .step import TrainingStep
 
 # %% ../nbs/08_plan.ipynb #57eb2f71
@@ -169,10 +169,7 @@ def remove_plan(
     model:nn.Module, # Changed in place
 ) -> nn.Module: # The same `model`
     "Take away what a plan has put on the layers of `model`; layers that hazards concern stay guarded"
-    for m in model.modules():
-        if not isinstance(p := vars(m).get('forward'), Planned): continue
-        del m.forward
-        if p.instance_forward is not None: m.forward = p.instance_forward
+    for m,p in restore_forward(model, Planned):
         if p.names: m.forward = Guard(m, p.names)
     return model
 

@@ -6,11 +6,11 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/probe.html.md"""
 
 # %% auto #0
 __all__ = ['margin', 'floors', 'dtypes', 'kernel_names', 'aten', 'LayerSpec', 'layer_specs', 'run_layer', 'conv_args', 'is_tiled',
-           'tiled_weight_grad', 'keep_memory', 'time_layer', 'ProbeResult', 'Probe', 'LayerTimes']
+           'tiled_weight_grad', 'kept_memory', 'time_layer', 'ProbeResult', 'Probe', 'LayerTimes']
 
-# %% ../nbs/07_probe.ipynb #ea713fb2
-import ctypes, json, os, random, selectors, signal, subprocess, sys, time
-from contextlib import nullcontext, suppress
+# %% ../nbs/07_probe.ipynb #9b6469b9
+import ctypes, json, os, platform, random, selectors, signal, subprocess, sys, threading, time
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 import torch
@@ -186,6 +186,24 @@ def _norm_chain(y):
 
 def _other(memory_format): return 'contiguous' if memory_format=='channels_last' else 'channels_last'
 
+# %% ../nbs/07_probe.ipynb #7b2ad4f5
+def _glibc():
+    if platform.libc_ver()[0]!='glibc' or any(o.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for o in os.environ): return None
+    return ctypes.CDLL(None)
+
+@contextmanager
+def kept_memory():
+    "A context in which the allocator of the CPU gives no memory back; yields whether that is so"
+    libc = _glibc()
+    if libc is None: yield False; return
+    trim,mmap,mmaps = -1,-3,-4 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
+    libc.mallopt(mmaps, 0)
+    libc.mallopt(trim, -1)
+    try: yield threading.current_thread() is threading.main_thread() # in another, this holds for tensors below 64 MiB only
+    finally:
+        for what,value in ((mmaps, 65536), (mmap, 32<<20), (trim, 64<<20)): libc.mallopt(what, value)
+        libc.malloc_trim(0)
+
 # %% ../nbs/07_probe.ipynb #32cfdd4a
 def _candidates(spec, x, layer, g, formats, precisions):
     "What is timed: functions by format, precision, and name"
@@ -203,18 +221,6 @@ def _candidates(spec, x, layer, g, formats, precisions):
                 if len(formats)>1: res[f,p,f'{n} to {_other(f)}'] = partial(_formatted, t, _other(f))
             if g.shape[0]*g[0,0].numel()>1: res[f,p,'chain'] = _norm_chain(gf)
     return res
-
-def keep_memory(
-    on:bool=True, # False: as glibc does of itself in a process that has run for a while
-) -> bool: # Whether there is such a setting here
-    "Have glibc keep the memory that is freed, instead of giving it back and faulting it in again page by page; a setting of the process"
-    try: libc = ctypes.CDLL(None)
-    except (OSError, TypeError): return False
-    if not hasattr(libc, 'gnu_get_libc_version') or not hasattr(libc, 'mallopt'): return False
-    trim,mmap_threshold,mmap_max = -1,-3,-4 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
-    done = [libc.mallopt(trim, -1), libc.mallopt(mmap_max, 0)] if on else [libc.mallopt(mmap_max, 65536), libc.mallopt(mmap_threshold, 32<<20), libc.mallopt(trim, 64<<20)]
-    if not on: libc.malloc_trim(0)
-    return all(done)
 
 def _sync(device):
     if torch.device(device).type!='cpu': torch.accelerator.synchronize(device)
@@ -277,14 +283,14 @@ def _serve():
     "The child: one request a line on stdin, one answer a line on a copy of stdout, which layers may not print to"
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
-    keep_memory()
-    for line in sys.stdin:
-        request = json.loads(line)
-        torch.set_num_threads(request.pop('threads'))
-        spec = LayerSpec(**{k:tuple(v) if isinstance(v, list) else v for k,v in request.pop('spec').items()})
-        try: res = {'run': run_layer, 'time': time_layer}[request.pop('task')](spec, **request)
-        except Exception as e: res = dict(raised=f'{type(e).__name__}: {e}')
-        print(json.dumps(res), file=answers, flush=True)
+    with kept_memory():
+        for line in sys.stdin:
+            request = json.loads(line)
+            torch.set_num_threads(request.pop('threads'))
+            spec = LayerSpec(**{k:tuple(v) if isinstance(v, list) else v for k,v in request.pop('spec').items()})
+            try: res = {'run': run_layer, 'time': time_layer}[request.pop('task')](spec, **request)
+            except Exception as e: res = dict(raised=f'{type(e).__name__}: {e}')
+            print(json.dumps(res), file=answers, flush=True)
 
 # %% ../nbs/07_probe.ipynb #2938210b
 @dataclass
