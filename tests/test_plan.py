@@ -15,6 +15,7 @@ from fastxtend_cl.hazards import Guard, guard, guarded
 from fastxtend_cl.plan import (FormatPlan, LayerPlan, PlanRow, _Costs, _wrap, apply_plan, cache_file, choose, kind_of, layer_options, plan_formats, plan_key, planned,
     record_step, remove_plan, solve_pbqp, winner)
 from fastxtend_cl.probe import LayerSpec, LayerTimes, conv_args, is_tiled, tiled_weight_grad
+from fastxtend_cl.repair import repair_layer, repaired, unrepair_format
 from fastxtend_cl.step import TrainingStep
 
 low = torch.bfloat16
@@ -590,6 +591,24 @@ def test_arguments_that_contradict():
         with pytest.raises(ValueError, match=text): learner().to_channelslast(plan=a_plan(), **kw)
     with pytest.raises(ValueError, match="plan is 'auto', a FormatPlan or None, received 'best'"): learner().to_channelslast(plan='best')
     with pytest.raises(ValueError, match="compile=True is for plan='auto'"): learner().to_channelslast(compile=True)
+    learn = learner()
+    cbs = list(learn.cbs)
+    with pytest.raises(ValueError, match='repair=True and a plan are two ways: a plan has remedies of its own'): learn.to_channelslast(repair=True, plan=a_plan())
+    assert learn.cbs==cbs and planned(learn.model)=={}
+
+def test_a_plan_for_a_repaired_model():
+    "One after the other: both hold, train as the plain model does, and are taken away together"
+    from torchvision.ops import SqueezeExcitation
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), SqueezeExcitation(8, 4), nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    plain,x = copy.deepcopy(model),torch.randn(4, 3, 16, 16)
+    repair_layer(model[1], 'mean')
+    _wrap(model, {'0': LayerPlan('fp32', 'fp32', 'fp32', output='fp32'), '2': LayerPlan('fp32', 'fp32', 'fp32', output='fp32')}, None)
+    assert [*repaired(model)]==['1'] and [*planned(model)]==['0', '2']
+    for m in (model, plain): m(x).square().mean().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()], rtol=1e-5, atol=1e-7)
+    unrepair_format(remove_plan(model))
+    assert not any('forward' in vars(m) for m in model.modules())
 
 def test_a_new_input_size_is_noticed_once():
     learn = learner().to_channelslast(plan=a_plan(conditions={'shape': [4, 3, 16, 16]}))
