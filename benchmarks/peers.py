@@ -13,7 +13,7 @@ from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, DataLoade
 from fastcore.script import call_parse
 import fastxtend_cl.all
 from fastxtend_cl.amp import native_amp_mode
-from fastxtend_cl.bench import kept_memory # of the harness, the one thing that is ours: else page faults decide
+from fastxtend_cl.probe import kept_memory # of the harness, the one thing that is ours: else page faults decide
 from common import conditions, geometric, interleave, interval, results, save
 
 models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128), 'mobilenet_v3_large': (16, 3, 128, 128), 'efficientnet_b0': (16, 3, 128, 128),

@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastxtend_cl import bench
 from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _block_size, _race, _rows, _warm, _whole, bench_formats, ceiling, compare, count_flops,
-    device_clock, format_arms, interval, kept_memory, least_pairs, precisions, verdict_of)
+    device_clock, format_arms, interval, least_pairs, precisions, verdict_of)
 from fastxtend_cl.format import apply_channels_last
 from fastxtend_cl.hazards import guarded
+from fastxtend_cl.probe import _glibc, kept_memory
 from fastxtend_cl.step import TrainingStep
 
 root = Path(__file__).resolve().parent.parent
@@ -212,11 +213,12 @@ def test_verdict(ratio, a, b, c, d):
 
 # the allocator
 
-glibc = pytest.mark.skipif(bench._glibc() is None, reason='not the allocator of glibc, or told otherwise by the environment')
+glibc = pytest.mark.skipif(_glibc() is None, reason='not the allocator of glibc, or told otherwise by the environment')
 
 program = """
 import resource, torch
-from fastxtend_cl.bench import compare, kept_memory
+from fastxtend_cl.bench import compare
+from fastxtend_cl.probe import kept_memory
 def faults(n=10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(n): torch.ones(1<<25)
@@ -496,8 +498,8 @@ def test_precisions_of_this_processor():
 
 def test_compiled():
     step = step_of(network())
-    runs = Counter()
     import torch._dynamo.utils as dynamo
+    torch.compiler.reset() # else what an earlier test has compiled for an equal network would be taken
     before = dynamo.counters['stats']['unique_graphs']
     res = bench_formats(step, ['now, compiled', 'channels last fp32, compiled'], limit=4., bar=False)
     assert res['now, compiled'].verdict!='failed', res['now, compiled'].reason
