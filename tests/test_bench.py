@@ -501,7 +501,7 @@ def test_compiled():
     import torch._dynamo.utils as dynamo
     torch.compiler.reset() # else what an earlier test has compiled for an equal network would be taken
     before = dynamo.counters['stats']['unique_graphs']
-    res = bench_formats(step, ['now, compiled', 'channels last fp32, compiled'], limit=4., bar=False)
+    res = bench_formats(step, ['now, compiled', 'channels last fp32, compiled'], limit=60., rounds=least_pairs, bar=False)
     assert res['now, compiled'].verdict!='failed', res['now, compiled'].reason
     assert res['channels last fp32, compiled'].verdict!='failed', res['channels last fp32, compiled'].reason
     assert res['now, compiled'].first_seconds>res['now, compiled'].seconds and step.model._compiled_call_impl is None
