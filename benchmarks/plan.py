@@ -79,13 +79,13 @@ def measure(name, shape, device, budget, rounds, block, compile):
 
 def table(found):
     "Markdown"
-    lines = ['| | plan over contiguous | over channels last fp32 | over the best single setting | with compile, over channels last fp32 | chosen | planned in |', '|---|--:|--:|--:|--:|---|--:|']
+    lines = ['| | plan over contiguous | over channels last fp32 | over the best single setting | with compile, over channels last fp32 | chosen | planned in | saved a step, predicted | measured |', '|---|--:|--:|--:|--:|---|--:|--:|--:|']
     def cell(r): return '{:.2f} ({:.2f} to {:.2f})'.format(*r)
     for f in found:
         plan = next(r for r in f['rows'] if r['arm']=='plan')
-        lines.append(f"| {f['model']} | {cell(plan['ratio'])} | {cell(f['over_fastai']['ratio'])} | {cell(f['over_single']['ratio'])}, {f['over_single']['arm']} | {cell(f['allowed']['over_fastai']['ratio'])} | {f['chosen']} | {f['plan_seconds']:.0f} s |")
+        lines.append(f"| {f['model']} | {cell(plan['ratio'])} | {cell(f['over_fastai']['ratio'])} | {cell(f['over_single']['ratio'])}, {f['over_single']['arm']} | {cell(f['allowed']['over_fastai']['ratio'])} | {f['chosen']} | {f['plan_seconds']:.0f} s | {f['saved']['predicted_ms']:.0f} ms | {f['saved']['measured_ms']:.0f} ms |")
     means = [geometric([next(r for r in f['rows'] if r['arm']=='plan')['ratio'][0] for f in found]), *[geometric([f[k]['ratio'][0] for f in found]) for k in ('over_fastai', 'over_single')], geometric([f['allowed']['over_fastai']['ratio'][0] for f in found])]
-    return '\n'.join([*lines, f"| **geometric mean** | {' | '.join(f'**{m:.3f}**' for m in means)} | | |"])
+    return '\n'.join([*lines, f"| **geometric mean** | {' | '.join(f'**{m:.3f}**' for m in means)} | | | | |"])
 
 @contextlib.contextmanager
 def busy_core():
