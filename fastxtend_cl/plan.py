@@ -28,8 +28,8 @@ from .bench import _block, _conditions, _format, _label, _machine, _precision, _
 from .format import FormatWarning, _tensors_in, as_channels_last, as_contiguous
 from .format import channels_last_formats, convert_format, format_of
 from .hazards import Guard, hazards, restore_forward
-from fastxtend_cl.probe import (LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, kept_memory,
-    tiled_weight_grad)
+from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled
+from .probe import kept_memory, tiled_weight_grad
 from .step import TrainingStep
 
 # %% ../nbs/08_plan.ipynb #57eb2f71
