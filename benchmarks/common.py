@@ -8,9 +8,12 @@ results = Path(__file__).parent/'results'
 def conditions():
     "Machine, versions and date"
     import fastai, fastxtend_cl
-    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else platform.processor()
-    return dict(cpu=cpu, cores=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, system=platform.platform(),
-        python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, fastxtend_cl=fastxtend_cl.__version__, date=time.strftime('%Y-%m-%d'))
+    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')),
+        '') if Path('/proc/cpuinfo').exists() else platform.processor()
+    return dict(cpu=cpu, cores=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, system=platform.platform(),
+        python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
+        fastxtend_cl=fastxtend_cl.__version__, date=time.strftime('%Y-%m-%d'))
 
 def interleave(arms, rounds=60, block=5, progress=True, clock=time.perf_counter):
     """Seconds of each arm in each round: the median of a block's steps but for the first, arms in a new random order each round
@@ -39,5 +42,6 @@ def geometric(ratios): return math.exp(statistics.fmean(map(math.log, ratios)))
 def save(name, **data):
     "Write `data` with its conditions to results/NAME.json"
     results.mkdir(exist_ok=True)
-    (results/f'{name}.json').write_text(json.dumps(dict(conditions=conditions(), command=' '.join(['python', *sys.argv]), **data), indent=1)+'\n')
+    (results/f'{name}.json').write_text(json.dumps(dict(conditions=conditions(), command=' '.join(['python', *sys.argv]),
+        **data), indent=1)+'\n')
     print(f'written: benchmarks/results/{name}.json')

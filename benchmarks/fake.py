@@ -1,6 +1,8 @@
-"""Do fake tensors say what real ones do? The formats that each operator hands on, in a real step and in one of fake tensors on the same device, operator by operator
+"""Do fake tensors say what real ones do? The formats that each operator hands on, in a real step and in one of fake
+tensors on the same device, operator by operator
 
-Without a GPU, `--device cpu` compares on the CPU, and then runs the fake step on a fake CUDA device as far as it goes. Writes results/fake-DEVICE.json."""
+Without a GPU, `--device cpu` compares on the CPU, and then runs the fake step on a fake CUDA device as far as it
+goes. Writes results/fake-DEVICE.json."""
 import warnings
 from collections import Counter
 import torch, torchvision
@@ -46,7 +48,8 @@ def compare(name, device, fake_device, bs, size):
     res = dict(model=name, device=str(device), fake_device=str(fake_device), error=error)
     for phase in ('forward','backward'):
         a,b = (Counter({k:v for k,v in c.items() if k[0]==phase}) for c in (real, fake))
-        res[phase] = dict(operators=a.total(), same=(a&b).total(), real_only=[list(k[1:]) for k in (a-b)][:10], fake_only=[list(k[1:]) for k in (b-a)][:10])
+        res[phase] = dict(operators=a.total(), same=(a&b).total(), real_only=[list(k[1:]) for k in (a-b)][:10],
+            fake_only=[list(k[1:]) for k in (b-a)][:10])
     return res
 
 @call_parse
@@ -62,6 +65,9 @@ def main(
         for fake_device in dict.fromkeys((device, 'cuda')):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
-                rows.append(compare(n, torch.device(device), torch.device(fake_device, 0) if fake_device=='cuda' else torch.device(fake_device), bs, size))
-    for r in rows: print(f"{r['model']:20} real {r['device']}, fake {r['fake_device']:7}" + ''.join(f"{p:>10} {r[p]['same']} of {r[p]['operators']}" for p in ('forward','backward')) + f"  {r['error'] or ''}")
+                rows.append(compare(n, torch.device(device),
+                    torch.device(fake_device, 0) if fake_device=='cuda' else torch.device(fake_device), bs, size))
+    for r in rows:
+        print(f"{r['model']:20} real {r['device']}, fake {r['fake_device']:7}"
+            + ''.join(f"{p:>10} {r[p]['same']} of {r[p]['operators']}" for p in ('forward','backward')) + f"  {r['error'] or ''}")
     if not tiny: save(f'fake-{device}', rows=rows, bs=bs, size=size)

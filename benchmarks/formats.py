@@ -6,7 +6,8 @@ from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.format import apply_channels_last, as_channels_last
 from common import interleave, interval, save
 
-models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'densenet121': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128), 'r3d_18': (2, 3, 8, 56, 56)}
+models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'densenet121': (8, 3, 128, 128),
+    'mobilenet_v2': (16, 3, 128, 128), 'r3d_18': (2, 3, 8, 56, 56)}
 
 def stepper(name, shape, device, channels_last, dtype):
     torch.manual_seed(0)
@@ -39,6 +40,8 @@ def main(
         if mode: kinds |= {f'contiguous {mode.value}': (False, native), f'channels last {mode.value}': (True, native)}
         seconds = interleave({k: stepper(name, shape, device, *v) for k,v in kinds.items()}, rounds, block)
         for k,s in seconds.items():
-            rows.append(dict(model=name, shape=list(shape), arm=k, ms=1e3*statistics.median(s), ratio=interval([b/a for a,b in zip(s, seconds['contiguous fp32'])])))
-            print('{model:14}{arm:30}{ms:10.1f} ms'.format(**rows[-1]) + '{:8.2f} ({:.2f} to {:.2f})'.format(*rows[-1]['ratio']), flush=True)
+            rows.append(dict(model=name, shape=list(shape), arm=k, ms=1e3*statistics.median(s),
+                ratio=interval([b/a for a,b in zip(s, seconds['contiguous fp32'])])))
+            print('{model:14}{arm:30}{ms:10.1f} ms'.format(**rows[-1])
+                + '{:8.2f} ({:.2f} to {:.2f})'.format(*rows[-1]['ratio']), flush=True)
     if not tiny: save(f'formats-{device.type}', rows=rows, rounds=rounds, block=block)

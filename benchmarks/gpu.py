@@ -1,12 +1,15 @@
 """What has to be seen on a GPU, in one command: `python benchmarks/gpu.py`
 
-Right (`--parts right`): optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own callbacks; the padded average
-pool whose backward was wrong in channels last (pytorch issue 188344) and families with grouped and depthwise convolutions under `check_formats`;
-the demo; traces, fake tensors and repairs, each with a result of its own; the tests.
-Fast (`--parts fast`, under ten minutes): the case that PyTorch publishes (ResNet-50, mixed precision, batches of 200, 224 pixels: 22 % on a V100),
-the models of its list, and the peers.
-Plans (`--parts plan`) for networks with grouped and depthwise convolutions, where channels last is known to lose: plans-DEVICE.json.
-Writes results/gpu-DEVICE.json, published-DEVICE.json and .md, peers-DEVICE.json and .md. `--device cpu --tiny` tries the script without a GPU."""
+Right (`--parts right`): optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own
+callbacks; the padded average pool whose backward was wrong in channels last (pytorch issue 188344) and families with
+grouped and depthwise convolutions under `check_formats`; the demo; traces, fake tensors and repairs, each with a
+result of its own; the tests.
+Fast (`--parts fast`, under ten minutes): the case that PyTorch publishes (ResNet-50, mixed precision, batches of 200,
+224 pixels: 22 % on a V100), the models of its list, and the peers.
+Plans (`--parts plan`) for networks with grouped and depthwise convolutions, where channels last is known to lose:
+plans-DEVICE.json.
+Writes results/gpu-DEVICE.json, published-DEVICE.json and .md, peers-DEVICE.json and .md. `--device cpu --tiny` tries
+the script without a GPU."""
 import contextlib, gc, io, itertools, json, os, subprocess, sys, warnings
 from pathlib import Path
 import torch
@@ -26,13 +29,15 @@ from fastxtend_cl.step import TrainingStep
 import peers
 from common import conditions, results, save
 
-optimizers = {'Adam': {}, 'AdamW': {}, 'AdamW amsgrad': dict(amsgrad=True), 'SGD momentum': dict(momentum=0.9), 'Adagrad': {}, 'RMSprop momentum': dict(momentum=0.9)}
+optimizers = {'Adam': {}, 'AdamW': {}, 'AdamW amsgrad': dict(amsgrad=True), 'SGD momentum': dict(momentum=0.9),
+    'Adagrad': {}, 'RMSprop momentum': dict(momentum=0.9)}
 kinds = {'plain': dict(foreach=False), 'foreach': dict(foreach=True), 'fused': dict(fused=True)}
 
 def six_steps(name, kind, convert, device):
     "Weights after six steps in double precision, converted after three"
     torch.manual_seed(0)
-    model,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 4, 1)).double().to(device),torch.randn(2, 3, 8, 8).double().to(device)
+    model,x = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 4, 1)).double().to(device),
+        torch.randn(2, 3, 8, 8).double().to(device))
     opt = getattr(torch.optim, name.split()[0])(model.parameters(), lr=0.01, **optimizers[name], **kinds[kind])
     for i in range(6):
         if i==3 and convert: convert(model, opt)
@@ -45,7 +50,8 @@ def across_conversion(device):
         try: never = six_steps(name, kind, None, device)
         except (RuntimeError, TypeError) as e: rows.append(dict(optimizer=name, kind=kind, unavailable=str(e).splitlines()[0])); continue
         row = dict(optimizer=name, kind=kind)
-        for arm,convert in {'model.to': lambda m,o: m.to(memory_format=torch.channels_last), 'apply_channels_last': apply_channels_last}.items():
+        for arm,convert in {'model.to': lambda m,o: m.to(memory_format=torch.channels_last),
+                'apply_channels_last': apply_channels_last}.items():
             try: row[arm] = max((p-q).abs().max().item() for p,q in zip(never, six_steps(name, kind, convert, device)))
             except RuntimeError as e: row[arm] = f'raises: {str(e).splitlines()[0]}'
         rows.append(row)
@@ -61,12 +67,14 @@ class Scales(Callback):
 def fp16_rows(cbs, device, tiny):
     with less_random(0), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2),
+            nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
         learn = Learner(digits_dls(16, 256 if tiny else 64, device), model, loss_func=nn.CrossEntropyLoss(), cbs=[*cbs, Scales()])
         with learn.no_bar(), learn.no_logging(): learn.fit(1 if tiny else 3, 1e-3)
     return learn.scales.rows
 
-grouped = ['regnety_004', 'resnext50_32x4d', 'mobilenetv2_100', 'mobilenetv3_small_100', 'efficientnet_b0', 'convnext_atto', 'ghostnet_100', 'mixnet_s', 'repvgg_a0', 'fastvit_t8', 'edgenext_xx_small']
+grouped = ['regnety_004', 'resnext50_32x4d', 'mobilenetv2_100', 'mobilenetv3_small_100', 'efficientnet_b0',
+    'convnext_atto', 'ghostnet_100', 'mixnet_s', 'repvgg_a0', 'fastvit_t8', 'edgenext_xx_small']
 
 def padded_pool(device):
     "Distance of the padded average pool's input gradient from double precision, alone and as `check_formats` sees it"
@@ -77,9 +85,12 @@ def padded_pool(device):
         pool(a).backward(g.to(dtype, memory_format=fmt))
         return a.grad.double()
     exact = grad(torch.float64, torch.contiguous_format)
-    res = {str(f).split('.')[1]: ((grad(torch.float32, f)-exact).norm()/exact.norm()).item() for f in (torch.contiguous_format, torch.channels_last)}
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).to(device)
-    c = check_formats(TrainingStep(model, torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device)%4, nn.functional.cross_entropy))
+    res = {str(f).split('.')[1]: ((grad(torch.float32, f)-exact).norm()/exact.norm()).item()
+        for f in (torch.contiguous_format, torch.channels_last)}
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(3, 2, 1), nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).to(device)
+    c = check_formats(TrainingStep(model, torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device)%4,
+        nn.functional.cross_entropy))
     return dict(alone=res, check=dict(ok=c.ok, reason=c.reason, first=c.first))
 
 def checks(device, tiny):
@@ -90,7 +101,9 @@ def checks(device, tiny):
             model,n = timm.create_model(name, num_classes=10).to(device),2 if tiny else 16
             size = 64 if tiny else 160
             try:
-                c = check_formats(TrainingStep(model, torch.randn(n, 3, size, size, device=device), torch.arange(n, device=device)%10, nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.01), autocast=dtype))
+                c = check_formats(TrainingStep(model, torch.randn(n, 3, size, size, device=device),
+                    torch.arange(n, device=device)%10, nn.functional.cross_entropy,
+                    torch.optim.SGD(model.parameters(), lr=0.01), autocast=dtype))
                 yield dict(model=name, dtype=str(dtype), ok=c.ok, reason=c.reason, first=c.first, seconds=c.seconds)
             except Exception as e: yield dict(model=name, dtype=str(dtype), raised=f'{type(e).__name__}: {e}'.splitlines()[0])
 
@@ -102,13 +115,16 @@ def plan_rows(device, tiny):
             warnings.simplefilter('ignore')
             try: step = model_step(name, *((2, 32) if tiny else (64, 224)), device=str(device))
             except UsageError as e: rows.append(dict(model=name, failed=str(e))); continue
-        plan = plan_formats(step, torch.float16 if device.type=='cuda' else torch.bfloat16, budget=10 if tiny else 180, cache=False, bar=False)
+        plan = plan_formats(step, torch.float16 if device.type=='cuda' else torch.bfloat16, budget=10 if tiny else 180,
+            cache=False, bar=False)
         rows.append(dict(model=name, **plan.to_dict()))
         print(plan, flush=True)
     return rows
 
 def run_tests(device):
-    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py', 'tests/test_format.py', 'tests/test_training.py', 'tests/test_step.py', 'tests/test_check.py', 'tests/test_trace.py', 'tests/test_repair.py'],
+    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py',
+        'tests/test_format.py', 'tests/test_training.py', 'tests/test_step.py', 'tests/test_check.py',
+        'tests/test_trace.py', 'tests/test_repair.py'],
         env={**os.environ, 'FXCL_DEVICE': str(device)}, capture_output=True, text=True)
     return dict(status=r.returncode, tail=r.stdout.splitlines()[-15:])
 
@@ -117,18 +133,24 @@ def run_scripts(device, tiny):
     more = ['--tiny'] if tiny else []
     scripts = [['traces.py'], *([['traces.py', '--autocast', 'fp16']] if device.type=='cuda' else []), ['fake.py'], ['repairs.py']]
     here = Path(__file__).parent
-    return {' '.join(s): subprocess.run([sys.executable, s[0], *s[1:], '--device', str(device), *more], cwd=here).returncode for s in scripts}
+    return {' '.join(s): subprocess.run([sys.executable, s[0], *s[1:], '--device', str(device), *more], cwd=here).returncode
+        for s in scripts}
 
 # The models of https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html, for which it gives 8 to 35 %
-published = [*[f'mnasnet{o}' for o in ('0_5', '0_75', '1_0', '1_3')], 'alexnet', 'mobilenet_v2', *[f'resnet{o}' for o in (18, 34, 50, 101, 152)], 'resnext50_32x4d',
-    *[f'shufflenet_v2_x{o}' for o in ('0_5', '1_0', '1_5', '2_0')], 'squeezenet1_0', 'squeezenet1_1', *[f'vgg{o}{b}' for o in (11, 13, 16, 19) for b in ('', '_bn')], 'wide_resnet50_2', 'wide_resnet101_2']
+published = [*[f'mnasnet{o}' for o in ('0_5', '0_75', '1_0', '1_3')], 'alexnet', 'mobilenet_v2',
+    *[f'resnet{o}' for o in (18, 34, 50, 101, 152)], 'resnext50_32x4d',
+    *[f'shufflenet_v2_x{o}' for o in ('0_5', '1_0', '1_5', '2_0')], 'squeezenet1_0', 'squeezenet1_1',
+    *[f'vgg{o}{b}' for o in (11, 13, 16, 19) for b in ('', '_bn')], 'wide_resnet50_2', 'wide_resnet101_2']
 
 def published_row(name, bs, size, device, amp, limit):
     "Mixed precision, contiguous against channels last"
-    try: res = bench_formats(model_step(name, bs, size, 1000, str(device), amp), [f'channels last {amp}', 'contiguous fp32'], limit=limit, bar=False)
+    try:
+        res = bench_formats(model_step(name, bs, size, 1000, str(device), amp),
+            [f'channels last {amp}', 'contiguous fp32'], limit=limit, bar=False)
     except Exception as e: return dict(model=name, bs=bs, failed=f'{type(e).__name__}: {e}'[:200]) # such as out of memory
     r = res[f'channels last {amp}']
-    return dict(model=name, bs=bs, size=size, amp=amp, verdict=r.verdict, ratio=r.ratio, low=r.low, high=r.high, ms=1e3*res.now.seconds, samples=r.samples, noise=res.noise, bench=res.to_dict())
+    return dict(model=name, bs=bs, size=size, amp=amp, verdict=r.verdict, ratio=r.ratio, low=r.low, high=r.high,
+        ms=1e3*res.now.seconds, samples=r.samples, noise=res.noise, bench=res.to_dict())
 
 def run_published(device, tiny, limit):
     amp = 'fp16' if device.type=='cuda' else 'bf16'
@@ -136,21 +158,27 @@ def run_published(device, tiny, limit):
     rows = []
     for i,(name,bs,size) in enumerate(cases):
         rows.append(r := published_row(name, bs, size, device, amp, limit if i else 5*limit))
-        print(f'{name:20}{bs:4}  ' + (r['failed'] if 'failed' in r else r['verdict'] if r['ratio'] is None else f"{r['verdict']:7}{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})"), flush=True)
+        print(f'{name:20}{bs:4}  '
+            + (r['failed'] if 'failed' in r else r['verdict'] if r['ratio'] is None
+                else f"{r['verdict']:7}{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})"), flush=True)
         gc.collect()
         if device.type=='cuda': torch.cuda.empty_cache()
     if tiny: return
     save(f'published-{device.type}', rows=rows)
     c = conditions()
     lines = ['| model | batch | times as fast in channels last | 99 % interval | |', '|---|--:|--:|---|---|']
-    lines += [f"| {r['model']} | {r['bs']} | | | {r['failed']} |" if 'failed' in r or r['ratio'] is None else f"| {r['model']} | {r['bs']} | {r['ratio']:.2f} | {r['low']:.2f} to {r['high']:.2f} | {r['verdict']} |" for r in rows]
-    (results/f'published-{device.type}.md').write_text(f"A training step in {amp}, channels last against contiguous. {c['gpu'] or c['cpu']}, torch {c['torch']}, {c['date']}.\n\n" + '\n'.join(lines) + '\n')
+    lines += [f"| {r['model']} | {r['bs']} | | | {r['failed']} |" if 'failed' in r or r['ratio'] is None else
+        f"| {r['model']} | {r['bs']} | {r['ratio']:.2f} | {r['low']:.2f} to {r['high']:.2f} | {r['verdict']} |"
+        for r in rows]
+    (results/f'published-{device.type}.md').write_text(f"A training step in {amp}, channels last against contiguous. "
+        f"{c['gpu'] or c['cpu']}, torch {c['torch']}, {c['date']}.\n\n" + '\n'.join(lines) + '\n')
 
 def run_peers(device, tiny, limit):
     rows = []
     for name,shape in list(peers.models.items())[:1 if tiny else None]:
         if tiny: shape = (2, 3, 32, 32)
-        rows += peers.measure(name, shape if tiny or name=='r3d_18' else (4*shape[0], *shape[1:]), device, 8, 3 if tiny else 8, limit, compile=False)
+        rows += peers.measure(name, shape if tiny or name=='r3d_18' else (4*shape[0], *shape[1:]), device, 8,
+            3 if tiny else 8, limit, compile=False)
         print(name, *[f"{r['arm']}: {r['ratio'][0]:.2f}" for r in rows if r['model']==name and 'ratio' in r], sep='  ', flush=True)
         gc.collect()
         if device.type=='cuda': torch.cuda.empty_cache()
@@ -176,14 +204,17 @@ def main(
     for r in res['across_conversion']: print(r)
     fastais = [ChannelsLast, MixedPrecision('fp16')] if device.type=='cuda' else [ChannelsLast, DeviceMixedPrecision('fp16')]
     a,b = fp16_rows(fastais, device, tiny),fp16_rows([ChannelsLastCallback, DeviceMixedPrecision('fp16')], device, tiny)
-    res['fp16'] = dict(batches=len(a), same_scales=[r[1] for r in a]==[r[1] for r in b], largest_loss_difference=max(abs(p[0]-q[0]) for p,q in zip(a, b)), scales=sorted({r[1] for r in b}))
+    res['fp16'] = dict(batches=len(a), same_scales=[r[1] for r in a]==[r[1] for r in b],
+        largest_loss_difference=max(abs(p[0]-q[0]) for p,q in zip(a, b)), scales=sorted({r[1] for r in b}))
     print(res['fp16'])
     res['padded_pool'] = padded_pool(device)
     print(res['padded_pool'])
     res['checks'] = []
     for row in checks(device, tiny): res['checks'].append(row); print(row, flush=True)
     out = io.StringIO()
-    with contextlib.redirect_stdout(out): demo(device=str(device), epochs=1 if tiny else 4, arch='xresnet18' if tiny else 'resnet50', size=32 if tiny else 128, bs=256 if tiny else 64, json=True)
+    with contextlib.redirect_stdout(out):
+        demo(device=str(device), epochs=1 if tiny else 4, arch='xresnet18' if tiny else 'resnet50',
+            size=32 if tiny else 128, bs=256 if tiny else 64, json=True)
     res['demo'] = json.loads(out.getvalue())
     for r in res['demo']['arms']: print(r)
     res['scripts'] = run_scripts(device, tiny)

@@ -25,7 +25,8 @@ def main(
     "Measure and write benchmarks/results/overhead.json"
     torch.set_num_threads(1)
     arms,events = {},{}
-    for name,cb in {"fastai's ChannelsLast": ChannelsLast, "fastai's ChannelsLast again": ChannelsLast, 'ChannelsLastCallback': ChannelsLastCallback}.items():
+    for name,cb in {"fastai's ChannelsLast": ChannelsLast, "fastai's ChannelsLast again": ChannelsLast,
+            'ChannelsLastCallback': ChannelsLastCallback}.items():
         learn = learner(cb(), bs, size)
         batch = learn.dls.train.one_batch()
         learn('before_fit'); learn('before_epoch'); learn.dl = learn.dls.train; learn.n_iter = 1; learn('before_train')
@@ -39,7 +40,10 @@ def main(
         base = seconds["fastai's ChannelsLast"]
         return [1e6*o for o in interval([(a-b)/each for a,b in zip(seconds[name], base)])]
     whole,alone = interleave(arms, rounds, block),interleave(events, rounds//4, block)
-    rows = [dict(arm=n, batch_us=1e6*statistics.median(whole[n]), added_us=difference(whole, n), event_added_us=difference(alone, n, 50)) for n in arms]
+    rows = [dict(arm=n, batch_us=1e6*statistics.median(whole[n]), added_us=difference(whole, n),
+        event_added_us=difference(alone, n, 50)) for n in arms]
     print(f"{'':30}{'batch, us':>10}{'added to a batch, us (95 %)':>32}{'event alone, us (95 %)':>28}")
-    for r in rows: print(f"{r['arm']:30}{r['batch_us']:10.1f}" + ''.join(f'{m:{w}.1f} ({l:.1f} to {h:.1f})' for (m,l,h),w in ((r['added_us'], 16), (r['event_added_us'], 12))))
+    for r in rows:
+        print(f"{r['arm']:30}{r['batch_us']:10.1f}"
+            + ''.join(f'{m:{w}.1f} ({l:.1f} to {h:.1f})' for (m,l,h),w in ((r['added_us'], 16), (r['event_added_us'], 12))))
     save('overhead', rows=rows, rounds=rounds, block=block, batch=[bs,3,size,size], threads=1)

@@ -1,23 +1,28 @@
 """One training step of twelve networks by each known method, side by side: `python benchmarks/peers.py`
 
-Every arm is a `Learner` of its own with the same weights and batch, timed by `Learner.one_batch` with the independent harness of common.py.
+Every arm is a `Learner` of its own with the same weights and batch, timed by `Learner.one_batch` with the independent
+harness of common.py.
 What `Learner.bench_channelslast` says of the same step is set beside it, and whether both agree.
-Peers whose packages are not installed are their published few lines; the rows say which. Writes results/peers-DEVICE.json and .md after each network and goes on where it was broken off. `--tiny` tries the script."""
+Peers whose packages are not installed are their published few lines; the rows say which. Writes
+results/peers-DEVICE.json and .md after each network and goes on where it was broken off. `--tiny` tries the script."""
 import gc, json, statistics, warnings
 warnings.simplefilter("ignore", FutureWarning) # torch's own, when fastai.vision is imported
 from functools import partial
 import torch, torchvision
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
-from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, TensorCategory, TensorImage, TensorMask, create_unet_model, to_device
+from fastai.vision.all import (AMPMode, Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper,
+    TensorCategory, TensorImage, TensorMask, create_unet_model, to_device)
 from fastcore.script import call_parse
 import fastxtend_cl.all
 from fastxtend_cl.amp import native_amp_mode
 from fastxtend_cl.probe import kept_memory # of the harness, the one thing that is ours: else page faults decide
 from common import conditions, geometric, interleave, interval, results, save
 
-models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128), 'mobilenet_v3_large': (16, 3, 128, 128), 'efficientnet_b0': (16, 3, 128, 128),
-    'regnety_004': (16, 3, 128, 128), 'densenet121': (8, 3, 128, 128), 'convnext_atto': (16, 3, 128, 128), 'ghostnet_100': (16, 3, 128, 128), 'shufflenet_v2_x1_0': (16, 3, 128, 128),
+models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128),
+    'mobilenet_v3_large': (16, 3, 128, 128), 'efficientnet_b0': (16, 3, 128, 128),
+    'regnety_004': (16, 3, 128, 128), 'densenet121': (8, 3, 128, 128), 'convnext_atto': (16, 3, 128, 128),
+    'ghostnet_100': (16, 3, 128, 128), 'shufflenet_v2_x1_0': (16, 3, 128, 128),
     'unet_resnet18': (4, 3, 128, 128), 'r3d_18': (2, 3, 8, 56, 56)}
 base,again,ours,ours_fp32 = 'contiguous fp32','contiguous fp32, again','ours: to_channelslast()','ours: to_channelslast(use_amp=False)'
 
@@ -36,12 +41,15 @@ def learner(name, shape, device):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model = model_of(name, shape)
-    return Learner(DataLoaders.from_dsets(ds, ds, bs=shape[0], num_workers=0, device=device, shuffle=False), model.to(device), loss_func=CrossEntropyLossFlat(axis=1 if mask else -1), lr=1e-6,
+    return Learner(DataLoaders.from_dsets(ds, ds, bs=shape[0], num_workers=0, device=device, shuffle=False),
+        model.to(device), loss_func=CrossEntropyLossFlat(axis=1 if mask else -1), lr=1e-6,
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 class ConvertInputs(Callback):
     order = -1
-    def before_batch(self): self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d) for x in self.xb)
+    def before_batch(self):
+        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.channels_last_3d)
+            for x in self.xb)
 
 def mixed(learn): # what `to_channelslast` of fastai and fastxtend adds; its autocast is CUDA's, whatever the device
     learn.add_cb(MixedPrecision(AMPMode.FP16))
@@ -59,9 +67,12 @@ def autotuned(learn, device):
     return lambda: res.step(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor))
 
 # name: (set-up, what ran)
-arms = {base: (lambda learn, device: None, ''), again: (lambda learn, device: None, ''), "fastai's to_channelslast()": (as_fastai, 'its callbacks'),
-    "fastxtend's to_channelslast()": (as_fastxtend, 'reimplemented: model and inputs'), "Composer's channels last": (as_composer, 'reimplemented: model.to(memory_format=channels_last)'),
-    'pytorch-autotune': (autotuned, 'pytorch_autotune 2.0'), 'torch.compile': (compiled, 'model.compile()'), ours_fp32: (lambda learn, device: learn.to_channelslast(use_amp=False), ''),
+arms = {base: (lambda learn, device: None, ''), again: (lambda learn, device: None, ''),
+    "fastai's to_channelslast()": (as_fastai, 'its callbacks'),
+    "fastxtend's to_channelslast()": (as_fastxtend, 'reimplemented: model and inputs'),
+    "Composer's channels last": (as_composer, 'reimplemented: model.to(memory_format=channels_last)'),
+    'pytorch-autotune': (autotuned, 'pytorch_autotune 2.0'), 'torch.compile': (compiled, 'model.compile()'),
+    ours_fp32: (lambda learn, device: learn.to_channelslast(use_amp=False), ''),
     ours: (lambda learn, device: learn.to_channelslast(), ''), 'ours: to_channelslast(), compiled': (compiled_ours, '')}
 
 def ready(learn, device):
@@ -102,7 +113,8 @@ def measure(name, shape, device, rounds, block, limit, compile=True, bench=True)
         for step in steps.values(): step()
         seconds = interleave(steps, rounds, block)
     for arm,s in seconds.items():
-        rows.append(dict(model=name, shape=list(shape), arm=arm, what=arms[arm][1], ms=1e3*statistics.median(s), ratio=interval([b/a for a,b in zip(s, seconds[base])])))
+        rows.append(dict(model=name, shape=list(shape), arm=arm, what=arms[arm][1], ms=1e3*statistics.median(s),
+            ratio=interval([b/a for a,b in zip(s, seconds[base])])))
     del steps
     gc.collect()
     if bench: rows += agreement(name, shape, device, limit, rows)
@@ -116,17 +128,23 @@ def agreement(name, shape, device, limit, rows):
     out = []
     for arm,theirs in pairs.items():
         r,h = res[arm],next((q for q in rows if q['arm']==theirs and 'ratio' in q), None)
-        if r.low is None or h is None: out.append(dict(model=name, arm=f'bench: {arm}', failed=r.reason or 'the harness has no row')); continue
+        if r.low is None or h is None:
+            out.append(dict(model=name, arm=f'bench: {arm}', failed=r.reason or 'the harness has no row'))
+            continue
         low,high = h['ratio'][1:]
-        out.append(dict(model=name, shape=list(shape), arm=f'bench: {arm}', what=f'{r.verdict}, noise {res.noise}', ms=1e3*r.seconds, ratio=[r.ratio, r.low, r.high], pairs=r.pairs, harness=h['ratio'], agrees=r.low<=high and low<=r.high))
+        out.append(dict(model=name, shape=list(shape), arm=f'bench: {arm}', what=f'{r.verdict}, noise {res.noise}',
+            ms=1e3*r.seconds, ratio=[r.ratio, r.low, r.high], pairs=r.pairs, harness=h['ratio'],
+            agrees=r.low<=high and low<=r.high))
     return out
 
 def table(rows):
     "Markdown: a row for each network, a column for each arm"
-    names,kinds = list(dict.fromkeys(r['model'] for r in rows)),list(dict.fromkeys(r['arm'] for r in rows if r['arm']!=base and 'failed' not in r))
+    names,kinds = (list(dict.fromkeys(r['model'] for r in rows)),
+        list(dict.fromkeys(r['arm'] for r in rows if r['arm']!=base and 'failed' not in r)))
     found = {(r['model'],r['arm']): r for r in rows if 'ratio' in r}
     def cell(r): return '' if r is None else '{:.2f} ({:.2f} to {:.2f})'.format(*r['ratio'])+('' if r.get('agrees', True) else ' differs')
-    lines = [f"| {' | '.join(['', *kinds])} |", f"|---|{'--:|'*len(kinds)}"] + [f"| {' | '.join([n, *(cell(found.get((n, k))) for k in kinds)])} |" for n in names]
+    lines = ([f"| {' | '.join(['', *kinds])} |", f"|---|{'--:|'*len(kinds)}"]
+        + [f"| {' | '.join([n, *(cell(found.get((n, k))) for k in kinds)])} |" for n in names])
     means = [geometric(r['ratio'][0] for n in names if (r := found.get((n, k)))) for k in kinds]
     whole = [f'{m:.2f}' if all((n, k) in found for n in names) else '' for k,m in zip(kinds, means)]
     failed = {}
@@ -138,7 +156,8 @@ def table(rows):
 def write(name, rows, **kw):
     save(name, rows=rows, **kw)
     c = conditions()
-    (results/f'{name}.md').write_text(f"Times as fast as contiguous fp32 (95 % interval). {c['gpu'] or c['cpu']}, {c['cores']} threads, torch {c['torch']}, fastai {c['fastai']}, {c['date']}.\n\n{table(rows)}\n")
+    (results/f'{name}.md').write_text(f"Times as fast as contiguous fp32 (95 % interval). {c['gpu'] or c['cpu']}, "
+        f"{c['cores']} threads, torch {c['torch']}, fastai {c['fastai']}, {c['date']}.\n\n{table(rows)}\n")
 
 @call_parse
 def main(
@@ -160,6 +179,8 @@ def main(
         shape = (2, 3, *((4, 32, 32) if name=='r3d_18' else (32, 32))) if tiny else models[name]
         for r in measure(name, shape, device, rounds, block, limit, not no_compile):
             rows.append(r)
-            print(f"{r['model']:20}{r['arm']:38}" + (r['failed'] if 'failed' in r else '{:9.1f} ms  {:.2f} ({:.2f} to {:.2f})'.format(r['ms'], *r['ratio']) + {True: '', False: ', the harness differs'}[r.get('agrees', True)]), flush=True)
+            print(f"{r['model']:20}{r['arm']:38}"
+                + (r['failed'] if 'failed' in r else '{:9.1f} ms  {:.2f} ({:.2f} to {:.2f})'.format(r['ms'], *r['ratio'])
+                    + {True: '', False: ', the harness differs'}[r.get('agrees', True)]), flush=True)
         if not tiny: write(f'peers-{device.type}', rows, **asked)
     if tiny: print(table(rows))

@@ -1,9 +1,12 @@
-"""The twelve networks of peers.py by the plan, against contiguous, fastai's, the best single setting and compiled models: `python benchmarks/plan.py`
+"""The twelve networks of peers.py by the plan, against contiguous, fastai's, the best single setting and compiled
+models: `python benchmarks/plan.py`
 
-Each network is planned as a user would, without the cache, and then measured anew with the independent harness of common.py, paired, in blocks.
-Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew, `--tiny` tries the script.
-`--robust_times 5` plans each network five times while another process keeps one core busy, measures what was chosen when all is quiet, and writes
-results/plan-robust-DEVICE.json."""
+Each network is planned as a user would, without the cache, and then measured anew with the independent harness of
+common.py, paired, in blocks.
+Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew,
+`--tiny` tries the script.
+`--robust_times 5` plans each network five times while another process keeps one core busy, measures what was chosen
+when all is quiet, and writes results/plan-robust-DEVICE.json."""
 import contextlib, gc, json, statistics, subprocess, sys, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch
@@ -24,7 +27,8 @@ def step_of(name, shape, device):
         warnings.simplefilter('ignore')
         model = model_of(name, shape).to(device)
     y = torch.randint(10, (shape[0], *(shape[2:] if name.startswith('unet') else ())), device=device)
-    return TrainingStep(model, torch.randn(shape, device=device), y, torch.nn.functional.cross_entropy, torch.optim.AdamW(model.parameters(), lr=1e-6))
+    return TrainingStep(model, torch.randn(shape, device=device), y, torch.nn.functional.cross_entropy,
+        torch.optim.AdamW(model.parameters(), lr=1e-6))
 
 def stepper(name, shape, device, memory_format, dtype, plan=None, compile=False, scale=1024.):
     "A function that trains one step in a world of its own"
@@ -69,22 +73,32 @@ def measure(name, shape, device, budget, rounds, block, compile):
         best = min((o for o in others if o in seconds), key=lambda o: statistics.median(seconds[o]))
         return dict(arm=best, ratio=interval([b/a for a,b in zip(seconds[arm], seconds[best])]))
     singles = [a for a in seconds if 'plan' not in a and 'compiled' not in a]
-    allowed = min((a for a in ('plan', 'plan, compiled', *[a for a in seconds if a.endswith('compiled')]) if a in seconds), key=lambda o: statistics.median(seconds[o]))
+    allowed = min((a for a in ('plan', 'plan, compiled', *[a for a in seconds if a.endswith('compiled')]) if a in seconds),
+        key=lambda o: statistics.median(seconds[o]))
     known = [r for r in plan.rows if r.before is not None and r.after is not None]
-    saved = dict(predicted_ms=1e3*sum(r.before-r.after for r in known), measured_ms=1e3*(statistics.median(seconds[base])-statistics.median(seconds['plan'])))
+    saved = dict(predicted_ms=1e3*sum(r.before-r.after for r in known),
+        measured_ms=1e3*(statistics.median(seconds[base])-statistics.median(seconds['plan'])))
     del steps
     gc.collect()
-    return dict(model=name, shape=list(shape), chosen=plan.arm, plan_seconds=plan.seconds, own_ratio=plan.ratio, rows=rows, failed=failed, saved=saved,
-        over_fastai=over('plan', [fastais]), over_single=over('plan', singles), allowed=dict(arm=allowed, over_fastai=over(allowed, [fastais])), layers=[[k, w, n] for (k,w),(n,*_) in plan.counts.items()])
+    return dict(model=name, shape=list(shape), chosen=plan.arm, plan_seconds=plan.seconds, own_ratio=plan.ratio,
+        rows=rows, failed=failed, saved=saved,
+        over_fastai=over('plan', [fastais]), over_single=over('plan', singles),
+        allowed=dict(arm=allowed, over_fastai=over(allowed, [fastais])),
+        layers=[[k, w, n] for (k,w),(n,*_) in plan.counts.items()])
 
 def table(found):
     "Markdown"
-    lines = ['| | plan over contiguous | over channels last fp32 | over the best single setting | with compile, over channels last fp32 | chosen | planned in | saved a step, predicted | measured |', '|---|--:|--:|--:|--:|---|--:|--:|--:|']
+    lines = ['| | plan over contiguous | over channels last fp32 | over the best single setting | with compile, over channels last fp32 '
+        '| chosen | planned in | saved a step, predicted | measured |', '|---|--:|--:|--:|--:|---|--:|--:|--:|']
     def cell(r): return '{:.2f} ({:.2f} to {:.2f})'.format(*r)
     for f in found:
-        plan = next(r for r in f['rows'] if r['arm']=='plan')
-        lines.append(f"| {f['model']} | {cell(plan['ratio'])} | {cell(f['over_fastai']['ratio'])} | {cell(f['over_single']['ratio'])}, {f['over_single']['arm']} | {cell(f['allowed']['over_fastai']['ratio'])} | {f['chosen']} | {f['plan_seconds']:.0f} s | {f['saved']['predicted_ms']:.0f} ms | {f['saved']['measured_ms']:.0f} ms |")
-    means = [geometric([next(r for r in f['rows'] if r['arm']=='plan')['ratio'][0] for f in found]), *[geometric([f[k]['ratio'][0] for f in found]) for k in ('over_fastai', 'over_single')], geometric([f['allowed']['over_fastai']['ratio'][0] for f in found])]
+        plan,saved = next(r for r in f['rows'] if r['arm']=='plan'),f['saved']
+        lines.append(f"| {f['model']} | {cell(plan['ratio'])} | {cell(f['over_fastai']['ratio'])} | "
+            f"{cell(f['over_single']['ratio'])}, {f['over_single']['arm']} | {cell(f['allowed']['over_fastai']['ratio'])} "
+            f"| {f['chosen']} | {f['plan_seconds']:.0f} s | {saved['predicted_ms']:.0f} ms | {saved['measured_ms']:.0f} ms |")
+    means = [geometric([next(r for r in f['rows'] if r['arm']=='plan')['ratio'][0] for f in found]),
+        *[geometric([f[k]['ratio'][0] for f in found]) for k in ('over_fastai', 'over_single')],
+        geometric([f['allowed']['over_fastai']['ratio'][0] for f in found])]
     return '\n'.join([*lines, f"| **geometric mean** | {' | '.join(f'**{m:.3f}**' for m in means)} | | | | |"])
 
 @contextlib.contextmanager
@@ -104,12 +118,14 @@ def robust(name, shape, device, budget, times, rounds, block):
     with kept_memory(): seconds = interleave({a: stepper(name, shape, device, *v) for a,v in args.items()}, rounds, block)
     best = min((a for a in seconds if not a.startswith('plan')), key=lambda a: statistics.median(seconds[a]))
     ratios = [interval([b/a for a,b in zip(seconds[f'plan {i}'], seconds[best])]) for i in range(times)]
-    return dict(model=name, shape=list(shape), chosen=[p.arm for p in plans], best_single=best, over_single=ratios, slower=[r[2]<0.98 for r in ratios])
+    return dict(model=name, shape=list(shape), chosen=[p.arm for p in plans], best_single=best, over_single=ratios,
+        slower=[r[2]<0.98 for r in ratios])
 
 def robust_main(names, device, budget, times, rounds, block, tiny):
     rows = []
     for name in names.split(','):
-        rows.append(robust(name, (2, *models[name][1:]) if tiny else models[name], device, 10. if tiny else budget, times, 2 if tiny else rounds, 3 if tiny else block))
+        rows.append(robust(name, (2, *models[name][1:]) if tiny else models[name], device, 10. if tiny else budget,
+            times, 2 if tiny else rounds, 3 if tiny else block))
         print(rows[-1], flush=True)
         if not tiny: save(f'plan-robust-{device}', rows=rows, budget=budget, times=times, rounds=rounds, block=block)
     print('slower than the best single setting by more than 2 %:', sum(map(sum, (r['slower'] for r in rows))), 'of', times*len(rows))

@@ -43,7 +43,11 @@ def main(
         with step.preserved(): seconds = statistics.median(interleave({'': lambda: step.run(keep='loss')}, 3, 4, progress=False)[''])
         for busy in (False, True):
             for i in range(repeats):
-                with load(busy): res = bench_formats(step, {'5 % more': wasting(step, 0.05, seconds), 'the same': wasting(step, 0, seconds)}, limit=limit, seed=i, bar=False)
-                rows.append(dict(model=name, load=busy, noise=res.noise, arms={r.arm:(r.verdict, r.ratio, r.low, r.high) for r in res.rows[2:]}, pairs=res.now.pairs, seconds=res.seconds))
+                with load(busy):
+                    res = bench_formats(step, {'5 % more': wasting(step, 0.05, seconds), 'the same': wasting(step, 0, seconds)},
+                        limit=limit, seed=i, bar=False)
+                rows.append(dict(model=name, load=busy, noise=res.noise,
+                    arms={r.arm:(r.verdict, r.ratio, r.low, r.high) for r in res.rows[2:]},
+                    pairs=res.now.pairs, seconds=res.seconds))
                 print(name, 'load' if busy else 'quiet', rows[-1]['arms'], 'noise', res.noise, flush=True)
     if not tiny: save('planted', rows=rows, bs=bs, size=size, limit=limit)

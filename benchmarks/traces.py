@@ -1,6 +1,8 @@
-"""What really is kept, forward and backward: traces of the 28 torchvision models that PyTorch's channels-last tutorial lists as fully supported, and of fastai's unets
+"""What really is kept, forward and backward: traces of the 28 torchvision models that PyTorch's channels-last tutorial
+lists as fully supported, and of fastai's unets
 
-Writes results/trace-DEVICE.json after each model, and goes on where it was broken off. The formats are facts; of the times only the share of the step is kept."""
+Writes results/trace-DEVICE.json after each model, and goes on where it was broken off. The formats are facts; of the
+times only the share of the step is kept."""
 import gc, json, os, warnings
 import torch, torchvision
 from fastai.layers import NormType
@@ -14,30 +16,40 @@ from fastxtend_cl.step import TrainingStep
 from fastxtend_cl.trace import trace_format
 from common import results, save
 
-supported = ['alexnet', 'mnasnet0_5', 'mnasnet0_75', 'mnasnet1_0', 'mnasnet1_3', 'mobilenet_v2', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d',
-    'shufflenet_v2_x0_5', 'shufflenet_v2_x1_0', 'shufflenet_v2_x1_5', 'shufflenet_v2_x2_0', 'squeezenet1_0', 'squeezenet1_1', 'vgg11', 'vgg11_bn', 'vgg13', 'vgg13_bn',
-    'vgg16', 'vgg16_bn', 'vgg19', 'vgg19_bn', 'wide_resnet50_2', 'wide_resnet101_2']
-unets = {'unet resnet18': {}, 'unet resnet34': {}, 'unet resnet34 self-attention': dict(self_attention=True), 'unet resnet34 blur': dict(blur=True, blur_final=True),
+supported = ['alexnet', 'mnasnet0_5', 'mnasnet0_75', 'mnasnet1_0', 'mnasnet1_3', 'mobilenet_v2', 'resnet18', 'resnet34',
+    'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'shufflenet_v2_x0_5', 'shufflenet_v2_x1_0',
+    'shufflenet_v2_x1_5', 'shufflenet_v2_x2_0', 'squeezenet1_0', 'squeezenet1_1', 'vgg11', 'vgg11_bn', 'vgg13',
+    'vgg13_bn', 'vgg16', 'vgg16_bn', 'vgg19', 'vgg19_bn', 'wide_resnet50_2', 'wide_resnet101_2']
+unets = {'unet resnet18': {}, 'unet resnet34': {}, 'unet resnet34 self-attention': dict(self_attention=True),
+    'unet resnet34 blur': dict(blur=True, blur_final=True),
     'unet resnet18 instance norm': dict(norm_type=NormType.Instance), 'unet xresnet34': {}}
 
 def step_of(name, bs, size, device, autocast):
     torch.manual_seed(0)
     if name in unets:
         arch = name.split()[1]
-        model = create_unet_model(getattr(torchvision.models, arch, None) or getattr(xresnet, arch), 4, (size, size), pretrained=False, **unets[name])
+        model = create_unet_model(getattr(torchvision.models, arch, None) or getattr(xresnet, arch), 4, (size, size),
+            pretrained=False, **unets[name])
         y,loss = torch.randint(0, 4, (bs, size, size)),CrossEntropyLossFlat(axis=1)
     else: model,y,loss = torchvision.models.get_model(name),torch.randint(0, 10, (bs,)),torch.nn.functional.cross_entropy
     return TrainingStep(model.to(device), torch.randn(bs, 3, size, size, device=device), y.to(device), loss, autocast=autocast)
 
 def row_of(name, t):
-    def place(r): return dict(module=r.module, op=r.op, phase=r.phase, kind=r.kind, count=r.count, bytes=r.bytes, share=round(r.share, 5), where=r.where and os.sep.join(r.where.split(os.sep)[-2:]), back=r.back[:3])
-    return dict(model=name, kept={k:round(v, 4) for k,v in t.kept.items()}, places={p:sum(r.phase==p for r in t.rows) for p in ('forward','backward')}, mb=t.bytes/1e6, share=round(t.share, 5),
-        head_share=round(sum(r.share for r in t.left), 5), reason=t.reason, cost_of_trace=round(t.seconds/t.step_seconds, 1), rows=[place(r) for r in t.rows])
+    def place(r):
+        return dict(module=r.module, op=r.op, phase=r.phase, kind=r.kind, count=r.count, bytes=r.bytes,
+            share=round(r.share, 5), where=r.where and os.sep.join(r.where.split(os.sep)[-2:]), back=r.back[:3])
+    return dict(model=name, kept={k:round(v, 4) for k,v in t.kept.items()},
+        places={p:sum(r.phase==p for r in t.rows) for p in ('forward','backward')}, mb=t.bytes/1e6, share=round(t.share, 5),
+        head_share=round(sum(r.share for r in t.left), 5), reason=t.reason,
+        cost_of_trace=round(t.seconds/t.step_seconds, 1), rows=[place(r) for r in t.rows])
 
 def show(rows):
-    print('| model | kept forward | kept backward | places, forward | backward | MB | of the step | head | cost of the trace, steps |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|')
+    print('| model | kept forward | kept backward | places, forward | backward | MB | of the step | head | cost of the '
+        'trace, steps |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|')
     for r in rows:
-        print(f"| {r['model']} | {100*r['kept']['forward']:.1f} % | {100*r['kept']['backward']:.1f} % | {r['places']['forward']} | {r['places']['backward']} | {r['mb']:.1f} | {100*r['share']:.1f} % | {100*r['head_share']:.1f} % | {r['cost_of_trace']} |")
+        print(f"| {r['model']} | {100*r['kept']['forward']:.1f} % | {100*r['kept']['backward']:.1f} % | "
+            f"{r['places']['forward']} | {r['places']['backward']} | {r['mb']:.1f} | {100*r['share']:.1f} % | "
+            f"{100*r['head_share']:.1f} % | {r['cost_of_trace']} |")
 
 @call_parse
 def main(
@@ -59,6 +71,7 @@ def main(
         gc.collect()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            rows.append(row_of(n, trace_format(step_of(n, bs, size, torch.device(device), {k.value:v for k,v in amp_dtypes.items()}.get(autocast)))))
+            rows.append(row_of(n, trace_format(
+                step_of(n, bs, size, torch.device(device), {k.value:v for k,v in amp_dtypes.items()}.get(autocast)))))
         if not tiny: save(name, rows=rows, **asked)
     show(rows)

@@ -1,8 +1,10 @@
-"""Every family of timm and torchvision below 60 million parameters, fastai's own networks, and 5-D ones: what a training step does in channels last
+"""Every family of timm and torchvision below 60 million parameters, fastai's own networks, and 5-D ones: what a training
+step does in channels last
 
-Each model runs in a child process of its own, contiguous, converted naively by `model.to(memory_format=...)`, and converted by this package.
-Rows go to results/zoo-DEVICE.jsonl as they come; a second run goes on where the first stopped. `python benchmarks/zoo.py` measures and prints the
-summary; `--tiny` tries the script on three models."""
+Each model runs in a child process of its own, contiguous, converted naively by `model.to(memory_format=...)`, and
+converted by this package.
+Rows go to results/zoo-DEVICE.jsonl as they come; a second run goes on where the first stopped.
+`python benchmarks/zoo.py` measures and prints the summary; `--tiny` tries the script on three models."""
 import contextlib, json, multiprocessing, statistics, time, warnings
 from collections import Counter
 from pathlib import Path
@@ -14,12 +16,14 @@ from common import conditions, interleave, results
 
 classes,batch,image = 10,2,128
 small = dict(image=64, batch=4) # for the check, whose double precision is slow
-torchvision_models = '''alexnet convnext_tiny densenet121 densenet169 efficientnet_b0 efficientnet_b3 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
-mnasnet1_3 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_3_2gf regnet_y_400mf regnet_y_8gf resnet18 resnet50 resnet101 resnext50_32x4d
-shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x2_0 squeezenet1_0 squeezenet1_1 swin_t swin_v2_t deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50
-lraspp_mobilenet_v3_large'''.split()
+torchvision_models = '''alexnet convnext_tiny densenet121 densenet169 efficientnet_b0 efficientnet_b3 efficientnet_v2_s
+googlenet inception_v3 maxvit_t mnasnet0_5 mnasnet1_3 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf
+regnet_x_3_2gf regnet_y_400mf regnet_y_8gf resnet18 resnet50 resnet101 resnext50_32x4d shufflenet_v2_x0_5
+shufflenet_v2_x1_0 shufflenet_v2_x2_0 squeezenet1_0 squeezenet1_1 swin_t swin_v2_t deeplabv3_mobilenet_v3_large
+deeplabv3_resnet50 fcn_resnet50 lraspp_mobilenet_v3_large'''.split()
 video_models = 'r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b swin3d_t'.split()
-fastai_models = 'xresnet18 xresnet34 xresnet50 xresnext50 xse_resnet18 xse_resnext50 xresnet18+sa xresnet50+sa unet+resnet18 unet+resnet34 unet+xresnet18 unet+resnet18+sa'.split()
+fastai_models = ('xresnet18 xresnet34 xresnet50 xresnext50 xse_resnet18 xse_resnext50 xresnet18+sa xresnet50+sa '
+    'unet+resnet18 unet+resnet34 unet+xresnet18 unet+resnet18+sa'.split())
 
 def timm_names(per_family=2, below=60e6):
     "Up to `per_family` sizes of each of timm's families: the smallest, the largest, and what is between"
@@ -53,7 +57,8 @@ def build(name, image=image, batch=batch, own_size=False):
         shape = (batch, cfg['input_size'][0], *(cfg['input_size'][1:] if fixed else getattr(patches, 'img_size', None) or (image, image)))
     elif source in ('torchvision', 'video'):
         import torchvision
-        kw = dict(weights_backbone=None) if n.startswith(('deeplab', 'fcn', 'lraspp')) else dict(init_weights=True) if n in ('googlenet', 'inception_v3') else {}
+        kw = (dict(weights_backbone=None) if n.startswith(('deeplab', 'fcn', 'lraspp'))
+            else dict(init_weights=True) if n in ('googlenet', 'inception_v3') else {})
         if n=='maxvit_t': kw['input_size'],shape = (224, 224),(batch, 3, 224, 224)
         elif source=='video': shape = (1, 3, 16, 224, 224) if own_size or n.startswith('mvit') else (2, 3, 8, 64, 64)
         elif own_size: shape = (batch, 3, 299, 299) if n=='inception_v3' else (batch, 3, 224, 224)
@@ -61,7 +66,9 @@ def build(name, image=image, batch=batch, own_size=False):
     else:
         from fastai.vision import all as fv
         arch,*options = n.split('+')
-        if arch=='unet': model = fv.DynamicUnet(fv.create_body(getattr(fv, options[0])(), pretrained=False), classes, (image, image), self_attention='sa' in options)
+        if arch=='unet':
+            model = fv.DynamicUnet(fv.create_body(getattr(fv, options[0])(), pretrained=False), classes, (image, image),
+                self_attention='sa' in options)
         else: model = getattr(fv, arch)(n_out=classes, sa='sa' in options)
     return model.train(),torch.randn(shape)
 
@@ -134,7 +141,8 @@ def child(conn, name, device, rounds, block, known):
     def check_at(**size):
         if size!=small: Shared.kept.clear()
         model,x = fresh(**size)
-        return check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func, torch.optim.SGD(model.parameters(), lr=0.01)))
+        return check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func,
+            torch.optim.SGD(model.parameters(), lr=0.01)))
     def contiguous():
         try: return contiguous_at()
         except Exception: own['own_size'] = True # it takes no other
@@ -173,8 +181,11 @@ def child(conn, name, device, rounds, block, known):
             lost = failed(known[n]) or n=='naive' and failed(known.get('naive_check', {}))
             if lost: arms.pop(n, None)
             elif n not in arms: f()
-        secs = interleave(arms, rounds, block, progress=False, clock=time.perf_counter if torch.cuda.is_available() else time.process_time) # CPU seconds on a CPU
-        return dict(seconds={k: statistics.median(v) for k,v in secs.items()}, ratio={k: statistics.median(b/a for a,b in zip(v, secs['contiguous'])) for k,v in secs.items() if k!='contiguous'})
+        # CPU seconds on a CPU
+        secs = interleave(arms, rounds, block, progress=False,
+            clock=time.perf_counter if torch.cuda.is_available() else time.process_time)
+        return dict(seconds={k: statistics.median(v) for k,v in secs.items()},
+            ratio={k: statistics.median(b/a for a,b in zip(v, secs['contiguous'])) for k,v in secs.items() if k!='contiguous'})
     def go_on(n): return not (n=='naive_check' and failed(known['naive']) or n=='check' and failed(known['ours']))
     phase('contiguous', contiguous)
     if 'contiguous' in arms and known['contiguous']['convolutions']:
@@ -187,7 +198,9 @@ def one(ctx, name, device, rounds, block, limit):
     row,start = dict(name=name),time.time()
     while True:
         here,there = ctx.Pipe(duplex=False)
-        p = ctx.Process(target=child, args=(there, name, device, rounds, block, {k:v for k,v in row.items() if k not in ('name', 'contiguous')}), daemon=True)
+        p = ctx.Process(target=child,
+            args=(there, name, device, rounds, block, {k:v for k,v in row.items() if k not in ('name', 'contiguous')}),
+            daemon=True)
         p.start(); there.close()
         doing,hung = None,False
         while not hung:
@@ -218,9 +231,12 @@ def summary(rows):
     out = dict(models=len(rows), with_convolutions=len(usable))
     for arm in ('naive', 'ours'):
         ratios = sorted(r['times']['ratio'][arm] for r in usable if arm in r.get('times', {}).get('ratio', {}))
-        out[arm] = dict(Counter(verdict(r, arm) for r in usable)) | dict(timed=len(ratios), median_ratio=statistics.median(ratios) if ratios else None, faster_by_5_percent=sum(r>1.05 for r in ratios), slower_by_3_percent=sum(r<0.97 for r in ratios))
+        out[arm] = dict(Counter(verdict(r, arm) for r in usable)) | dict(timed=len(ratios),
+            median_ratio=statistics.median(ratios) if ratios else None, faster_by_5_percent=sum(r>1.05 for r in ratios),
+            slower_by_3_percent=sum(r<0.97 for r in ratios))
         out[arm]['not right'] = {r['name']: verdict(r, arm) for r in usable if verdict(r, arm)!='right'}
-    out['format lost in'] = sum(r['ours'].get('kept', {}).get('forward', 1)<1 or r['ours'].get('kept', {}).get('backward', 1)<1 for r in usable if 'ours' in r)
+    out['format lost in'] = sum(r['ours'].get('kept', {}).get('forward', 1)<1
+        or r['ours'].get('kept', {}).get('backward', 1)<1 for r in usable if 'ours' in r)
     return out
 
 @call_parse
@@ -238,12 +254,15 @@ def main(
     path = results/f'zoo-{device}.jsonl'
     rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() and not tiny else []
     if not report:
-        todo = names.split(',') if names else ['timm/test_resnet.r160_in1k'.split('.')[0], 'torchvision/squeezenet1_1', 'video/r3d_18'] if tiny else [
-            *('torchvision/'+n for n in torchvision_models), *('video/'+n for n in video_models), *('fastai/'+n for n in fastai_models), *('timm/'+n for n in timm_names())]
+        todo = names.split(',') if names else [
+            'timm/test_resnet.r160_in1k'.split('.')[0], 'torchvision/squeezenet1_1', 'video/r3d_18'] if tiny else [
+            *('torchvision/'+n for n in torchvision_models), *('video/'+n for n in video_models),
+            *('fastai/'+n for n in fastai_models), *('timm/'+n for n in timm_names())]
         done = {r['name'] for r in rows}
         todo = [n for n in todo if n not in done]
         ctx = multiprocessing.get_context('spawn' if device.startswith('cuda') else 'forkserver')
-        if not device.startswith('cuda'): ctx.set_forkserver_preload(['torch', 'torchvision', 'timm', 'fastai.vision.all', 'fastxtend_cl.check'])
+        if not device.startswith('cuda'):
+            ctx.set_forkserver_preload(['torch', 'torchvision', 'timm', 'fastai.vision.all', 'fastxtend_cl.check'])
         bar = progress_bar(todo)
         for name in bar:
             bar.comment = name
@@ -255,4 +274,6 @@ def main(
                 with path.open('a') as f: f.write(json.dumps(row)+'\n')
     res = summary(rows)
     print(json.dumps(res, indent=1))
-    if not tiny: (results/f'zoo-{device}.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch, image=image, check=small, rounds=rounds, block=block, **res), indent=1)+'\n')
+    if not tiny:
+        (results/f'zoo-{device}.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch,
+            image=image, check=small, rounds=rounds, block=block, **res), indent=1)+'\n')

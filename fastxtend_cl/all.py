@@ -13,9 +13,11 @@ from fastxtend_cl.bench import Arm, BenchRow, FormatBench, bench_formats, format
 from fastxtend_cl.plan import FormatPlan, LayerPlan, PlanRow, apply_plan, plan_formats, planned, remove_plan
 from fastxtend_cl.learner import WrongStepError # and methods of `Learner` and `TrainingStep`
 
-__all__ = ['Arm', 'BenchRow', 'ChannelsLastCallback', 'ChannelsLastTfm', 'CheckRow', 'DeviceMixedPrecision', 'FormatBench', 'FormatCheck', 'FormatPlan',
-    'FormatRepair', 'FormatTrace', 'FormatWarning', 'Hazard', 'LayerPlan', 'LayerSpec', 'LayerTimes', 'NoConvolutionWarning', 'NoEffectWarning',
-    'PlanRow', 'Probe', 'ProbeResult', 'RepairRow', 'StepResult', 'TraceRow', 'TrainingStep', 'WrongStepError', 'align_state', 'amp_modes',
-    'apply_channels_last', 'apply_contiguous', 'apply_plan', 'as_channels_last', 'as_contiguous', 'bench_formats', 'check_formats',
-    'contiguous_meanwhile', 'cpu_bf16', 'format_arms', 'format_of', 'guard', 'guarded', 'hazards', 'layer_specs', 'less_random', 'native_amp_mode',
-    'plan_formats', 'planned', 'remove_plan', 'repair_format', 'repaired', 'trace_format', 'unguard', 'unrepair_format']
+__all__ = ['Arm', 'BenchRow', 'ChannelsLastCallback', 'ChannelsLastTfm', 'CheckRow', 'DeviceMixedPrecision',
+    'FormatBench', 'FormatCheck', 'FormatPlan', 'FormatRepair', 'FormatTrace', 'FormatWarning', 'Hazard', 'LayerPlan',
+    'LayerSpec', 'LayerTimes', 'NoConvolutionWarning', 'NoEffectWarning', 'PlanRow', 'Probe', 'ProbeResult',
+    'RepairRow', 'StepResult', 'TraceRow', 'TrainingStep', 'WrongStepError', 'align_state', 'amp_modes',
+    'apply_channels_last', 'apply_contiguous', 'apply_plan', 'as_channels_last', 'as_contiguous', 'bench_formats',
+    'check_formats', 'contiguous_meanwhile', 'cpu_bf16', 'format_arms', 'format_of', 'guard', 'guarded', 'hazards',
+    'layer_specs', 'less_random', 'native_amp_mode', 'plan_formats', 'planned', 'remove_plan', 'repair_format',
+    'repaired', 'trace_format', 'unguard', 'unrepair_format']

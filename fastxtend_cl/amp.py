@@ -63,7 +63,8 @@ def native_amp_mode(
 ) -> AMPMode|None: # None: train in fp32
     """The mode that `device` is built for
 
-    CUDA: fp16, which is fastai's choice too. CPU: bf16 where the processor has instructions for it. Others: what `torch.get_autocast_dtype` says, if their autocast has it."""
+    CUDA: fp16, which is fastai's choice too. CPU: bf16 where the processor has instructions for it. Others: what
+    `torch.get_autocast_dtype` says, if their autocast has it."""
     device = torch.device(device)
     if device.type=='cpu': return AMPMode.BF16 if cpu_bf16() else None
     if not torch.amp.is_autocast_available(device.type): return None
@@ -77,7 +78,8 @@ def as_amp_mode(
 ) -> AMPMode:
     "`mode` as an `AMPMode`, or a `ValueError`"
     try: return AMPMode(mode)
-    except ValueError: raise ValueError(f'amp_mode is one of {", ".join(repr(m.value) for m in AMPMode)}, received {mode!r}') from None
+    except ValueError:
+        raise ValueError(f'amp_mode is one of {", ".join(repr(m.value) for m in AMPMode)}, received {mode!r}') from None
 
 # %% ../nbs/01_amp.ipynb #9fc655e4
 def check_amp_mode(
@@ -96,7 +98,8 @@ scaler_args = [p for p in inspect.signature(GradScaler).parameters if p!='device
 def check_scaler_args(
     kwargs:dict, # Arguments for `GradScaler`, except its device
 ):
-    "Raise a `TypeError` for arguments that `GradScaler` does not have or that are no numbers, a `ValueError` for values it refuses"
+    """Raise a `TypeError` for arguments that `GradScaler` does not have or that are no numbers, a `ValueError` for
+    values it refuses"""
     if wrong := [k for k in kwargs if k not in scaler_args]:
         raise TypeError(f'GradScaler has no argument {", ".join(map(repr, wrong))}: it takes {", ".join(scaler_args)}')
     if wrong := [f'{k}={v!r}' for k,v in kwargs.items() if not isinstance(v, Number)]:
@@ -144,7 +147,8 @@ class DeviceMixedPrecision(MixedPrecision):
         self.explain(device)
         self.leave()
         self.autocast = autocast(device.type, dtype=amp_dtypes.get(mode), enabled=mode is not None)
-        if device.type=='cpu' and mode is not None: guard(self.model) # a few convolutions have wrong gradients in bf16, whatever the format
+        # a few convolutions have wrong gradients in bf16, whatever the format
+        if device.type=='cpu' and mode is not None: guard(self.model)
         scaled = mode==AMPMode.FP16 and self.kwargs.get('enabled', True)
         self.learn.scaler,self.scales = GradScaler(device.type, **{**self.kwargs, 'enabled': scaled}),L()
 
@@ -174,13 +178,18 @@ def explain(self:DeviceMixedPrecision,
     self._said = (device,mode)
     if self.amp_mode is None and device.type!='cuda':
         if mode is None: warnings.warn(_why_fp32(device), NoEffectWarning, stacklevel=2)
-        elif not rank_distrib(): print(f'Mixed precision on {device}: {mode.value}, ' + (f'which this processor computes natively ({cpu_bf16()})' if device.type=='cpu' else "the default of its autocast"))
+        elif not rank_distrib():
+            print(f'Mixed precision on {device}: {mode.value}, '
+                + (f'which this processor computes natively ({cpu_bf16()})' if device.type=='cpu'
+                    else "the default of its autocast"))
     idle = [k for k in self.kwargs if k!='enabled']
     if idle and mode!=AMPMode.FP16:
-        warnings.warn(f'{", ".join(idle)} of GradScaler without effect: only fp16 scales the loss, training is in {mode.value if mode else "fp32"}', NoEffectWarning, stacklevel=2)
+        warnings.warn(f'{", ".join(idle)} of GradScaler without effect: only fp16 scales the loss, '
+            f'training is in {mode.value if mode else "fp32"}', NoEffectWarning, stacklevel=2)
 
 def _why_fp32(device):
-    why = 'this processor has no instructions for bf16 (AVX512-BF16, AMX or Arm BF16)' if device.type=='cpu' else 'autocast has no mode there'
+    why = ('this processor has no instructions for bf16 (AVX512-BF16, AMX or Arm BF16)' if device.type=='cpu'
+        else 'autocast has no mode there')
     return f'Mixed precision has no effect on {device}: {why}; training is in fp32'
 
 # %% ../nbs/01_amp.ipynb #4f57531e

@@ -153,7 +153,8 @@ def reason(self:FormatBench) -> str:
     present = f'what you have now ({now})' if now else f'{self.now.arm}'
     span = '' if self.noise is None else f'; {self.now.arm} measured twice: {self.noise[0]:.3f} to {self.noise[1]:.3f}'
     best = self.best
-    if self.verdict=='faster': return f'{best.arm} is {best.ratio:.2f} times as fast as {present}, {best.low:.2f} to {best.high:.2f}{span}'
+    if self.verdict=='faster':
+        return f'{best.arm} is {best.ratio:.2f} times as fast as {present}, {best.low:.2f} to {best.high:.2f}{span}'
     if self.verdict=='fastest already': return f'{present} is faster than all others{span}'
     if self.verdict=='tie': return f'no arm is faster than {present} by more than the noise{span}'
     if not self.rows[2:]: return f'there is no other arm to compare {present} with'
@@ -163,13 +164,18 @@ def reason(self:FormatBench) -> str:
 @patch
 def to_dict(self:FormatBench):
     "Plain data for JSON"
-    return {**vars(self), 'rows': [vars(r) for r in self.rows], 'best': self.best.arm, 'verdict': self.verdict, 'reason': self.reason, 'break_even': self.break_even}
+    return {**vars(self), 'rows': [vars(r) for r in self.rows], 'best': self.best.arm, 'verdict': self.verdict,
+        'reason': self.reason, 'break_even': self.break_even}
 
 # %% ../nbs/06_bench.ipynb #fed2ca1b
-_columns = {'ratio': lambda r: '' if r.ratio is None else f'{r.ratio:.2f}', '99 %': lambda r: '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}',
-    'ms': lambda r: '' if r.seconds is None else f'{1e3*r.seconds:.4g}', 'CPU ms': lambda r: '' if not r.cpu_seconds else f'{1e3*r.cpu_seconds:.4g}',
-    'samples/s': lambda r: '' if r.samples is None else f'{r.samples:.4g}', 'peak MiB': lambda r: '' if r.memory is None else f'{r.memory/2**20:.0f}',
-    'GFLOP/s': lambda r: '' if r.flops is None else f'{r.flops/1e9:.4g}', 'of ceiling': lambda r: '' if r.of_ceiling is None else f'{r.of_ceiling:.0%}',
+_columns = {'ratio': lambda r: '' if r.ratio is None else f'{r.ratio:.2f}',
+    '99 %': lambda r: '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}',
+    'ms': lambda r: '' if r.seconds is None else f'{1e3*r.seconds:.4g}',
+    'CPU ms': lambda r: '' if not r.cpu_seconds else f'{1e3*r.cpu_seconds:.4g}',
+    'samples/s': lambda r: '' if r.samples is None else f'{r.samples:.4g}',
+    'peak MiB': lambda r: '' if r.memory is None else f'{r.memory/2**20:.0f}',
+    'GFLOP/s': lambda r: '' if r.flops is None else f'{r.flops/1e9:.4g}',
+    'of ceiling': lambda r: '' if r.of_ceiling is None else f'{r.of_ceiling:.0%}',
     'first step s': lambda r: '' if r.first_seconds is None else f'{r.first_seconds:.3g}'}
 
 @patch
@@ -184,8 +190,11 @@ def cells(self:FormatBench) -> list: # Rows of text, the first the names of the 
 def _about(b):
     c = b.conditions
     shape = 'x'.join(map(str, c['shape'])) if c.get('shape') else None
-    words = [c.get('device_name'), f"{c['threads']} threads" if 'threads' in c and 'cuda' not in c.get('device', '') else None, f"torch {c['torch']}" if 'torch' in c else None,
-        shape, c.get('optimizer'), f"{b.now.pairs} rounds of {c['block']} steps, the first dropped" if 'block' in c else None, f'measured in {b.seconds:.0f} s']
+    words = [c.get('device_name'),
+        f"{c['threads']} threads" if 'threads' in c and 'cuda' not in c.get('device', '') else None,
+        f"torch {c['torch']}" if 'torch' in c else None, shape, c.get('optimizer'),
+        f"{b.now.pairs} rounds of {c['block']} steps, the first dropped" if 'block' in c else None,
+        f'measured in {b.seconds:.0f} s']
     return ', '.join(str(w) for w in words if w)
 
 def _lines(b):
@@ -199,7 +208,8 @@ def _lines(b):
 def __str__(self:FormatBench):
     cells = self.cells()
     width = [max(len(r[i]) for r in cells) for i in range(len(cells[0]))]
-    text = lambda r: '  '.join(o.ljust(w) if i<2 or i==len(r)-1 and not cells[0][-1] else o.rjust(w) for i,(o,w) in enumerate(zip(r, width))).rstrip()
+    text = lambda r: '  '.join(o.ljust(w) if i<2 or i==len(r)-1 and not cells[0][-1] else o.rjust(w)
+        for i,(o,w) in enumerate(zip(r, width))).rstrip()
     return '\n'.join([f'{self.verdict}: {self.reason}', *map(text, cells), _about(self), *_lines(self)])
 
 @patch
@@ -220,7 +230,8 @@ def plot(self:FormatBench,
     if self.noise: ax.axvspan(*self.noise, color='0.85', label='noise')
     ax.axvline(1, color='0.4', lw=1)
     colors = {'faster': 'tab:green', 'slower': 'tab:red', 'tie': 'tab:gray'}
-    for i,r in enumerate(rows): ax.errorbar(r.ratio, i, xerr=[[r.ratio-r.low], [r.high-r.ratio]], fmt='o', capsize=3, color=colors[r.verdict])
+    for i,r in enumerate(rows):
+        ax.errorbar(r.ratio, i, xerr=[[r.ratio-r.low], [r.high-r.ratio]], fmt='o', capsize=3, color=colors[r.verdict])
     ax.set_yticks(range(len(rows)), [r.arm for r in rows])
     ax.set_ylim(-0.7, len(rows)-0.3)
     ax.set_xlabel(f'times as fast as {self.conditions.get("now") or self.now.arm}')
@@ -229,7 +240,9 @@ def plot(self:FormatBench,
 # %% ../nbs/06_bench.ipynb #8bcf03b5
 class ArmFailed(Exception): "An arm that cannot be measured; the message says why"
 
-def _out_of_memory(e): return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or 'not enough memory' in str(e)
+def _out_of_memory(e):
+    return (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
+        or 'not enough memory' in str(e))
 
 def _why(e):
     if isinstance(e, ArmFailed): return str(e)
@@ -332,7 +345,8 @@ class _Progress:
         if self.bar: self.bar.update(100)
 
 def _race(lanes, clock, end, rounds, block, width, seed, bar):
-    "Measure round after round, until all is settled, `end` on the clock, or `rounds`; the first of `lanes` is the present, the second its twin"
+    """Measure round after round, until all is settled, `end` on the clock, or `rounds`; the first of `lanes` is the
+    present, the second its twin"""
     rng,base,start,longest = random.Random(seed),lanes[0],clock.now(),0.
     for i in range(rounds):
         before,left = clock.now(),[l for l in lanes if not l.failed and not l.settled]
@@ -347,12 +361,14 @@ def _race(lanes, clock, end, rounds, block, width, seed, bar):
 
 # %% ../nbs/06_bench.ipynb #c352b346
 def _row(lane, base, noise):
-    row = BenchRow(lane.name, 'failed', lane.failed or '', first_seconds=lane.warm[0] if lane.warm else None, blocks=dict(lane.seconds))
+    row = BenchRow(lane.name, 'failed', lane.failed or '', first_seconds=lane.warm[0] if lane.warm else None,
+        blocks=dict(lane.seconds))
     pairs = _pairs(base, lane)
     row.pairs = len(pairs)
     if lane.failed: return row
     if not pairs:
-        row.reason = f'the clock went backwards in each of {lane.backwards} blocks' if lane.backwards else 'interrupted before it was measured'
+        row.reason = (f'the clock went backwards in each of {lane.backwards} blocks' if lane.backwards
+            else 'interrupted before it was measured')
         return row
     row.seconds,row.cpu_seconds = float(np.median([*lane.seconds.values()])),float(np.median([*lane.cpu.values()]))
     row.ratio,row.low,row.high = interval(pairs)
@@ -375,7 +391,8 @@ def _rows(lanes):
 def _check_args(limit, rounds, block, width):
     if not limit>0: raise ValueError(f'limit is a number of seconds above 0, received {limit!r}')
     if rounds<least_pairs: raise ValueError(f'rounds is at least {least_pairs}, for fewer allow no verdict, received {rounds!r}')
-    if block is not None and block<2: raise ValueError(f'block is at least 2, for the first step of a block does not count, received {block!r}')
+    if block is not None and block<2:
+        raise ValueError(f'block is at least 2, for the first step of a block does not count, received {block!r}')
     if not 0<width<1: raise ValueError(f'width is between 0 and 1, such as 0.04, received {width!r}')
 
 def _measure(lanes, clock, limit, rounds, block, width, seed, bar):
@@ -393,7 +410,8 @@ def _measure(lanes, clock, limit, rounds, block, width, seed, bar):
         if _world()>1: raise # the other ranks would wait for ever
         return True,block or 0
     finally: show.done()
-    if not lanes[0].seconds: raise ValueError(f'nothing could be measured: the clock went backwards in each of {lanes[0].backwards} blocks')
+    if not lanes[0].seconds:
+        raise ValueError(f'nothing could be measured: the clock went backwards in each of {lanes[0].backwards} blocks')
     return False,block
 
 # %% ../nbs/06_bench.ipynb #6da3bf30
@@ -401,8 +419,11 @@ def _machine(device):
     "The conditions of every measurement"
     device = torch.device(device)
     if device.type=='cuda': name = torch.cuda.get_device_name(device)
-    else: name = next((l.split(':')[1].strip() for l in _cpuinfo() if l.startswith('model name')), '') or platform.processor() or platform.machine()
-    return dict(device=str(device), device_name=name, torch=torch.__version__, cudnn=torch.backends.cudnn.version(), threads=torch.get_num_threads(), ranks=_world(), date=time.strftime('%Y-%m-%d'))
+    else:
+        name = (next((l.split(':')[1].strip() for l in _cpuinfo() if l.startswith('model name')), '')
+            or platform.processor() or platform.machine())
+    return dict(device=str(device), device_name=name, torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
+        threads=torch.get_num_threads(), ranks=_world(), date=time.strftime('%Y-%m-%d'))
 
 def _cpuinfo():
     try: return Path('/proc/cpuinfo').read_text().splitlines()
@@ -424,17 +445,22 @@ def compare(
     _check_args(limit, rounds, block, width)
     if not arms: raise ValueError('there is nothing to measure: arms is a dict of names and functions')
     first,clock = next(iter(arms)),clock or device_clock(device)
-    start,lanes = clock.now(),[_Lane(n, partial(lambda f, body: body(f), f)) for n,f in {first: arms[first], f'{first}, again': arms[first], **arms}.items()]
+    start,lanes = clock.now(),[_Lane(n, partial(lambda f, body: body(f), f))
+        for n,f in {first: arms[first], f'{first}, again': arms[first], **arms}.items()]
     with kept_memory() as kept: interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar)
     rows,noise = _rows(lanes)
-    return FormatBench(rows, noise, {**_machine(device), 'block': block, 'kept_memory': kept}, clock.now()-start, interrupted, notes=_warnings(rows, noise))
+    return FormatBench(rows, noise, {**_machine(device), 'block': block, 'kept_memory': kept}, clock.now()-start,
+        interrupted, notes=_warnings(rows, noise))
 
 # %% ../nbs/06_bench.ipynb #d6174efc
 def _warnings(rows, noise):
     "What a reader should know of how the measuring went"
     res = []
-    if noise and not noise[0]<=1<=noise[1] and max(abs(o-1) for o in noise)>0.02: res.append(f'Two identical arms differ by more than chance ({noise[0]:.3f} to {noise[1]:.3f}): something besides the arms decides here, so only larger differences count.')
-    if noise and noise[1]-noise[0]>0.1: res.append('The machine was too busy for fine differences: close other programs, or raise `limit`.')
+    if noise and not noise[0]<=1<=noise[1] and max(abs(o-1) for o in noise)>0.02:
+        res.append(f'Two identical arms differ by more than chance ({noise[0]:.3f} to {noise[1]:.3f}): '
+            'something besides the arms decides here, so only larger differences count.')
+    if noise and noise[1]-noise[0]>0.1:
+        res.append('The machine was too busy for fine differences: close other programs, or raise `limit`.')
     return res
 
 # %% ../nbs/06_bench.ipynb #ad6a78af
@@ -445,11 +471,14 @@ class Arm:
     memory_format:str|None=None # 'contiguous', 'channels_last', or None to leave it
     dtype:object='as is' # None for no autocast, `torch.bfloat16`, `torch.float16`, or 'as is'
     compile:bool=False # Compile the model, in place
-    setup:Callable|None=None # Called with the step before each block; changes it as it likes, or returns a function to be timed in its place
+    # Called with the step before each block; changes it as it likes, or returns a function to be timed in its place
+    setup:Callable|None=None
 
     def __post_init__(self):
-        if self.memory_format not in (None, 'contiguous', 'channels_last'): raise ValueError(f"memory_format is 'contiguous', 'channels_last' or None, received {self.memory_format!r}")
-        if self.setup is not None and not callable(self.setup): raise TypeError(f'the arm {self.name!r} is a function of the step, received {type(self.setup).__name__}')
+        if self.memory_format not in (None, 'contiguous', 'channels_last'):
+            raise ValueError(f"memory_format is 'contiguous', 'channels_last' or None, received {self.memory_format!r}")
+        if self.setup is not None and not callable(self.setup):
+            raise TypeError(f'the arm {self.name!r} is a function of the step, received {type(self.setup).__name__}')
 
 # %% ../nbs/06_bench.ipynb #2634c4ec
 _names = {None: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
@@ -464,14 +493,16 @@ def precisions(
         flags = torch.cpu.get_capabilities()
         return [torch.bfloat16] if any(flags.get(o) is True for o in _bf16_instructions) else []
     if device.type=='cuda':
-        with torch.cuda.device(device): return [torch.float16, *([torch.bfloat16] if torch.cuda.is_bf16_supported(including_emulation=False) else [])]
+        with torch.cuda.device(device):
+            return [torch.float16, *([torch.bfloat16] if torch.cuda.is_bf16_supported(including_emulation=False) else [])]
     return [torch.get_autocast_dtype(device.type)] if torch.amp.is_autocast_available(device.type) else []
 
 # %% ../nbs/06_bench.ipynb #e74b1620
 def _precision(step):
     "Name of the precision that the step has now"
     p = next((p for p in step.model.parameters() if p.is_floating_point()), None)
-    own = {torch.float32: 'fp32', torch.float64: 'fp64', torch.bfloat16: 'bf16 weights', torch.float16: 'fp16 weights'}.get(p.dtype if p is not None else torch.float32, 'fp32')
+    own = {torch.float32: 'fp32', torch.float64: 'fp64', torch.bfloat16: 'bf16 weights',
+        torch.float16: 'fp16 weights'}.get(p.dtype if p is not None else torch.float32, 'fp32')
     return _names[step.autocast] if step.autocast else own
 
 def _format(step, now):
@@ -492,23 +523,28 @@ def format_arms(
     own = _precision(replace(step, autocast=None))
     dtypes = [None] + (precisions(step.device) if own=='fp32' else [])
     res = [Arm(_label(f, _names[d] if d else own), f, d) for d in dtypes for f in formats]
-    if compile: res += [Arm('now, compiled', compile=True), *[replace(a, name=f'{a.name}, compiled', compile=True) for a in res if a.memory_format==formats[-1]]]
+    if compile:
+        res += [Arm('now, compiled', compile=True),
+            *[replace(a, name=f'{a.name}, compiled', compile=True) for a in res if a.memory_format==formats[-1]]]
     return {a.name:a for a in res}
 
 # %% ../nbs/06_bench.ipynb #b4f3f70a
 def _as_arm(o, known):
     if isinstance(o, Arm): return o
     if isinstance(o, tuple) and len(o)==2 and isinstance(o[0], str): return Arm(o[0], setup=o[1])
-    if o not in known: raise ValueError(f'{o!r} is no arm: it takes {", ".join(map(repr, known))}, an `Arm`, or a name and a function')
+    if o not in known:
+        raise ValueError(f'{o!r} is no arm: it takes {", ".join(map(repr, known))}, an `Arm`, or a name and a function')
     return known[o]
 
 def _chosen(step, arms, compile, now):
     "The arms to be measured besides the present"
     known = format_arms(step, True)
-    if arms is None: res = [a for a in format_arms(step, compile).values() if a.name!=_label(_format(step, now), _precision(step))]
+    if arms is None:
+        res = [a for a in format_arms(step, compile).values() if a.name!=_label(_format(step, now), _precision(step))]
     else: res = [_as_arm(o, known) for o in (arms.items() if isinstance(arms, dict) else arms)]
     names = ['now', 'now, again', *[a.name for a in res]]
-    if twice := [n for n in names if names.count(n)>1]: raise ValueError(f'each arm has a name of its own, received {twice[0]!r} twice')
+    if twice := [n for n in names if names.count(n)>1]:
+        raise ValueError(f'each arm has a name of its own, received {twice[0]!r} twice')
     return [replace(a, memory_format=now.memory_format) if a.name=='now, compiled' else a for a in res]
 
 # %% ../nbs/06_bench.ipynb #6b25b2e3
@@ -522,7 +558,8 @@ def _keep_compiled(model, kept):
 
 def _infer(step, dtype):
     if step.model.training: step.model.eval()
-    with torch.inference_mode(), torch.autocast(step.device.type, dtype=dtype, enabled=dtype is not None) if torch.amp.is_autocast_available(step.device.type) else nullcontext():
+    with torch.inference_mode(), (torch.autocast(step.device.type, dtype=dtype, enabled=dtype is not None)
+            if torch.amp.is_autocast_available(step.device.type) else nullcontext()):
         return step.model(*step.inputs)
 
 def _prepare(step, arm, inference, kept):
@@ -531,7 +568,8 @@ def _prepare(step, arm, inference, kept):
     f = arm.setup(step) if arm.setup else None
     if 'scale' in kept: step.loss_scale = kept['scale']
     dtype = step.autocast if isinstance(arm.dtype, str) else arm.dtype
-    if step.device.type=='cpu' and dtype is not None: guard(step.model) # a few convolutions have wrong gradients in bf16, whatever the format
+    # a few convolutions have wrong gradients in bf16, whatever the format
+    if step.device.type=='cpu' and dtype is not None: guard(step.model)
     if arm.compile: _keep_compiled(step.model, kept)
     return f if callable(f) else partial(_infer, step, dtype) if inference else partial(step.run, dtype=dtype, keep='loss')
 
@@ -548,8 +586,11 @@ def _gross(loss, size, kept):
     if loss is not None and not math.isfinite(loss): raise ArmFailed(f'its loss is {loss}')
     if not math.isfinite(size): raise ArmFailed('its gradients are not finite')
     if not kept: return
-    if loss is not None and kept['loss'] is not None and abs(loss-kept['loss'])>0.3*max(abs(loss), abs(kept['loss']))+0.1: raise ArmFailed(f"it computes something else: its loss is {loss:.4g}, that of the present {kept['loss']:.4g}")
-    if kept['size'] and not 1/30<size/kept['size']<30: raise ArmFailed(f"it computes something else: its gradients have the norm {size:.4g}, those of the present {kept['size']:.4g}")
+    if loss is not None and kept['loss'] is not None and abs(loss-kept['loss'])>0.3*max(abs(loss), abs(kept['loss']))+0.1:
+        raise ArmFailed(f"it computes something else: its loss is {loss:.4g}, that of the present {kept['loss']:.4g}")
+    if kept['size'] and not 1/30<size/kept['size']<30:
+        raise ArmFailed(f"it computes something else: its gradients have the norm {size:.4g}, "
+            f"those of the present {kept['size']:.4g}")
 
 # %% ../nbs/06_bench.ipynb #175dfedb
 def _first(step, kept, present, f):
@@ -559,7 +600,8 @@ def _first(step, kept, present, f):
         if not getattr(res, 'skipped', False): break
         step.loss_scale /= 8
         kept['scale'],res = step.loss_scale,f()
-    if getattr(res, 'skipped', False): raise ArmFailed(f'gradients overflow in fp16 even at a loss scale of {step.loss_scale:g}, so that no update is made')
+    if getattr(res, 'skipped', False):
+        raise ArmFailed(f'gradients overflow in fp16 even at a loss scale of {step.loss_scale:g}, so that no update is made')
     loss,size = _outcome(step, res)
     if isinstance(res, StepResult) or present.get('size'): _gross(loss, size, {} if kept is present else present)
     kept.update(loss=loss, size=size)
@@ -584,7 +626,8 @@ def _silent_stderr():
         os.close(old); os.close(null)
 
 def _peak_on_cpu(f):
-    with _silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
+    with _silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        f()
     events = sorted((e.start_ns(),e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name()=='[memory]')
     return int(max(0, *np.cumsum([n for _,n in events]))) if events else 0
 
@@ -605,7 +648,8 @@ def _peak(step, lane):
     return res if res is None else max(_ranks(res))
 
 # %% ../nbs/06_bench.ipynb #2f1aa719
-def _conv_backward_flops(grad_shape, x_shape, w_shape, bias, stride, padding, dilation, transposed, output_padding, groups, output_mask, out_shape=None, **kwargs):
+def _conv_backward_flops(grad_shape, x_shape, w_shape, bias, stride, padding, dilation, transposed, output_padding,
+        groups, output_mask, out_shape=None, **kwargs):
     spatial = (x_shape if transposed else grad_shape)[2:]
     return 2*x_shape[0]*math.prod(w_shape)*math.prod(spatial)*(int(output_mask[0])+int(output_mask[1]))
 
@@ -613,7 +657,8 @@ def count_flops(
     f, # A function without arguments
 ) -> int: # Additions and multiplications
     "FLOP of the convolutions and matrix products that `f()` computes, backward passes too"
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward_flops}) as counter: f()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward_flops}) as counter:
+        f()
     return counter.get_total_flops()
 
 # %% ../nbs/06_bench.ipynb #fd5b7d2e
@@ -669,7 +714,8 @@ def _whole(step, lanes, loader, clock, limit, turns=4):
     workers = getattr(loader, 'num_workers', 0) or 0
     drop,rows = 1+2*workers,{l.name:[] for l in lanes}
     for i in range(turns): # who is first changes from turn to turn
-        for lane in lanes[::-1] if i%2 else lanes: rows[lane.name].append(_segment(step, lane, loader, clock, drop, limit/(turns*len(lanes))))
+        for lane in lanes[::-1] if i%2 else lanes:
+            rows[lane.name].append(_segment(step, lane, loader, clock, drop, limit/(turns*len(lanes))))
     if not all(all(r) for r in rows.values()): return {}
     means = {n: np.array([np.mean(o, axis=0) for o in r]) for n,r in rows.items()} # turn by waiting and computing
     now,best = lanes[0].name,lanes[-1].name
@@ -677,18 +723,24 @@ def _whole(step, lanes, loader, clock, limit, turns=4):
     ratios = means[now].sum(1)/means[best].sum(1)
     share,low,high = wait[now]/both[now],float(ratios.min()),float(ratios.max())
     text = f'{share:.0%} of the time of a batch is waiting for the data loader'
-    if best!=now: text += f'; with it, epochs of {best} are {np.median(ratios):.2f} times as fast ({low:.2f} to {high:.2f} in {turns} turns)'
-    return dict(wait=wait, seconds=both, share=share, ratio=float(np.median(ratios)), low=low, high=high, workers=workers, batches=sum(map(len, rows[now])), text=text+'.')
+    if best!=now:
+        text += (f'; with it, epochs of {best} are {np.median(ratios):.2f} times as fast '
+            f'({low:.2f} to {high:.2f} in {turns} turns)')
+    return dict(wait=wait, seconds=both, share=share, ratio=float(np.median(ratios)), low=low, high=high,
+        workers=workers, batches=sum(map(len, rows[now])), text=text+'.')
 
 # %% ../nbs/06_bench.ipynb #7929bfa4
 def _wrong_arms(step, arms):
     "Reasons by arm: of those in channels last whose precision `check_formats` finds wrong"
     res = {}
-    for dtype in dict.fromkeys(step.autocast if isinstance(a.dtype, str) else a.dtype for a in arms if a.memory_format=='channels_last'):
+    for dtype in dict.fromkeys(step.autocast if isinstance(a.dtype, str) else a.dtype
+            for a in arms if a.memory_format=='channels_last'):
         checked = check_formats(replace(step, autocast=dtype))
         bad = {r.precision for r in checked.rows if r.verdict=='wrong'}
         for a in arms:
-            if a.memory_format=='channels_last' and a.dtype==dtype and checked.ok is False and (not checked.rows or _names[dtype] in bad): res[a.name] = f'wrong: {checked.reason}'
+            if (a.memory_format=='channels_last' and a.dtype==dtype and checked.ok is False
+                    and (not checked.rows or _names[dtype] in bad)):
+                res[a.name] = f'wrong: {checked.reason}'
     return res
 
 def _finish_rows(rows, lanes, step, peaks, flops, ceilings, inference):
@@ -714,13 +766,16 @@ def _speed_limits(step, lanes, inference, clock):
 
 def _conditions(step, now, inference, block):
     x,opt = next(_tensors_in(step.inputs), None),getattr(step.optimizer, 'opt', step.optimizer)
-    return dict(**_machine(step.device), now=_label(_format(step, now), _precision(step)), shape=None if x is None else list(x.shape), model=type(step.model).__name__,
+    return dict(**_machine(step.device), now=_label(_format(step, now), _precision(step)),
+        shape=None if x is None else list(x.shape), model=type(step.model).__name__,
         optimizer='inference' if inference else type(opt).__name__ if opt is not None else 'no optimizer', block=block)
 
 # %% ../nbs/06_bench.ipynb #943f97c4
 def bench_formats(
     step:TrainingStep, # Afterwards as it was
-    arms=None, # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict; None: all of `format_arms` but the present
+    # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict;
+    # None: all of `format_arms` but the present
+    arms=None,
     limit:float=60., # Seconds, without what compiling takes
     compile:bool=False, # Measure compiled models too
     inference:bool=False, # Measure the forward pass in evaluation mode, without gradients
@@ -731,13 +786,15 @@ def bench_formats(
     block:int|None=None, # Steps of a block, the first of which does not count; None: as many as fit
     width:float=0.04, # Stop when every interval is this narrow, as a part of its ratio
     seed:int=0, # Of the order of arms
-    on:str|torch.device|None=None, # Where the copy of weights and optimizer state is kept that is put back after each block; None: where they are
+    # Where the copy of weights and optimizer state is kept that is put back after each block; None: where they are
+    on:str|torch.device|None=None,
     clock:Clock|None=None, # None: that of the device
     bar:bool=True, # Show a progress bar
 ) -> FormatBench:
     """Measure a training step in each format and precision against the one it has now, paired, in short blocks in random order
 
-    Raises a `ValueError` if the present step itself cannot be made, and for an arm that is not known. Ctrl-C returns what is there so far."""
+    Raises a `ValueError` if the present step itself cannot be made, and for an arm that is not known. Ctrl-C returns
+    what is there so far."""
     _check_args(limit, rounds, block, width)
     clock,now = clock or device_clock(step.device),replace(now or Arm('now'), name='now')
     chosen,start,present = _chosen(step, arms, compile, now),clock.now(),{}

@@ -26,8 +26,8 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import DisplayedTransform, Pipeline
 from .amp import DeviceMixedPrecision, as_amp_mode, check_scaler_args, learner_device
-from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last, as_contiguous, contiguous_meanwhile,
-    convert_format, format_of, format_warnings)
+from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last,
+    as_contiguous, contiguous_meanwhile, convert_format, format_of, format_warnings)
 from .hazards import Guard
 from .plan import FormatPlan, apply_plan, planned, remove_plan
 from .repair import unrepair_format, unrepaired_meanwhile
@@ -43,7 +43,8 @@ class ChannelsLastTfm(DisplayedTransform):
 # %% ../nbs/02_channelslast.ipynb #15904a1b
 class ChannelsLastCallback(ChannelsLast):
     "Train with model and inputs in channels last"
-    order = -1 # Needs to run before callbacks that wrap or copy the model, and before CastToTensor (9) removes the types of the batch
+    # Needs to run before callbacks that wrap or copy the model, and before CastToTensor (9) removes the types of the batch
+    order = -1
     def __init__(self,
         plan:FormatPlan|None=None, # Of `plan_formats`: a format and a precision for each layer; None: channels last for all
     ):
@@ -59,19 +60,23 @@ class ChannelsLastCallback(ChannelsLast):
     def before_batch(self):
         "Convert image-like inputs and targets"
         if self.plan is not None: self.notice_size()
-        if self.plan is None or self.plan.memory_format=='channels_last': self.learn.xb,self.learn.yb = self.tfm(self.learn.xb),self.tfm(self.learn.yb)
+        if self.plan is None or self.plan.memory_format=='channels_last':
+            self.learn.xb,self.learn.yb = self.tfm(self.learn.xb),self.tfm(self.learn.yb)
 
     def notice_size(self):
         "Warn once of each input size that the plan was not made for"
         made,x = self.plan.conditions.get('shape'),first(self.learn.xb)
         if not made or not isinstance(x, torch.Tensor) or list(x.shape[1:])==made[1:]: return
         def text(s): return 'x'.join(map(str, s))
-        self.warn_once([FormatWarning(f'the plan was made for inputs of {text(made[1:])} and holds for these of {text(x.shape[1:])}, too, but another may be faster: `to_channelslast(plan="auto")` plans again')])
+        self.warn_once([FormatWarning(f'the plan was made for inputs of {text(made[1:])} and holds for these of '
+            f'{text(x.shape[1:])}, too, but another may be faster: `to_channelslast(plan="auto")` plans again')])
 
     def __call__(self, event_name):
         "Call `self.{event_name}` if it's defined"
-        # An event that is not defined is looked for in the Learner and its model, which takes 9 microseconds, eleven times a batch
-        if hasattr(type(self), event_name) or event_name in vars(self) or event_name=='after_fit': return super().__call__(event_name)
+        # An event that is not defined is looked for in the Learner and its model, which takes 9 microseconds,
+        # eleven times a batch
+        if hasattr(type(self), event_name) or event_name in vars(self) or event_name=='after_fit':
+            return super().__call__(event_name)
 
     def warn_once(self,
         messages:list, # Of `FormatWarning`
@@ -99,11 +104,15 @@ def less_random(
 def _asked_amp(use_amp, amp_mode, to_fp16, scaler_kwargs):
     "Check the arguments of `Learner.to_channelslast`; returns whether to use mixed precision, and its mode or None"
     for name,v in (('use_amp', use_amp), ('to_fp16', to_fp16)):
-        if not isinstance(v, bool) and not (name=='to_fp16' and v is None): raise TypeError(f'{name} is True or False, received {v!r}')
+        if not isinstance(v, bool) and not (name=='to_fp16' and v is None):
+            raise TypeError(f'{name} is True or False, received {v!r}')
     use = use_amp if to_fp16 is None else to_fp16
     mode = None if amp_mode is None or amp_mode is False else as_amp_mode(amp_mode)
-    if mode and not use: raise ValueError(f'amp_mode={amp_mode!r} asks for mixed precision, and {"use_amp" if to_fp16 is None else "to_fp16"}=False for none: leave one of them out')
-    if to_fp16 and amp_mode is False: raise ValueError('to_fp16=True asks for mixed precision, and amp_mode=False for none: leave one of them out')
+    if mode and not use:
+        raise ValueError(f'amp_mode={amp_mode!r} asks for mixed precision, '
+            f'and {"use_amp" if to_fp16 is None else "to_fp16"}=False for none: leave one of them out')
+    if to_fp16 and amp_mode is False:
+        raise ValueError('to_fp16=True asks for mixed precision, and amp_mode=False for none: leave one of them out')
     check_scaler_args(scaler_kwargs)
     return use and amp_mode is not False, mode
 
@@ -123,11 +132,14 @@ def _new_amp(learn, own, use, mode, scaler_kwargs):
         if mode: raise ValueError('the Learner trains with NonNativeMixedPrecision: call `learn.to_non_native_fp32()` first')
         return None,idle
     if not use:
-        if scaler_kwargs: idle.append(NoEffectWarning(f'{", ".join(scaler_kwargs)} of GradScaler without effect: mixed precision is switched off'))
+        if scaler_kwargs:
+            idle.append(NoEffectWarning(f'{", ".join(scaler_kwargs)} of GradScaler without effect: '
+                'mixed precision is switched off'))
         return None,idle
     if own is not None and mode is None and not scaler_kwargs:
         if device.type!='cuda' and not isinstance(own, DeviceMixedPrecision):
-            idle.append(NoEffectWarning(f"fastai's MixedPrecision has no effect on {device}, which trains in fp32: name the mode you want, such as `to_channelslast(amp_mode='bf16')`"))
+            idle.append(NoEffectWarning(f"fastai's MixedPrecision has no effect on {device}, which trains in fp32: "
+                "name the mode you want, such as `to_channelslast(amp_mode='bf16')`"))
         return own,idle
     kept = {} if own is None else {k:v for k,v in own.kwargs.items() if k!='enabled' or isinstance(own, DeviceMixedPrecision)}
     new = DeviceMixedPrecision(mode or getattr(own, 'amp_mode', None), **{**kept, **scaler_kwargs})
@@ -141,10 +153,12 @@ def _asked_plan(learn, plan, use, mode, compile):
     "The `FormatPlan` that `to_channelslast` was asked for"
     if isinstance(plan, FormatPlan):
         if plan.autocast and (not use or mode and mode.value!=plan.autocast):
-            raise ValueError(f'the plan computes in {plan.autocast}, and the arguments ask for {mode.value if use and mode else "fp32"}: leave them out, or plan again with them')
+            raise ValueError(f'the plan computes in {plan.autocast}, '
+                f'and the arguments ask for {mode.value if use and mode else "fp32"}: leave them out, or plan again with them')
         return plan
     if plan!='auto': raise ValueError(f"plan is 'auto', a FormatPlan or None, received {plan!r}")
-    if not hasattr(learn, 'plan_channelslast'): raise ImportError("plan='auto' needs what `from fastxtend_cl.all import *` imports")
+    if not hasattr(learn, 'plan_channelslast'):
+        raise ImportError("plan='auto' needs what `from fastxtend_cl.all import *` imports")
     return learn.plan_channelslast(use_amp=use, amp_mode=mode, compile=compile)
 
 # %% ../nbs/02_channelslast.ipynb #8628bf40
@@ -152,20 +166,27 @@ def _asked_plan(learn, plan, use, mode, compile):
 @delegates(GradScaler, but=['device'])
 def to_channelslast(self:Learner,
     use_amp:bool=True, # Train in mixed precision. Recommended for full channels last performance
-    amp_mode:str|AMPMode|bool|None=None, # 'fp16', 'bf16', or False for none. None keeps what the `Learner` has, or else takes what its device does natively
+    # 'fp16', 'bf16', or False for none. None keeps what the `Learner` has, or else takes what its device does natively
+    amp_mode:str|AMPMode|bool|None=None,
     to_fp16:bool|None=None, # Older name of `use_amp`
-    repair:bool=False, # Also repair layers that lose channels last, where that makes a training step faster; see `Learner.repair_channelslast`
-    plan:str|FormatPlan|None=None, # A format and a precision for each layer: 'auto' finds the fastest, within the precision allowed. None: channels last for all
+    # Also repair layers that lose channels last, where that makes a training step faster; see `Learner.repair_channelslast`
+    repair:bool=False,
+    # A format and a precision for each layer: 'auto' finds the fastest, within the precision allowed.
+    # None: channels last for all
+    plan:str|FormatPlan|None=None,
     compile:bool=False, # A compiled model is allowed for the plan, too
     **kwargs
 ) -> Learner: # The same `Learner`
     """Set `Learner` and inputs to channels last, with mixed precision for its device by default
 
-    Raises a `TypeError` for arguments that `GradScaler` does not have, a `ValueError` for a mode that the device does not have and for arguments that contradict each other; then nothing has changed."""
+    Raises a `TypeError` for arguments that `GradScaler` does not have, a `ValueError` for a mode that the device does
+    not have and for arguments that contradict each other; then nothing has changed."""
     use,mode = _asked_amp(use_amp, amp_mode, to_fp16, kwargs)
     if not isinstance(repair, bool): raise TypeError(f'repair is True or False, received {repair!r}')
-    if repair and plan is not None: raise ValueError('repair=True and a plan are two ways: a plan has remedies of its own, leave one of them out')
-    if compile and plan!='auto': raise ValueError("compile=True is for plan='auto', which measures whether it pays; without, call `learn.model.compile()`")
+    if repair and plan is not None:
+        raise ValueError('repair=True and a plan are two ways: a plan has remedies of its own, leave one of them out')
+    if compile and plan!='auto':
+        raise ValueError("compile=True is for plan='auto', which measures whether it pays; without, call `learn.model.compile()`")
     if plan is not None:
         plan = _asked_plan(self, plan, use, mode, compile)
         if not plan.changes:
@@ -198,7 +219,8 @@ def to_channelslast(self:Learner,
 def to_contiguous(self:Learner,
     to_fp32:bool=False, # Remove mixed precision as well
 ) -> Learner: # The same `Learner`
-    "Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; without a plan; optionally to single precision"
+    """Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; without a plan; optionally to
+    single precision"""
     cb = first(self._grab_cbs(ChannelsLastCallback))
     if cb and cb.plan and cb.plan.compile: self.model._compiled_call_impl = None
     remove_plan(get_model(self.model))
@@ -237,7 +259,8 @@ Learner.save._wrapped = _fastai_save
 @patch
 @delegates(load_model)
 def load(self:Learner, file, device=None, **kwargs):
-    "Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`, in the format that the model has"
+    """Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`, in the format
+    that the model has"""
     _fastai_load(self, file, device=device, **kwargs)
     align_state(self.model, self.opt)
     return self
@@ -252,7 +275,8 @@ def _plain_callback(cb, device):
     mode = cb.mode_on(device)
     return mode and MixedPrecision(mode, **cb.kwargs)
 
-def _models_of(learn): return [m for cb in learn.cbs for m in vars(cb).values() if isinstance(m, nn.Module) and m is not learn.model]
+def _models_of(learn):
+    return [m for cb in learn.cbs for m in vars(cb).values() if isinstance(m, nn.Module) and m is not learn.model]
 
 # %% ../nbs/02_channelslast.ipynb #860160a2
 @contextmanager
@@ -277,7 +301,8 @@ def _plain_callbacks(learn):
 
 # %% ../nbs/02_channelslast.ipynb #10c87c80
 def _plain_pickle(module):
-    "`module` with a Pickler that writes channels-last tensors, wherever they hang, as contiguous, and guarded layers as unguarded"
+    """`module` with a Pickler that writes channels-last tensors, wherever they hang, as contiguous, and guarded layers
+    as unguarded"""
     class Pickler(module.Pickler):
         def reducer_override(self, o):
             if isinstance(o, torch.Tensor) and format_of(o)=='channels_last': return as_contiguous(o).__reduce_ex__(2)
@@ -311,7 +336,8 @@ def _kept_on_error(learn):
 @patch
 @delegates(_fastai_export)
 def export(self:Learner, fname='export.pkl', **kwargs):
-    "Export the content of `self` without the items and the optimizer state for inference, as plain fastai: it loads where this package is not installed"
+    """Export the content of `self` without the items and the optimizer state for inference, as plain fastai: it loads
+    where this package is not installed"""
     with ExitStack() as stack:
         stack.enter_context(_plan_kept(self))
         for dl in getattr(self.dls, 'loaders', []):

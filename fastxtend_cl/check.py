@@ -58,11 +58,13 @@ def _run(step, memory_format, dtype, *watches):
             for w in watches: w.remove()
 
 # %% ../nbs/04_check.ipynb #253704e2
-def _leaves(model): return {n:m for n,m in model.named_modules() if not any(True for _ in m.children()) and not isinstance(m, LazyModuleMixin)}
+def _leaves(model):
+    return {n:m for n,m in model.named_modules() if not any(True for _ in m.children()) and not isinstance(m, LazyModuleMixin)}
 
 # %% ../nbs/04_check.ipynb #229039b3
 class _Noise:
-    "Plant an error of relative size `size(call)` in the output of each call of a layer, and one of size `back` in the gradient that reaches it"
+    """Plant an error of relative size `size(call)` in the output of each call of a layer, and one of size `back` in the
+    gradient that reaches it"""
     def __init__(self, size, back, seed): self.size,self.back,self.seed,self.handles = size,back,seed,[]
     def attach(self, model):
         self.gen,self.count = torch.Generator().manual_seed(self.seed),Counter()
@@ -70,7 +72,8 @@ class _Noise:
     def remove(self):
         for h in self.handles: h.remove()
     def noisy(self, t, eps):
-        noise = torch.randn(t.shape, generator=self.gen, dtype=torch.float64)*(eps*t.detach().double().square().mean().sqrt().item())
+        noise = (torch.randn(t.shape, generator=self.gen, dtype=torch.float64)
+            *(eps*t.detach().double().square().mean().sqrt().item()))
         return t + noise.to(t)*(t!=0)
     def hook(self, name):
         def plant(m, args, out):
@@ -160,7 +163,8 @@ class FormatCheck:
     def to_dict(self):
         "Plain data for JSON"
         probes = [dict(layer=str(p.spec), status=p.status, reason=p.reason) for p in self.probes]
-        return {**{k:v for k,v in vars(self).items() if k!='probes'}, 'rows': [vars(r) for r in self.rows], 'wrong': self.wrong, 'probes': probes}
+        return {**{k:v for k,v in vars(self).items() if k!='probes'}, 'rows': [vars(r) for r in self.rows],
+            'wrong': self.wrong, 'probes': probes}
 
 # %% ../nbs/04_check.ipynb #b3e99a98
 def _worst(check, n=10):
@@ -170,13 +174,16 @@ def _worst(check, n=10):
 @patch
 def __str__(self:FormatCheck):
     head = f'{self.verdict}: {self.reason}'
-    rows = [f'{r.verdict:12}{r.precision:6}{r.kind:9}{r.name:40}{r.contiguous:11.1e}{r.channels_last:15.1e}{r.allowed:10.1e}' for r in _worst(self)]
-    table = [f"{'':12}{'':6}{'':9}{'distance from double precision':40}{'contiguous':>11}{'channels last':>15}{'allowed':>10}", *rows] if rows else []
+    rows = [f'{r.verdict:12}{r.precision:6}{r.kind:9}{r.name:40}{r.contiguous:11.1e}{r.channels_last:15.1e}{r.allowed:10.1e}'
+        for r in _worst(self)]
+    table = [f"{'':12}{'':6}{'':9}{'distance from double precision':40}{'contiguous':>11}{'channels last':>15}{'allowed':>10}",
+        *rows] if rows else []
     return '\n'.join([head, *map(str, self.probes), *table])
 
 @patch
 def _repr_markdown_(self:FormatCheck):
-    def cells(r): return r.verdict,r.precision,f'{r.kind} `{r.name}`',*(f'{o:.1e}' for o in (r.contiguous, r.channels_last, r.allowed))
+    def cells(r):
+        return r.verdict,r.precision,f'{r.kind} `{r.name}`',*(f'{o:.1e}' for o in (r.contiguous, r.channels_last, r.allowed))
     head = ['| verdict | precision | result | contiguous | channels last | allowed |', '|---|---|---|--:|--:|--:|']
     table = '\n'.join([*head, *(f'| {" | ".join(cells(r))} |' for r in _worst(self, 20))])
     summary = f'The results furthest from double precision, of {len(self.rows)}'
@@ -185,7 +192,8 @@ def _repr_markdown_(self:FormatCheck):
 
 # %% ../nbs/04_check.ipynb #4d64ec7f
 def _mean_floor(model, key, exact):
-    "How far rounding moves a running mean: its error is one of the spread of the values, next to which the mean itself may be small"
+    """How far rounding moves a running mean: its error is one of the spread of the values, next to which the mean itself
+    may be small"""
     kind,name = key
     var = exact.get((kind, name.removesuffix('mean')+'var')) if kind=='buffer' and name.endswith('running_mean') else None
     if var is None: return 0.
@@ -230,25 +238,28 @@ class _Runs:
 def _compare(runs, dtype):
     "Rows of one precision, and where a fault starts"
     name = _names[dtype]
-    (ours,our_watch),(base,base_watch),(exact,watch) = runs('channels_last', dtype),runs('contiguous', dtype),runs('contiguous', torch.float64)
+    (ours,our_watch),(base,base_watch),(exact,watch) = (runs('channels_last', dtype),runs('contiguous', dtype),
+        runs('contiguous', torch.float64))
     noisy = [runs.noisy(dtype, 0)]
     rows = _rows(name, ours, base, [o for o,_ in noisy], exact, runs.step.model)
     if any(r.channels_last>_allowed(r.contiguous, epsilon[name]) for r in rows): # it hangs on the sensitivity
         noisy += [runs.noisy(dtype, i) for i in (1,2)]
         rows = _rows(name, ours, base, [o for o,_ in noisy], exact, runs.step.model)
     if not any(r.verdict=='wrong' for r in rows): return rows,None
-    module,phase = _locate(our_watch, base_watch, [w for _,w in noisy], watch, [r.name for r in rows if r.verdict=='wrong' and r.kind=='gradient'])
+    module,phase = _locate(our_watch, base_watch, [w for _,w in noisy], watch,
+        [r.name for r in rows if r.verdict=='wrong' and r.kind=='gradient'])
     return rows,dict(module=module, phase=phase, precision=name)
 
 def _confirm(rows, again):
     "Of each result the measurement that speaks for it: a fault shows in both"
-    return [min(r, a, key=lambda o: (('right', 'cannot tell', 'wrong').index(o.verdict), o.channels_last/o.allowed)) for r,a in zip(rows, again)]
+    return [min(r, a, key=lambda o: (('right', 'cannot tell', 'wrong').index(o.verdict), o.channels_last/o.allowed))
+        for r,a in zip(rows, again)]
 
 # %% ../nbs/04_check.ipynb #ef7d3108
 def _conditions(step):
     x = next(_tensors_in(step.inputs), None)
-    return dict(device=str(step.device), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), threads=torch.get_num_threads(),
-        shape=None if x is None else list(x.shape), autocast=_names[step.autocast])
+    return dict(device=str(step.device), torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
+        threads=torch.get_num_threads(), shape=None if x is None else list(x.shape), autocast=_names[step.autocast])
 
 def _say(rows, first, probes, names):
     wrong,unclear = [r for r in rows if r.verdict=='wrong'],[r for r in rows if r.verdict=='cannot tell']
@@ -265,7 +276,8 @@ def _say(rows, first, probes, names):
     if len(unclear)>len(rows)/2:
         return None,f'rounding alone moves {len(unclear)} of {len(rows)} results by half their size or more: try a larger batch'
     more = f'; {len(unclear)} more cannot be judged, since rounding alone moves them by half their size' if unclear else ''
-    return True,f'{len(rows)-len(unclear)} results in {" and ".join(names)} are as near to double precision as rounding explains{more}'
+    return (True,f'{len(rows)-len(unclear)} results in {" and ".join(names)} are as near to '
+        f'double precision as rounding explains{more}')
 
 # %% ../nbs/04_check.ipynb #182698c6
 def _specs(step):
@@ -295,7 +307,8 @@ class _Count:
 def _free_bytes(device):
     if device.type=='cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, StopIteration): # what the system would give, with the pages that only cache files
-        return next(1024*int(l.split()[1]) for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable'))
+        return next(1024*int(l.split()[1])
+            for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable'))
     try: return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError, ValueError, OSError): return math.inf
 
@@ -303,7 +316,8 @@ def double_bytes(
     step:TrainingStep,
     activations:int, # Elements that its layers hand on
 ) -> int: # Bytes
-    "Estimate of the memory that a run of `step` in double precision takes on top: activations, weights, their gradients, optimizer state, a copy to put back"
+    """Estimate of the memory that a run of `step` in double precision takes on top: activations, weights, their
+    gradients, optimizer state, a copy to put back"""
     return 8*(2*activations + 4*sum(p.numel() for p in step.params().values())) + step.preserved_bytes()
 
 # %% ../nbs/04_check.ipynb #f9f927c5
@@ -325,7 +339,8 @@ def check_formats(
 ) -> FormatCheck:
     """Compare a training step in channels last and contiguous with double precision, in fp32 and in the step's own precision
 
-    Raises a `ValueError` for a model without a convolution, and what the step itself raises, such as for a loss that is not finite."""
+    Raises a `ValueError` for a model without a convolution, and what the step itself raises, such as for a loss that
+    is not finite."""
     start = time.perf_counter()
     if not convolutions(step.model):
         raise ValueError(f'there is nothing to check: {type(step.model).__name__} has no convolution of two or three dimensions')
@@ -342,7 +357,8 @@ def check_formats(
     again,_ = runs('contiguous', None)
     twice = max((distance(again[k], t) for k,t in contiguous.items()), default=0.)
     if twice>epsilon['fp32']:
-        reason = f'two runs of the same step from the same seed differ by {twice:.1e}: its randomness is not under the control of torch, NumPy or Python'
+        reason = (f'two runs of the same step from the same seed differ by {twice:.1e}: '
+            'its randomness is not under the control of torch, NumPy or Python')
         return done(None, reason, probes=probes)
     rows,first = [],None
     dtypes = list(dict.fromkeys((None, step.autocast)))
@@ -351,6 +367,7 @@ def check_formats(
         if place:
             again,elsewhere = _compare(shifted, dtype)
             new = _confirm(new, again)
-            if any(r.verdict=='wrong' for r in new): first = first or (place if place['module'] is not None else elsewhere) or place
+            if any(r.verdict=='wrong' for r in new):
+                first = first or (place if place['module'] is not None else elsewhere) or place
         rows += new
     return done(*_say(rows, first, probes, [_names[d] for d in dtypes]), rows=rows, first=first, probes=probes)

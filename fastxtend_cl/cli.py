@@ -26,7 +26,8 @@ def check_device(
     try: d = torch.device(default_device() if device is None else device)
     except RuntimeError: raise UsageError(f'--device {device} is no device: name one such as cpu, cuda, cuda:1 or mps') from None
     try: torch.empty(1, device=d).add_(1).item()
-    except (RuntimeError, AssertionError, NotImplementedError): raise UsageError(f'--device {device} is not available on this machine') from None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f'--device {device} is not available on this machine') from None
     return d
 
 def check_range(name, value, low, high):
@@ -60,8 +61,10 @@ def digits_dls(
     from PIL import Image
     from sklearn.datasets import load_digits
     digits = load_digits()
-    imgs = [np.asarray(Image.fromarray((i*255/16).astype('uint8')).resize((size,size), Image.Resampling.BICUBIC).convert('RGB')) for i in digits.images]
-    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: imgs[i], get_y=lambda i: digits.target[i], splitter=IndexSplitter(range(0, len(imgs), 5)))
+    imgs = [np.asarray(Image.fromarray((i*255/16).astype('uint8')).resize((size,size), Image.Resampling.BICUBIC).convert('RGB'))
+        for i in digits.images]
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: imgs[i], get_y=lambda i: digits.target[i],
+        splitter=IndexSplitter(range(0, len(imgs), 5)))
     return block.dataloaders(range(len(imgs)), bs=bs, num_workers=0, device=device)
 
 # %% ../nbs/09_cli.ipynb #085cc058
@@ -78,7 +81,8 @@ def find_arch(
         import timm
         if timm.is_model(name): return name
     except ImportError: pass
-    raise UsageError(f'--arch {name} is not known to fastai, torchvision or timm (if installed): try resnet18, xresnet34 or mobilenet_v2')
+    raise UsageError(f'--arch {name} is not known to fastai, torchvision or timm (if installed): '
+        'try resnet18, xresnet34 or mobilenet_v2')
 
 # %% ../nbs/09_cli.ipynb #79ff0ac3
 def _stopwatch():
@@ -110,7 +114,8 @@ def train_arm(
     from fastai.vision.all import accuracy, vision_learner
     from fastxtend_cl.channelslast import less_random
     with less_random(42), contextlib.ExitStack() as quiet:
-        learn = vision_learner(digits_dls(size, bs, device), arch, pretrained=False, metrics=accuracy, loss_func=torch.nn.CrossEntropyLoss(), cbs=[_stopwatch(), *cbs])
+        learn = vision_learner(digits_dls(size, bs, device), arch, pretrained=False, metrics=accuracy,
+            loss_func=torch.nn.CrossEntropyLoss(), cbs=[_stopwatch(), *cbs])
         if double: learn.model.double()
         convert(learn)
         if not bar: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
@@ -152,7 +157,9 @@ def demo(
 ):
     "Train on handwritten digits, contiguous and then channels last, from the same seed"
     device = check_device(device)
-    for name,value,low,high in (('epochs', epochs, 1, 100), ('size', size, 32, 512), ('bs', bs, 2, 1024), ('limit', limit, 1, 600)): check_range(name, value, low, high)
+    for name,value,low,high in (('epochs', epochs, 1, 100), ('size', size, 32, 512),
+            ('bs', bs, 2, 1024), ('limit', limit, 1, 600)):
+        check_range(name, value, low, high)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # torch's own, about torch.jit.script, when fastai.vision is imported
         model = find_arch(arch)
@@ -168,7 +175,8 @@ def demo(
     if not json: print('\nthe first batches once more in double precision', flush=True)
     exact = exact_difference(model, size, min(bs, 32))
     if not json: print('one training step in turns, paired', flush=True)
-    measured = learns['contiguous fp32'].bench_channelslast([name for name,_ in arms[1:]], limit=limit, epochs=False, bar=not json and _terminal())
+    measured = learns['contiguous fp32'].bench_channelslast([name for name,_ in arms[1:]], limit=limit, epochs=False,
+        bar=not json and _terminal())
     report = {**demo_report(learns, exact, device, arch, epochs, size, bs), 'bench': measured.to_dict()}
     print(_json.dumps(report, indent=2) if json else demo_table(report))
     if not json: show(measured)
@@ -179,11 +187,13 @@ def demo_report(learns, exact, device, arch, epochs, size, bs):
     base,rows = next(iter(learns.values())).stopwatch,[]
     for name,learn in learns.items():
         watch,(train_loss,valid_loss,accuracy) = learn.stopwatch,learn.recorder.values[-1]
-        rows.append(dict(arm=name, seconds=_steady(watch.seconds), ratio=_steady(base.seconds)/_steady(watch.seconds), train_loss=train_loss, valid_loss=valid_loss,
-            accuracy=accuracy, loss_difference=max(abs(p-q) for p,q in zip(watch.losses, base.losses))))
-    name = torch.cuda.get_device_name(device) if device.type=='cuda' else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
-    return dict(arms=rows, exact_loss_difference=exact, arch=arch, epochs=epochs, size=size, bs=bs, device=str(device), device_name=name, torch=torch.__version__,
-                fastxtend_cl=fastxtend_cl.__version__, date=time.strftime('%Y-%m-%d'))
+        rows.append(dict(arm=name, seconds=_steady(watch.seconds), ratio=_steady(base.seconds)/_steady(watch.seconds),
+            train_loss=train_loss, valid_loss=valid_loss, accuracy=accuracy,
+            loss_difference=max(abs(p-q) for p,q in zip(watch.losses, base.losses))))
+    name = (torch.cuda.get_device_name(device) if device.type=='cuda'
+        else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads')
+    return dict(arms=rows, exact_loss_difference=exact, arch=arch, epochs=epochs, size=size, bs=bs, device=str(device),
+        device_name=name, torch=torch.__version__, fastxtend_cl=fastxtend_cl.__version__, date=time.strftime('%Y-%m-%d'))
 
 def _steady(seconds): return statistics.median(seconds[1:] or seconds)
 
@@ -191,10 +201,14 @@ def _steady(seconds): return statistics.median(seconds[1:] or seconds)
 def demo_table(report):
     "The demo's result as text"
     head = f"{'':20}{'s/epoch':>9}{'ratio':>8}{'loss':>9}{'accuracy':>10}{'first-epoch losses differ by':>31}"
-    rows = [f"{a['arm']:20}{a['seconds']:9.2f}{a['ratio']:8.2f}{a['valid_loss']:9.4f}{a['accuracy']:10.4f}{a['loss_difference']:31.1e}" for a in report['arms']]
-    about = f"{report['arch']}, {report['size']}x{report['size']}, batches of {report['bs']}, {report['device']} ({report['device_name']}), torch {report['torch']}, {report['date']}"
-    notes = ['ratio: above 1 is faster than contiguous fp32. The arms ran one after the other, on your machine as it is now: the figures that count follow below.',
-        f"In double precision the losses of contiguous and channels last differ by {report['exact_loss_difference']:.1e}: what more they differ by above is rounding."]
+    rows = [f"{a['arm']:20}{a['seconds']:9.2f}{a['ratio']:8.2f}{a['valid_loss']:9.4f}{a['accuracy']:10.4f}"
+        f"{a['loss_difference']:31.1e}" for a in report['arms']]
+    about = (f"{report['arch']}, {report['size']}x{report['size']}, batches of {report['bs']}, "
+        f"{report['device']} ({report['device_name']}), torch {report['torch']}, {report['date']}")
+    notes = ['ratio: above 1 is faster than contiguous fp32. The arms ran one after the other, '
+        'on your machine as it is now: the figures that count follow below.',
+        f"In double precision the losses of contiguous and channels last differ by {report['exact_loss_difference']:.1e}: "
+        "what more they differ by above is rounding."]
     return '\n'.join(['', head, *rows, '', about, *notes])
 
 # %% ../nbs/09_cli.ipynb #0369b0b4
@@ -225,14 +239,17 @@ def model_of(
     "The model of that name, with random weights"
     res = _own(name) if ':' in name else _from_torchvision(name, classes)
     res = _from_timm(name, classes) if res is None and ':' not in name else res
-    if res is None: raise UsageError(f'{name} is not known to torchvision or timm (if installed): try resnet18, mobilenet_v2, or your own as module:function')
+    if res is None:
+        raise UsageError(f'{name} is not known to torchvision or timm (if installed): try resnet18, mobilenet_v2, '
+            'or your own as module:function')
     return res
 
 # %% ../nbs/09_cli.ipynb #880f83a1
 def any_loss(out, target):
     "Cross entropy for scores of classes, the mean of squares for any other output"
     from fastxtend_cl.format import _tensors_in
-    if isinstance(out, torch.Tensor) and out.shape[:1]==target.shape and out.ndim==2: return torch.nn.functional.cross_entropy(out, target)
+    if isinstance(out, torch.Tensor) and out.shape[:1]==target.shape and out.ndim==2:
+        return torch.nn.functional.cross_entropy(out, target)
     return sum(t.float().square().mean() for t in _tensors_in(out) if t.is_floating_point())
 
 def model_step(
@@ -242,12 +259,14 @@ def model_step(
 ): # `TrainingStep`
     "A step of training of the model of that name, with AdamW, on a random batch"
     from fastxtend_cl.step import TrainingStep
-    for n,value,low,high in (('bs', bs, 1, 65536), ('size', size, 8, 4096), ('classes', classes, 1, 100_000)): check_range(n, value, low, high)
+    for n,value,low,high in (('bs', bs, 1, 65536), ('size', size, 8, 4096), ('classes', classes, 1, 100_000)):
+        check_range(n, value, low, high)
     if amp not in (None, 'fp16', 'bf16'): raise UsageError(f'--amp {amp} is no precision: it takes fp16 or bf16')
     device,dtype = check_device(device),{'fp16': torch.float16, 'bf16': torch.bfloat16}.get(amp)
     model = model_of(name, classes)
     if isinstance(model, TrainingStep): return model
-    if not isinstance(model, torch.nn.Module): raise UsageError(f'{name} returns a {type(model).__name__}: a torch.nn.Module or a TrainingStep is needed')
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f'{name} returns a {type(model).__name__}: a torch.nn.Module or a TrainingStep is needed')
     model,convs = model.to(device),[m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))]
     frames = (8,) if any(isinstance(m, torch.nn.Conv3d) for m in convs) else ()
     gen = torch.Generator().manual_seed(0)
@@ -261,7 +280,8 @@ def _model_errors(name):
     "What a model cannot do with these arguments, as one line"
     try: yield
     except UsageError: raise
-    except (ValueError, RuntimeError, TypeError, NotImplementedError, AssertionError, IndexError) as e: raise UsageError(f'{name}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
+    except (ValueError, RuntimeError, TypeError, NotImplementedError, AssertionError, IndexError) as e:
+        raise UsageError(f'{name}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
 
 def _check_file(plot):
     if plot is None: return
@@ -291,7 +311,8 @@ def bench(
     _check_file(plot)
     step = model_step(model, bs, size, classes, device, amp)
     from fastxtend_cl.bench import bench_formats
-    with _model_errors(model): res = bench_formats(step, limit=limit, compile=compile, inference=inference, check=check, bar=not json and _terminal())
+    with _model_errors(model):
+        res = bench_formats(step, limit=limit, compile=compile, inference=inference, check=check, bar=not json and _terminal())
     show(res, json, plot)
 
 # %% ../nbs/09_cli.ipynb #344b0dc5
@@ -308,7 +329,8 @@ def check(
     "Compare a training step in channels last with double precision"
     step = model_step(model, bs, size, classes, device, amp)
     from fastxtend_cl.check import check_formats
-    with _model_errors(model), contextlib.redirect_stdout(sys.stderr) if not _terminal() or json else contextlib.nullcontext(): res = check_formats(step, probe=probe)
+    with _model_errors(model), contextlib.redirect_stdout(sys.stderr) if not _terminal() or json else contextlib.nullcontext():
+        res = check_formats(step, probe=probe)
     show(res, json)
     return int(res.ok is False)
 
@@ -352,7 +374,9 @@ def plan(
     from fastxtend_cl.plan import plan_formats
     native = next(iter(precisions(step.device)), None)
     dtype = {None: native, 'none': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[amp]
-    with _model_errors(model): res = plan_formats(step, dtype, budget=budget, compile=compile, inference=inference, cache='refresh' if refresh else True, bar=not json and _terminal())
+    with _model_errors(model):
+        res = plan_formats(step, dtype, budget=budget, compile=compile, inference=inference,
+            cache='refresh' if refresh else True, bar=not json and _terminal())
     show(res, json, plot)
 
 # %% ../nbs/09_cli.ipynb #8f669a77

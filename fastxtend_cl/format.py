@@ -32,11 +32,13 @@ def format_of(
 ) -> str|None: # 'contiguous', 'channels_last', 'ambiguous' or 'neither'; None where channels last does not exist
     """Memory format of a 4-D or 5-D strided tensor, read from its strides
 
-    Raises a `TypeError` for what is no tensor. None is the answer for any other rank, and for sparse, nested, MKL-DNN and not yet initialized tensors."""
+    Raises a `TypeError` for what is no tensor. None is the answer for any other rank, and for sparse, nested, MKL-DNN
+    and not yet initialized tensors."""
     if not isinstance(t, Tensor): raise TypeError(f'format_of takes a torch.Tensor, received {type(t).__name__}')
     if is_lazy(t) or t.is_nested or t.layout!=torch.strided or t.ndim not in channels_last_formats: return None
     nchw,nhwc = t.is_contiguous(),t.is_contiguous(memory_format=channels_last_formats[t.ndim])
-    return {(True,False): 'contiguous', (False,True): 'channels_last', (True,True): 'ambiguous', (False,False): 'neither'}[nchw,nhwc]
+    return {(True,False): 'contiguous', (False,True): 'channels_last', (True,True): 'ambiguous',
+        (False,False): 'neither'}[nchw,nhwc]
 
 # %% ../nbs/00_format.ipynb #0181ff46
 def dense_strides(
@@ -87,7 +89,8 @@ def _same_place(a, b): return (a.storage_offset(),a.shape,a.stride(),a.dtype)==(
 def _sharers(model):
     "For each tensor of `model`, by id: the different tensors of `model` that live in the same storage, itself among them"
     ts = {id(t):t for t in (*model.parameters(), *model.buffers())
-          if not is_lazy(t) and not t.is_nested and t.layout==torch.strided and not t.is_meta and not is_traceable_wrapper_subclass(t)}
+          if not is_lazy(t) and not t.is_nested and t.layout==torch.strided and not t.is_meta
+          and not is_traceable_wrapper_subclass(t)}
     by_storage = defaultdict(list)
     for t in ts.values(): by_storage[t.untyped_storage()._cdata].append(t)
     return {id(t):g for g in by_storage.values() for t in g}
@@ -119,15 +122,18 @@ def _listify(optimizers):
     "Check and list `optimizers`: one, several or None"
     opts = [] if optimizers is None else list(optimizers) if isinstance(optimizers, (list,tuple)) else [optimizers]
     for o in opts: # a wrapper keeps some state itself, and what it wraps keeps the rest
-        opts += [inner for n in ('opt', 'optimizer') if (inner := getattr(o, '__dict__', {}).get(n)) is not None and not any(inner is q for q in opts)]
+        opts += [inner for n in ('opt', 'optimizer') if (inner := getattr(o, '__dict__', {}).get(n)) is not None
+            and not any(inner is q for q in opts)]
     for o in opts:
         if not isinstance(getattr(o, 'state', None), Mapping):
-            raise TypeError(f'optimizers takes an optimizer or a list of them, received {type(o).__name__}, which has no `state` by parameter')
+            raise TypeError(f'optimizers takes an optimizer or a list of them, received {type(o).__name__}, '
+                'which has no `state` by parameter')
     return opts
 
 def _check_lbfgs(opts):
     if any(isinstance(o, torch.optim.LBFGS) for o in opts):
-        raise ValueError('LBFGS flattens gradients with `.view(-1)`, which fails on channels-last gradients: use another optimizer, or stay contiguous')
+        raise ValueError('LBFGS flattens gradients with `.view(-1)`, which fails on channels-last gradients: '
+            'use another optimizer, or stay contiguous')
 
 # %% ../nbs/00_format.ipynb #1b9742cb
 def _followers(p, opts):
@@ -137,8 +143,8 @@ def _followers(p, opts):
         kept += _tensors_in(o.state.get(p, {}))
         slow = getattr(o, 'slow_weights', None) # fastai's Lookahead keeps these in the order of its parameters
         if slow: kept += [s for ss,ps in zip(slow, o.param_lists) for s,q in zip(ss, ps) if q is p]
-    return [t for t in {id(t):t for t in kept}.values() if t is not None and t is not p and t.shape==p.shape and t.layout==torch.strided
-            and not t.is_quantized and not is_traceable_wrapper_subclass(t)]
+    return [t for t in {id(t):t for t in kept}.values() if t is not None and t is not p and t.shape==p.shape
+            and t.layout==torch.strided and not t.is_quantized and not is_traceable_wrapper_subclass(t)]
 
 # %% ../nbs/00_format.ipynb #c76d97b6
 def _set_data(ts, new):
@@ -178,12 +184,14 @@ def _changes(targets, opts, sharers):
 # %% ../nbs/00_format.ipynb #a19af3d0
 def _check_model(model):
     if not isinstance(model, nn.Module):
-        raise TypeError(f'a torch.nn.Module is needed, received {type(model).__name__}' + (': pass its model, or call its own method' if hasattr(model, 'model') else ''))
+        raise TypeError(f'a torch.nn.Module is needed, received {type(model).__name__}'
+            + (': pass its model, or call its own method' if hasattr(model, 'model') else ''))
 
 # %% ../nbs/00_format.ipynb #02ceae37
 def _check_unwrapped(model, changes):
     if changes and any(isinstance(m, DistributedDataParallel) for m in model.modules()):
-        raise ValueError('the model is wrapped in DistributedDataParallel, whose gradient buckets keep the strides they were made with: convert it first, then wrap it')
+        raise ValueError('the model is wrapped in DistributedDataParallel, whose gradient buckets keep the strides '
+            'they were made with: convert it first, then wrap it')
 
 # %% ../nbs/00_format.ipynb #5e333594
 class _ConvertOnceShaped:
@@ -217,10 +225,12 @@ def format_warnings(
     "What `apply_channels_last` would warn of"
     owned,sharers = conv_params(model),_sharers(model)
     if not owned and not _lazy_convolutions(model):
-        return [NoConvolutionWarning(f'channels last has no effect: {type(model).__name__} has no convolution of two or three dimensions')]
+        return [NoConvolutionWarning('channels last has no effect: '
+            f'{type(model).__name__} has no convolution of two or three dimensions')]
     stays = [f'{n}, because {why}' for n,p in owned.items() if (why := _obstacle(p, sharers))]
     more = f'; and {len(stays)-3} more' if len(stays)>3 else ''
-    return [FormatWarning(f'{len(stays)} of {len(owned)} convolution parameters stay as they are: {"; ".join(stays[:3])}{more}')] if stays else []
+    return [FormatWarning(f'{len(stays)} of {len(owned)} convolution parameters stay as they are: '
+        f'{"; ".join(stays[:3])}{more}')] if stays else []
 
 # %% ../nbs/00_format.ipynb #4bfe5c78
 def _channels_last_targets(model, sharers):
@@ -229,7 +239,8 @@ def _channels_last_targets(model, sharers):
 
 def _contiguous_targets(model, sharers):
     owned = {id(p) for p in conv_params(model).values()}
-    def undo(t): return (id(t) in owned or t.stride()==dense_strides(t.shape, channels_last_formats[t.ndim])) and not _obstacle(t, sharers)
+    def undo(t):
+        return (id(t) in owned or t.stride()==dense_strides(t.shape, channels_last_formats[t.ndim])) and not _obstacle(t, sharers)
     return [(t, dense_strides(t.shape, torch.contiguous_format) if undo(t) else t.stride()) for t in _tensors(model)]
 
 # %% ../nbs/00_format.ipynb #6fbf2ebf
@@ -260,12 +271,14 @@ def apply_channels_last(
     model:nn.Module, # Changed in place
     optimizers=None, # Optimizer, or list of them, that have made steps with the parameters of `model`
 ) -> nn.Module: # The same `model`
-    """Convert what the convolutions of `model` own to channels last: 4-D parameters to `torch.channels_last`, 5-D ones to `torch.channels_last_3d`
+    """Convert what the convolutions of `model` own to channels last: 4-D parameters to `torch.channels_last`, 5-D ones
+    to `torch.channels_last_3d`
 
-    Gradients and optimizer state go along, and layers that known hazards may concern are guarded. Calling it again changes nothing, and puts right
-    state that a checkpoint brought in another format.
-    Warns with `NoConvolutionWarning` if there is nothing to convert, and with `FormatWarning` of parameters that cannot be. Raises a `TypeError`
-    for what is no module or optimizer, a `ValueError` for `LBFGS` and for a model already inside `DistributedDataParallel`; then nothing has changed."""
+    Gradients and optimizer state go along, and layers that known hazards may concern are guarded. Calling it again
+    changes nothing, and puts right state that a checkpoint brought in another format.
+    Warns with `NoConvolutionWarning` if there is nothing to convert, and with `FormatWarning` of parameters that
+    cannot be. Raises a `TypeError` for what is no module or optimizer, a `ValueError` for `LBFGS` and for a model
+    already inside `DistributedDataParallel`; then nothing has changed."""
     convert_format(model, 'channels_last', optimizers)
     for w in format_warnings(model): warnings.warn(w, stacklevel=2)
     return model
@@ -277,7 +290,8 @@ def apply_contiguous(
 ) -> nn.Module: # The same `model`
     """Undo `apply_channels_last`: every parameter and buffer of `model` that is channels last becomes contiguous
 
-    That includes what `model.to(memory_format=...)` had converted. Gradients and optimizer state go along. Raises as `apply_channels_last` does, except for `LBFGS`."""
+    That includes what `model.to(memory_format=...)` had converted. Gradients and optimizer state go along. Raises as
+    `apply_channels_last` does, except for `LBFGS`."""
     convert_format(model, 'contiguous', optimizers)
     return model
 
@@ -290,7 +304,8 @@ def contiguous_meanwhile(
     "A context in which `models` and what `optimizers()` keep are contiguous"
     models = [models] if isinstance(models, nn.Module) else list(models)
     had = [[(t,t.stride()) for t in _tensors(m)] for m in models]
-    lazy,were_guarded = [c for m in models for c in _lazy_convolutions(m) if _ConvertOnceShaped.on(c)],[m for m in models if guarded(m)]
+    lazy,were_guarded = ([c for m in models for c in _lazy_convolutions(m) if _ConvertOnceShaped.on(c)],
+        [m for m in models if guarded(m)])
     try:
         for m in models: convert_format(m, 'contiguous', optimizers())
         yield
@@ -304,7 +319,8 @@ def align_state(
     model:nn.Module, # Not changed
     optimizers, # Optimizer, or list of them, that hold state for the parameters of `model`
 ):
-    "Give gradients and optimizer state the strides of their parameters, as after loading a checkpoint that was saved in another format"
+    """Give gradients and optimizer state the strides of their parameters, as after loading a checkpoint that was saved
+    in another format"""
     _check_model(model)
     _change(_changes([(p, p.stride()) for p in _tensors(model)], _listify(optimizers), {}))
 

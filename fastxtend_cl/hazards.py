@@ -34,11 +34,14 @@ def _add(h): hazards[h.name] = h
 # %% ../nbs/00a_hazards.ipynb #8a6c3680
 def compute_dtype(x):
     "The dtype that a convolution of `x` on the CPU computes in"
-    return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') and x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.dtype
+    return (torch.get_autocast_dtype('cpu')
+        if torch.is_autocast_enabled('cpu') and x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x.dtype)
 
 def _on_cpu(x): return x.device.type=='cpu' and torch.backends.mkldnn.enabled
 
-def _pads(m): return {'same': tuple(d*(k-1)//2 for d,k in zip(m.dilation, m.kernel_size)), 'valid': (0,)*len(m.kernel_size)}.get(m.padding, m.padding)
+def _pads(m):
+    return {'same': tuple(d*(k-1)//2 for d,k in zip(m.dilation, m.kernel_size)),
+        'valid': (0,)*len(m.kernel_size)}.get(m.padding, m.padding)
 
 def out_sizes(m, x):
     "Spatial sizes of a convolution's output, without `output_size`"
@@ -49,15 +52,20 @@ def out_sizes(m, x):
     return tuple((n + 2*p - d*(k-1) - 1)//s + 1 for n,k,s,p,d,o in sides)
 
 # %% ../nbs/00a_hazards.ipynb #013c8609
-def _is_pointwise(m, cls): return isinstance(m, cls) and set(m.kernel_size)=={1} and set(_pads(m))=={0} and m.groups==1 and max(m.stride)>1
+def _is_pointwise(m, cls):
+    return isinstance(m, cls) and set(m.kernel_size)=={1} and set(_pads(m))=={0} and m.groups==1 and max(m.stride)>1
 
 def _slice_first(m, x):
     sh,sw = m.stride
-    return F.conv2d(x[..., ::sh, ::sw].contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.contiguous_format), m.weight, m.bias)
+    return F.conv2d(x[..., ::sh, ::sw].contiguous(memory_format=torch.channels_last if x.ndim==4 else torch.contiguous_format),
+        m.weight, m.bias)
 
-_add(Hazard('strided 1x1', 'the process dies in the weight gradient of a 1x1 convolution with stride and fewer than 16 input channels', 'oneDNN issue 6035',
+_add(Hazard('strided 1x1',
+    'the process dies in the weight gradient of a 1x1 convolution with stride and fewer than 16 input channels',
+    'oneDNN issue 6035',
     suspect=lambda m: _is_pointwise(m, nn.Conv2d) and m.in_channels<16,
-    applies=lambda m,x: _on_cpu(x) and x.ndim in (3,4) and not any(n%s for n,s in zip(x.shape[-2:], m.stride)), instead=_slice_first))
+    applies=lambda m,x: _on_cpu(x) and x.ndim in (3,4) and not any(n%s for n,s in zip(x.shape[-2:], m.stride)),
+    instead=_slice_first))
 
 # %% ../nbs/00a_hazards.ipynb #87223a84
 def _spread_after(m, x, output_size=None):
@@ -68,7 +76,9 @@ def _spread_after(m, x, output_size=None):
     res[..., ::m.stride[0], ::m.stride[1]] = y
     return res if m.bias is None else res + m.bias.to(res.dtype)[:,None,None]
 
-_add(Hazard('strided transposed 1x1', 'the process dies in the weight gradient of a transposed 1x1 convolution with stride and fewer than 16 output channels', 'oneDNN issue 6035',
+_add(Hazard('strided transposed 1x1',
+    'the process dies in the weight gradient of a transposed 1x1 convolution with stride and fewer than 16 output channels',
+    'oneDNN issue 6035',
     suspect=lambda m: _is_pointwise(m, nn.ConvTranspose2d) and m.out_channels<16,
     applies=lambda m,x,output_size=None: _on_cpu(x) and x.ndim in (3,4), instead=_spread_after))
 
@@ -79,8 +89,10 @@ def _as_group_norm(m, x):
     if y.requires_grad: y.register_hook(lambda g: g.contiguous())
     return y
 
-_add(Hazard('instance norm, batch of 1', 'the input gradient of an instance norm is wrong for a batch of 1 and a channels-last gradient', 'found 2026-11-21',
-    suspect=lambda m: isinstance(m, _InstanceNorm), applies=lambda m,x: x.device.type=='cpu' and x.ndim in (4,5) and x.shape[0]==1, instead=_as_group_norm))
+_add(Hazard('instance norm, batch of 1',
+    'the input gradient of an instance norm is wrong for a batch of 1 and a channels-last gradient', 'found 2026-11-21',
+    suspect=lambda m: isinstance(m, _InstanceNorm),
+    applies=lambda m,x: x.device.type=='cpu' and x.ndim in (4,5) and x.shape[0]==1, instead=_as_group_norm))
 
 # %% ../nbs/00a_hazards.ipynb #3909df29
 def _in_fp32(m, x, *args, **kwargs):
@@ -95,10 +107,14 @@ def _is_conv(m, nd=(2,3)): return isinstance(m, _ConvNd) and len(m.kernel_size) 
 # %% ../nbs/00a_hazards.ipynb #20b56e10
 def _dilated(m):
     dilation = m.dilation[:1] if len(m.kernel_size)==2 else m.dilation
-    return _is_conv(m) and not isinstance(m, _ConvTransposeNd) and max(dilation)>1 and max(m.stride)==1 and m.in_channels//m.groups%16 and (m.groups>1 or m.in_channels>16)
+    return (_is_conv(m) and not isinstance(m, _ConvTransposeNd) and max(dilation)>1 and max(m.stride)==1
+        and m.in_channels//m.groups%16 and (m.groups>1 or m.in_channels>16))
 
-_add(Hazard('bf16 dilated', 'the weight gradient in bf16 is wrong for a dilated convolution whose channels a group are no multiple of 16, on outputs 29 or more wide', 'found 2026-11-21',
-    suspect=lambda m: bool(_is_conv(m) and _dilated(m)), applies=lambda m,x: _is_bf16(m, x) and out_sizes(m, x)[-1]>=29, instead=_in_fp32))
+_add(Hazard('bf16 dilated',
+    'the weight gradient in bf16 is wrong for a dilated convolution whose channels a group are '
+    'no multiple of 16, on outputs 29 or more wide', 'found 2026-11-21',
+    suspect=lambda m: bool(_is_conv(m) and _dilated(m)),
+    applies=lambda m,x: _is_bf16(m, x) and out_sizes(m, x)[-1]>=29, instead=_in_fp32))
 
 # %% ../nbs/00a_hazards.ipynb #0188b47f
 def _narrow(m, x, *args, **kwargs):
@@ -106,7 +122,9 @@ def _narrow(m, x, *args, **kwargs):
     ns = out_sizes(m, x) if isinstance(m, _ConvTransposeNd) else x.shape[-len(m.kernel_size):]
     return any(n<s and p for n,s,p in list(zip(ns, m.stride, _pads(m)))[1:])
 
-_add(Hazard('bf16 narrow', 'the weight gradient in bf16 is wrong for a padded convolution with a stride larger than its input is wide', 'found 2026-11-21',
+_add(Hazard('bf16 narrow',
+    'the weight gradient in bf16 is wrong for a padded convolution with a stride larger than its input is wide',
+    'found 2026-11-21',
     suspect=lambda m: _is_conv(m) and max(m.stride)>1 and any(_pads(m)), applies=_narrow, instead=_in_fp32))
 
 # %% ../nbs/00a_hazards.ipynb #9eb63d9a
@@ -114,7 +132,9 @@ def _shallow(m, x, *args, **kwargs):
     ns = x.shape[-3:]
     return _is_bf16(m, x) and any(n<d*(k-1)+1 for n,k,d in list(zip(ns, m.kernel_size, m.dilation))[:2])
 
-_add(Hazard('bf16 shallow 3-D', 'the weight gradient in bf16 is wrong for a 3-D convolution on an input shallower or lower than its kernel', 'found 2026-11-21',
+_add(Hazard('bf16 shallow 3-D',
+    'the weight gradient in bf16 is wrong for a 3-D convolution on an input shallower or lower than its kernel',
+    'found 2026-11-21',
     suspect=lambda m: _is_conv(m, (3,)) and max(m.kernel_size)>1, applies=_shallow, instead=_in_fp32))
 
 # %% ../nbs/00a_hazards.ipynb #56392dba

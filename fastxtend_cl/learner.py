@@ -29,7 +29,9 @@ from .trace import FormatTrace, trace_format
 # %% ../nbs/10_learner.ipynb #babf76d0
 def _alone(dl, keep_workers=False):
     "A shallow copy of `dl` that reads in this process, or in as many new ones as `dl`"
-    if isinstance(dl, Iterator): raise ValueError(f'the training data is an iterator ({type(dl).__name__}), from which no batch can be taken without loss: make the step from parts, `TrainingStep(model, inputs, targets, loss_func, optimizer)`')
+    if isinstance(dl, Iterator):
+        raise ValueError(f'the training data is an iterator ({type(dl).__name__}), from which no batch can be taken '
+            'without loss: make the step from parts, `TrainingStep(model, inputs, targets, loss_func, optimizer)`')
     if not isinstance(dl, (DataLoader, torch.utils.data.DataLoader)): return dl
     res = object.__new__(type(dl))
     vars(res).update(vars(dl))
@@ -37,11 +39,14 @@ def _alone(dl, keep_workers=False):
         res.fake_l = copy(dl.fake_l)
         vars(res.fake_l).update(d=res, dataset=res.fake_l, **({} if keep_workers else dict(num_workers=0, timeout=0)))
     elif keep_workers: vars(res).update(_iterator=None)
-    else: vars(res).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None, _DataLoader__multiprocessing_context=None)
+    else:
+        vars(res).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None,
+            _DataLoader__multiprocessing_context=None)
     return res
 
 # %% ../nbs/10_learner.ipynb #d5ba403d
-_no_data = 'the Learner has no training data: give it `dls` with at least one batch, or make the step from parts, `TrainingStep(model, inputs, targets, loss_func, optimizer)`'
+_no_data = ('the Learner has no training data: give it `dls` with at least one batch, or make the step from parts, '
+    '`TrainingStep(model, inputs, targets, loss_func, optimizer)`')
 
 def _train_dl(learn):
     try: dl = learn.dls.train
@@ -73,17 +78,21 @@ def _first_batch(learn, dl, device):
 
 # %% ../nbs/10_learner.ipynb #d303be47
 def _kept_transforms(dl):
-    "Keep the transforms of `dl`, with the values of their tensors and arrays; those of model and data set need no copy, since nothing writes to them here"
+    """Keep the transforms of `dl`, with the values of their tensors and arrays; those of model and data set need no
+    copy, since nothing writes to them here"""
     return Preserved(*[getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')])
 
 # %% ../nbs/10_learner.ipynb #c2da3588
 def _autocast(learn, device):
     "The dtype and the scale of the loss that the callbacks of `learn` train with on `device`"
-    if first(learn._grab_cbs(NonNativeMixedPrecision)): raise ValueError('the Learner trains with NonNativeMixedPrecision, whose own copies of the weights are no part of a step: call `learn.to_non_native_fp32()` first')
+    if first(learn._grab_cbs(NonNativeMixedPrecision)):
+        raise ValueError('the Learner trains with NonNativeMixedPrecision, whose own copies of the weights are no part '
+            'of a step: call `learn.to_non_native_fp32()` first')
     cb = first(learn._grab_cbs(MixedPrecision))
     if cb is None: return {}
     mode = cb.mode_on(device) if isinstance(cb, DeviceMixedPrecision) else cb.amp_mode if device.type=='cuda' else None
-    scale = cb.kwargs.get('init_scale', TrainingStep.loss_scale) if cb.kwargs.get('enabled', True) or not isinstance(cb, DeviceMixedPrecision) else 1.
+    scale = (cb.kwargs.get('init_scale', TrainingStep.loss_scale) 
+        if cb.kwargs.get('enabled', True) or not isinstance(cb, DeviceMixedPrecision) else 1.)
     return dict(autocast=amp_dtypes.get(mode), loss_scale=scale)
 
 def _new_opt(learn):
@@ -99,8 +108,10 @@ def from_learner(cls:TrainingStep,
 ) -> TrainingStep:
     """The first training step of `learn`: its own model, batch after its own transforms, loss, optimizer and precision
 
-    A `Learner` without an optimizer gets none; the step has the one that a fit would make. Raises a `ValueError` if there is no training data, target or loss."""
-    if not callable(learn.loss_func): raise ValueError(f'the Learner has no loss: set `learn.loss_func`, which is {learn.loss_func!r}')
+    A `Learner` without an optimizer gets none; the step has the one that a fit would make. Raises a `ValueError` if
+    there is no training data, target or loss."""
+    if not callable(learn.loss_func):
+        raise ValueError(f'the Learner has no loss: set `learn.loss_func`, which is {learn.loss_func!r}')
     dl,p = _train_dl(learn),first(learn.model.parameters())
     device = learner_device(learn) if p is None else p.device
     precision = _autocast(learn, device)
@@ -125,7 +136,8 @@ def check_channelslast(self:Learner,
 # %% ../nbs/10_learner.ipynb #d849ae4c
 @patch
 def trace_channelslast(self:Learner) -> FormatTrace:
-    "Trace the first training step in channels last: which modules and operators lose the format, and what that takes; the `Learner` is afterwards as it was"
+    """Trace the first training step in channels last: which modules and operators lose the format, and what that takes;
+    the `Learner` is afterwards as it was"""
     return trace_format(TrainingStep.from_learner(self))
 
 # %% ../nbs/10_learner.ipynb #bdd4d453
@@ -150,7 +162,9 @@ class _Batches:
     "Training batches as the model gets them; changes `learn`"
     def __init__(self, learn, device): self.learn,self.device,self.dl = learn,device,_alone(_train_dl(learn), keep_workers=True)
     @property
-    def num_workers(self): return getattr(getattr(self.dl, 'fake_l', self.dl), 'num_workers', 0) # fastai's own `num_workers` is 1 in this process
+    def num_workers(self):
+        # fastai's own `num_workers` is 1 in this process
+        return getattr(getattr(self.dl, 'fake_l', self.dl), 'num_workers', 0)
     def __iter__(self):
         self.learn.dl = self.dl
         for b in self.dl:
@@ -161,11 +175,14 @@ class _Batches:
 @patch
 @delegates(bench_formats, but=['loader','now'])
 def bench_channelslast(self:Learner,
-    arms=None, # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict; None: all of `format_arms` but the present
+    # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict;
+    # None: all of `format_arms` but the present
+    arms=None,
     epochs:bool=True, # Measure with the data loader too
     **kwargs
 ) -> FormatBench:
-    "Measure the first training step in each format and precision against the present, paired; the `Learner` is afterwards as it was"
+    """Measure the first training step in each format and precision against the present, paired; the `Learner` is
+    afterwards as it was"""
     step,dl = TrainingStep.from_learner(self),_train_dl(self)
     now = _present(self)
     if not epochs: return bench_formats(step, arms, now=now, **kwargs)

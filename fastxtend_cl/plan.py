@@ -28,7 +28,8 @@ from .bench import _block, _conditions, _format, _label, _machine, _precision, _
 from .format import FormatWarning, _tensors_in, as_channels_last, as_contiguous
 from .format import channels_last_formats, convert_format, format_of
 from .hazards import Guard, hazards, restore_forward
-from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, kept_memory, tiled_weight_grad
+from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled
+from .probe import kept_memory, tiled_weight_grad
 from .step import TrainingStep
 
 # %% ../nbs/08_plan.ipynb #57eb2f71
@@ -46,7 +47,8 @@ class LayerPlan:
 
     def __str__(self):
         kernels = (self.forward, self.input, self.weight)
-        words = [] if self.forward is None else [self.forward] if len({*kernels}-{None})==1 else ['/'.join(k or '-' for k in kernels)]
+        words = ([] if self.forward is None else
+            [self.forward] if len({*kernels}-{None})==1 else ['/'.join(k or '-' for k in kernels)])
         if self.output and self.output!=self.forward: words.append(f'hands on {self.output}')
         if self.memory_format: words.append(self.memory_format.replace('_', ' '))
         words += ['weight gradient tiled']*self.tiled + ['dense gradient']*self.dense + ['dense gradient of its mean']*self.pooled
@@ -97,7 +99,8 @@ def _run_backward(g, x, w, bias, d, memory_format, args, mask):
     "Gradients of input, weight and bias; what a kernel only needs the shape of is not cast"
     def ready(t, needed): return _in_format(t.to(d) if needed else torch.empty_like(t, dtype=d), memory_format)
     return aten.convolution_backward(ready(g, True), ready(x, mask[1]), ready(w, mask[0]), bias and bias[0], *args, list(mask))
-def _run_tiled(g, x, w, d, memory_format, args): return tiled_weight_grad(*(_in_format(t.to(d), memory_format) for t in (g, x)), w, args)
+def _run_tiled(g, x, w, d, memory_format, args):
+    return tiled_weight_grad(*(_in_format(t.to(d), memory_format) for t in (g, x)), w, args)
 
 # %% ../nbs/08_plan.ipynb #d72d7f10
 class Planned(Guard):
@@ -192,7 +195,8 @@ class _Record:
     def __init__(self, model):
         self.calls,self.nodes,self.sources,self.strange,self.pooled,self.means,self.handles = {},{},{},set(),set(),set(),[]
         for n,m in model.named_modules():
-            hooks = [self.note]*(isinstance(m, _ConvNd) or not any(True for _ in m.children())) + [self.note_means]*(not isinstance(m, _ConvNd))
+            hooks = ([self.note]*(isinstance(m, _ConvNd) or not any(True for _ in m.children()))
+                + [self.note_means]*(not isinstance(m, _ConvNd)))
             self.handles += [m.register_forward_hook(partial(h, n)) for h in hooks]
 
     def remove(self):
@@ -263,7 +267,8 @@ def solve_pbqp(
     costs:list, # A vector for each node: the cost of each of its options
     edges:dict, # Pair of nodes to a matrix: the cost of each pair of their options
 ) -> list: # The option of each node
-    "Options whose costs sum to the least: exact where nodes with one or two neighbours can be removed until none is left, else a heuristic"
+    """Options whose costs sum to the least: exact where nodes with one or two neighbours can be removed until none is
+    left, else a heuristic"""
     costs,g = [np.array(c, float) for c in costs],{i:{} for i in range(len(costs))}
     for (i,j),m in edges.items(): _add_edge(g, i, j, np.asarray(m, float))
     order,left = [],set(g)
@@ -317,7 +322,8 @@ class _Costs:
         res += sum(_cast(t, f, 'output', o.output, p) for p in set(wanted))
         if f!=self.base: # output and input there, their gradients back
             res += t.get(f, o.output, f'output to {self.base}') + t.get(self.base, o.output, f'output to {f}')
-            res += t.get(self.base, o.forward, f'input to {f}') + (t.get(f, o.forward, f'input to {self.base}') if t.spec.input_grad else 0)
+            res += (t.get(self.base, o.forward, f'input to {f}')
+                + (t.get(f, o.forward, f'input to {self.base}') if t.spec.input_grad else 0))
         return res
 
     def chain(self, p):
@@ -423,12 +429,14 @@ class FormatPlan:
         beside = ''
         if self.layers and one is not None and one.seconds and row.seconds:
             beside = f', and {one.seconds/row.seconds:.2f} times as fast as the best single setting, {one.arm}'
-        return f'{self.arm} is {row.ratio:.2f} times as fast as what you have now ({now}), {row.low:.2f} to {row.high:.2f}{beside}'
+        return (f'{self.arm} is {row.ratio:.2f} times as fast as what you have now ({now}), '
+            f'{row.low:.2f} to {row.high:.2f}{beside}')
 
     @property
     def best_single(self):
         "The `BenchRow` of the fastest single setting, or None"
-        single = [r for r in self.bench.rows if r.ratio is not None and not r.arm.startswith('plan') and not r.arm.endswith('again')]
+        single = [r for r in self.bench.rows if r.ratio is not None and not r.arm.startswith('plan')
+            and not r.arm.endswith('again')]
         return max(single, key=lambda r: r.ratio, default=None)
 
     @property
@@ -469,13 +477,15 @@ def __str__(self:FormatPlan):
     rows = [_plan_columns, *_plan_cells(self)] if self.rows else []
     width = [max(len(r[i]) for r in rows) for i in range(5)] if rows else []
     table = ['  '.join(o.ljust(w) if i in (1, 2) else o.rjust(w) for i,(o,w) in enumerate(zip(r, width))).rstrip() for r in rows]
-    return '\n'.join([f'{self.arm}: {self.reason}', *table, *_plan_notes(self), *([str(self.bench)] if self.bench is not None else [])])
+    return '\n'.join([f'{self.arm}: {self.reason}', *table, *_plan_notes(self),
+        *([str(self.bench)] if self.bench is not None else [])])
 
 @patch
 def _repr_markdown_(self:FormatPlan):
     rows = [_plan_columns, ['--:', '---', '---', '--:', '--:'], *_plan_cells(self)] if self.rows else []
     table = ['\n'.join('| '+' | '.join(r)+' |' for r in rows)] if rows else []
-    proof = [f'<details><summary>The proof</summary>\n\n{self.bench._repr_markdown_()}\n\n</details>'] if self.bench is not None else []
+    proof = ([f'<details><summary>The proof</summary>\n\n{self.bench._repr_markdown_()}\n\n</details>']
+        if self.bench is not None else [])
     return '\n\n'.join([f'**{self.arm}**: {self.reason}', *table, *_plan_notes(self), *proof])
 
 # %% ../nbs/08_plan.ipynb #c4f70144
@@ -483,7 +493,8 @@ def _repr_markdown_(self:FormatPlan):
 def plot(self:FormatPlan,
     ax=None, # matplotlib axes; None makes new ones
 ): # The axes
-    "Time of each convolution before and after, in the order of the model, coloured by precision; hatched where the format is another"
+    """Time of each convolution before and after, in the order of the model, coloured by precision; hatched where the
+    format is another"""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
     rows = [r for r in self.rows if r.kind!='other']
@@ -532,7 +543,8 @@ def apply_plan(
 ) -> nn.Module: # The same `model`
     """Convert `model` to the format of `plan` and let its layers compute by it; calling it again changes nothing
 
-    Its precisions hold inside `torch.autocast` with the dtype of the plan. `remove_plan` takes it away, and so does `apply_contiguous`.
+    Its precisions hold inside `torch.autocast` with the dtype of the plan. `remove_plan` takes it away, and so does
+    `apply_contiguous`.
     Raises a `ValueError` for a model that has not the layers of the plan; then nothing has changed."""
     names = dict(model.named_modules())
     if missing := [n for n in plan.layers if n not in names]:
@@ -619,7 +631,8 @@ def _candidates(specs, times, edges, extras, model, low, formats):
     for c in res: # a plan that is another's twin, or far behind, is not measured
         near,twin = c.predicted<=1.3*res[0].predicted,any((c.memory_format,c.layers)==(o.memory_format,o.layers) for o in kept)
         if (near or c.name=='plan') and not twin: kept.append(c)
-    kept = sorted(kept, key=lambda c: c.name!='plan')[:4] # single layers say little of what lies between: one precision is always tried
+    # single layers say little of what lies between: one precision is always tried
+    kept = sorted(kept, key=lambda c: c.name!='plan')[:4]
     return kept + [replace(c, name=f'{c.name}, dense gradients', layers={**extras, **c.layers}) for c in kept[:2] if extras]
 
 # %% ../nbs/08_plan.ipynb #e6aa18f5
@@ -633,7 +646,8 @@ def _setup(layers, low, step):
 
 def _screen(step, arms, end, rounds, bar, clock):
     "Seconds of a step of each arm, the least of short blocks in turns, and what a block costs in all; without arms that fail"
-    costs,lanes,one = {},[_step_lane(step, a, False, {}, None) for a in arms],step.device.type=='cpu' and torch.get_num_threads()==1
+    costs,lanes,one = ({},[_step_lane(step, a, False, {}, None) for a in arms],
+        step.device.type=='cpu' and torch.get_num_threads()==1)
     for i in progress_bar(range(rounds), leave=False) if bar else range(rounds):
         for lane in lanes:
             if lane.failed: continue
@@ -717,7 +731,8 @@ def _write_cache(file, key, plan):
 # %% ../nbs/08_plan.ipynb #bbbdc008
 def _flags_now():
     b,env = torch.backends,('DNNL_', 'ONEDNN_', 'OMP_', 'KMP_', 'MALLOC_', 'LD_PRELOAD')
-    flags = [getattr(b.cudnn, n) for n in ('enabled', 'benchmark', 'deterministic', 'allow_tf32')] + [b.cuda.matmul.allow_tf32, b.mkldnn.enabled]
+    flags = ([getattr(b.cudnn, n) for n in ('enabled', 'benchmark', 'deterministic', 'allow_tf32')]
+        + [b.cuda.matmul.allow_tf32, b.mkldnn.enabled])
     settings = [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
     return flags + settings + sorted((k,v) for k,v in os.environ.items() if k.startswith(env))
 
@@ -760,9 +775,11 @@ def plan_formats(
     now:Arm|None=None, # How the step is made now; None: as it is
     bar:bool=True, # Show progress bars
 ) -> FormatPlan:
-    """The fastest proven way to make `step`: a format and a precision for each of its convolutions, or one setting for all, or what it has now
+    """The fastest proven way to make `step`: a format and a precision for each of its convolutions, or one setting for
+    all, or what it has now
 
-    Raises a `ValueError` for a model without a convolution, and what the step itself raises. Ctrl-C leaves everything as it was."""
+    Raises a `ValueError` for a model without a convolution, and what the step itself raises. Ctrl-C leaves everything
+    as it was."""
     if cache not in (True, False, 'refresh'): raise ValueError(f"cache is True, False or 'refresh', received {cache!r}")
     if not budget>0: raise ValueError(f'budget is a number of seconds above 0, received {budget!r}')
     if not any(isinstance(m, _ConvNd) for m in step.model.modules()):
@@ -810,11 +827,13 @@ def _compile_note(bench, arm):
     "What compiling costs, and from when on it pays"
     row,plain = bench[arm],[r for r in bench.rows[2:] if r.seconds and not r.arm.endswith('compiled')] + [bench.now]
     cost,saved = (row.first_seconds or 0)-row.seconds,min(r.seconds for r in plain)-row.seconds
-    return f'Compiling takes {cost:.0f} s' + (f', and has paid for itself after {int(np.ceil(cost/saved)):,} steps.' if saved>0 else '.')
+    return (f'Compiling takes {cost:.0f} s'
+        + (f', and has paid for itself after {int(np.ceil(cost/saved)):,} steps.' if saved>0 else '.'))
 
 def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar):
     "Race the candidates, prove the best, and say what came of it"
-    clock,singles = device_clock(step.device),[a for a in _single_arms(step, low, now) if (a.memory_format,_name_of(a.dtype)) not in deadly]
+    clock,singles = (device_clock(step.device),
+        [a for a in _single_arms(step, low, now) if (a.memory_format,_name_of(a.dtype)) not in deadly])
     arms = [now, *singles, *[_arm(c, low) for c in plans]]
     with kept_memory(): seconds,costs = _screen(step, arms, start+0.65*budget, 5, bar, clock)
     if 'now' not in seconds: step.run() # raises what is wrong with it
@@ -838,6 +857,7 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     if plan.compile: plan.notes.append(_compile_note(bench, arm))
     plan.predicted = {c.name: c.predicted for c in plans}
     plan.rows = _plan_rows(specs, times, plan, _format(step, now), _precision(step) if step.autocast is not None else 'fp32')
-    if inference: plan.inference = bench_formats(step, [by_name[n][0] for n in chosen], limit=budget/4, inference=True, now=now, bar=bar)
+    if inference:
+        plan.inference = bench_formats(step, [by_name[n][0] for n in chosen], limit=budget/4, inference=True, now=now, bar=bar)
     plan.seconds = time.perf_counter()-start
     return plan

@@ -44,19 +44,24 @@ class LayerSpec:
         x:torch.Tensor, # What it receives
     ):
         "The `LayerSpec` of `m` when it receives `x`"
-        kind = next(c.__name__ for c in type(m).__mro__ if c.__module__=='torch.nn.modules.conv' and not c.__name__.startswith('_'))
-        return cls(kind, m.in_channels, m.out_channels, tuple(m.kernel_size), tuple(m.stride), m.padding if isinstance(m.padding, str) else tuple(m.padding), tuple(m.dilation),
-            m.groups, tuple(m.output_padding), m.bias is not None, m.padding_mode, tuple(x.shape), x.requires_grad)
+        kind = next(c.__name__ for c in type(m).__mro__ if c.__module__=='torch.nn.modules.conv'
+            and not c.__name__.startswith('_'))
+        return cls(kind, m.in_channels, m.out_channels, tuple(m.kernel_size), tuple(m.stride),
+            m.padding if isinstance(m.padding, str) else tuple(m.padding), tuple(m.dilation), m.groups,
+            tuple(m.output_padding), m.bias is not None, m.padding_mode, tuple(x.shape), x.requires_grad)
 
     def build(self) -> nn.Module:
         "A new layer of this kind, with random weights"
         kw = dict(output_padding=self.output_padding) if 'Transpose' in self.kind else {}
-        return getattr(nn, self.kind)(self.in_channels, self.out_channels, self.kernel_size, stride=self.stride, padding=self.padding, dilation=self.dilation,
-            groups=self.groups, bias=self.bias, padding_mode=self.padding_mode, **kw)
+        return getattr(nn, self.kind)(self.in_channels, self.out_channels, self.kernel_size, stride=self.stride,
+            padding=self.padding, dilation=self.dilation, groups=self.groups, bias=self.bias,
+            padding_mode=self.padding_mode, **kw)
 
     def __str__(self):
-        more = [f'{k} {v}' for k,v,plain in (('stride', self.stride, {1}), ('padding', self.padding, {0}), ('dilation', self.dilation, {1}), ('groups', (self.groups,), {1})) if isinstance(v, str) or set(v)!=plain]
-        return ', '.join([f'{self.kind} {self.in_channels} to {self.out_channels}', f'kernel {self.kernel_size}', *more, f'input {self.shape}'])
+        more = [f'{k} {v}' for k,v,plain in (('stride', self.stride, {1}), ('padding', self.padding, {0}),
+            ('dilation', self.dilation, {1}), ('groups', (self.groups,), {1})) if isinstance(v, str) or set(v)!=plain]
+        return ', '.join([f'{self.kind} {self.in_channels} to {self.out_channels}', f'kernel {self.kernel_size}',
+            *more, f'input {self.shape}'])
 
 # %% ../nbs/07_probe.ipynb #72ee6ef3
 @torch.no_grad()
@@ -64,7 +69,8 @@ def layer_specs(
     model:nn.Module,
     *inputs, # What the model is called with
 ) -> dict: # `LayerSpec` to the list of dotted paths that it stands for
-    "The distinct convolutions of `model`, as they are called for `inputs`; call it with the model's state preserved, for the forward pass may change it"
+    """The distinct convolutions of `model`, as they are called for `inputs`; call it with the model's state preserved,
+    for the forward pass may change it"""
     res,frozen = {},{id(m) for m in convolutions(model).values() if not any(p.requires_grad for p in m.parameters())}
     first = [True] # the first layer's input is the data, which needs no gradient
     def hook(path):
@@ -93,7 +99,8 @@ def _once(layer, x, g, memory_format, precision, input_grad, exact=False):
     x = _formatted(x, memory_format).requires_grad_(input_grad)
     with torch.autocast(x.device.type, dtype=dtypes[precision], enabled=dtypes[precision] is not None and not exact): y = layer(x)
     y.backward(_formatted(g.to(y.dtype), memory_format))
-    return {'output': y.detach().double(), **({'input': x.grad.double()} if input_grad else {}), **{n:p.grad.double() for n,p in layer.named_parameters()}}
+    return {'output': y.detach().double(), **({'input': x.grad.double()} if input_grad else {}),
+        **{n:p.grad.double() for n,p in layer.named_parameters()}}
 
 def _errors(ours, exact): return {k:_finite(((ours[k]-v).norm()/v.norm().clamp_min(1e-30)).item()) for k,v in exact.items()}
 def _finite(e): return e if e==e and e!=float('inf') else 1e9
@@ -117,11 +124,14 @@ def run_layer(
     (guard if guarded else unguard)(layer)
     errors = {}
     for _ in range(rounds):
-        for k,e in _errors(_once(layer, x.clone(), g, memory_format, precision, spec.input_grad), exact).items(): errors[k] = max(e, errors.get(k, 0))
-    return dict(errors=errors, contiguous=contiguous, wrong=[k for k,e in errors.items() if e>max(floors[precision], margin*min(contiguous[k], floors[precision]))])
+        for k,e in _errors(_once(layer, x.clone(), g, memory_format, precision, spec.input_grad), exact).items():
+            errors[k] = max(e, errors.get(k, 0))
+    return dict(errors=errors, contiguous=contiguous,
+        wrong=[k for k,e in errors.items() if e>max(floors[precision], margin*min(contiguous[k], floors[precision]))])
 
 # %% ../nbs/07_probe.ipynb #89f684b2
-kernel_names = ('forward', 'input', 'weight', 'weight tiled') # The output, and the gradients of input and weight, of that in two ways
+# The output, and the gradients of input and weight, of that in two ways
+kernel_names = ('forward', 'input', 'weight', 'weight tiled')
 
 def conv_args(
     m, # A convolution or a `LayerSpec`
@@ -143,7 +153,8 @@ aten = torch.ops.aten
 def is_tiled(
     m, # A convolution or a `LayerSpec`
 ) -> bool: # Is `tiled_weight_grad` made for it?
-    return len(m.kernel_size)==2 and m.groups>1 and max(m.kernel_size)>3 and max(m.dilation)==1 and not (conv_args(m) or (0,)*4)[3] and conv_args(m) is not None
+    return (len(m.kernel_size)==2 and m.groups>1 and max(m.kernel_size)>3 and max(m.dilation)==1
+        and not (conv_args(m) or (0,)*4)[3] and conv_args(m) is not None)
 
 def _starts(k): return [*range(0, k-3, 3), k-3] if k>3 else [0]
 
@@ -156,13 +167,15 @@ def tiled_weight_grad(
     "The weight gradient of a convolution in tiles of 3x3 taps"
     stride,(ph,pw),dilation,_,out,groups = args
     fmt = torch.channels_last if 'channels_last' in (format_of(x), format_of(g)) else torch.contiguous_format
-    g,x,res = g.contiguous(memory_format=fmt),F.pad(x.contiguous(memory_format=fmt), (pw, pw, ph, ph)),torch.empty_like(w, dtype=g.dtype)
+    g,x,res = (g.contiguous(memory_format=fmt),F.pad(x.contiguous(memory_format=fmt), (pw, pw, ph, ph)),
+        torch.empty_like(w, dtype=g.dtype))
     (kh,kw),(ho,wo) = (min(k, 3) for k in w.shape[2:]),g.shape[2:]
     tile = w.new_empty((*w.shape[:2], kh, kw), dtype=g.dtype)
     for a in _starts(w.shape[2]):
         for b in _starts(w.shape[3]):
             part = x[:,:,a:a+(ho-1)*stride[0]+kh,b:b+(wo-1)*stride[1]+kw].contiguous(memory_format=fmt)
-            res[:,:,a:a+kh,b:b+kw] = aten.convolution_backward(g, part, tile, None, stride, [0, 0], dilation, False, out, groups, [False, True, False])[1]
+            res[:,:,a:a+kh,b:b+kw] = aten.convolution_backward(g, part, tile, None, stride, [0, 0], dilation, False,
+                out, groups, [False, True, False])[1]
     return res
 
 # %% ../nbs/07_probe.ipynb #841213c9
@@ -170,7 +183,8 @@ def _kernels(x, w, b, g, args):
     "The three kernels of a convolution as functions by name"
     sizes = None if b is None else list(b.shape)
     def backward(*mask): return partial(aten.convolution_backward, g, x, w, sizes, *args, list(mask))
-    return {'forward': partial(aten.convolution, x, w, b, *args), 'input': lambda: backward(True, False, False)()[0], 'weight': lambda: backward(False, True, b is not None)()[1],
+    return {'forward': partial(aten.convolution, x, w, b, *args), 'input': lambda: backward(True, False, False)()[0],
+        'weight': lambda: backward(False, True, b is not None)()[1],
         'weight tiled': lambda: tiled_weight_grad(g, x, w, args)}
 
 def _norm_chain(y):
@@ -228,7 +242,8 @@ def _sync(device):
 def _what(key): return key[2].removesuffix(' tiled')
 
 def _time(f, device):
-    now = time.thread_time if torch.device(device).type=='cpu' and torch.get_num_threads()==1 else time.perf_counter # the first does not count what others compute meanwhile
+    # the first does not count what others compute meanwhile
+    now = time.thread_time if torch.device(device).type=='cpu' and torch.get_num_threads()==1 else time.perf_counter
     f(); _sync(device)
     start = now()
     f(); _sync(device)
@@ -237,7 +252,8 @@ def _time(f, device):
 # %% ../nbs/07_probe.ipynb #d2c153de
 def _wrong_kernels(spec, layer, x, g, todo):
     "Of the kernels of `todo`: those whose result is not that of double precision, with its relative error"
-    args,f32 = conv_args(spec),_kernels(x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), g, conv_args(spec))
+    args,f32 = (conv_args(spec),
+        _kernels(x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), g, conv_args(spec)))
     base,exact,wrong = {},{},{}
     def off(a, b): return _finite(((a.double()-b.double()).norm()/b.double().norm().clamp_min(1e-30)).item())
     for key,fn in todo.items():
@@ -246,7 +262,9 @@ def _wrong_kernels(spec, layer, x, g, todo):
         res = fn()
         if k not in base: base[k] = f32[k]()
         if off(res, base[k])<=floors[p]: continue
-        if k not in exact: exact[k] = _kernels(*(None if t is None else t.detach().double() for t in (x, layer.weight, layer.bias, g)), args)[k]()
+        if k not in exact:
+            exact[k] = _kernels(*(None if t is None else t.detach().double() for t in (x, layer.weight, layer.bias, g)),
+                args)[k]()
         if (e := off(res, exact[k]))>max(floors[p], margin*min(off(base[k], exact[k]), floors[p])): wrong[key] = e
     return wrong
 
@@ -262,7 +280,8 @@ def time_layer(
     seed:int=0,
 ) -> dict: # 'seconds': rows of format, precision, name and seconds; 'wrong': rows of format, precision, kernel and error
     "Time the kernels of `spec` in this process, and what leads from one choice to another"
-    if conv_args(spec) is None: raise ValueError(f'no plain convolution does the same: padding {spec.padding!r}, padding_mode {spec.padding_mode!r}')
+    if conv_args(spec) is None:
+        raise ValueError(f'no plain convolution does the same: padding {spec.padding!r}, padding_mode {spec.padding_mode!r}')
     torch.manual_seed(seed)
     formats = [f for f in formats if f=='contiguous' or len(spec.kernel_size)>1]
     layer,x = spec.build().to(device),torch.randn(spec.shape, device=device)
@@ -307,7 +326,8 @@ class ProbeResult:
 
 # %% ../nbs/07_probe.ipynb #0690e190
 class Probe:
-    "A child process that runs layers. Use it as a context manager; it starts with the first layer and is replaced when it dies or hangs"
+    """A child process that runs layers. Use it as a context manager; it starts with the first layer and is replaced when
+    it dies or hangs"""
     def __init__(self,
         timeout:float=60., # Seconds after which a layer counts as hung
         start_timeout:float=120., # Seconds that a new child may take to import torch on top
@@ -326,8 +346,9 @@ class Probe:
 
     def _start(self):
         path = os.pathsep.join(p for p in sys.path if p)
-        self.child = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from fastxtend_cl.probe import _serve; _serve()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': path}, start_new_session=True)
+        self.child = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from fastxtend_cl.probe import _serve; _serve()'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, 'PYTHONPATH': path}, start_new_session=True)
         self.buffer = b''
 
 # %% ../nbs/07_probe.ipynb #a2b7aff7
@@ -373,7 +394,8 @@ def _ask(self:Probe, task, spec, request):
     if answer: return 'answered',json.loads(answer)
     status = self.child.wait() if answer=='' else None
     self.close()
-    return ('hung',f'no answer in {self.timeout:g} seconds') if status is None else ('died',f'the process died of {_signal_name(status)}')
+    return (('hung',f'no answer in {self.timeout:g} seconds') if status is None
+        else ('died',f'the process died of {_signal_name(status)}'))
 
 # %% ../nbs/07_probe.ipynb #525ce191
 @patch
@@ -395,7 +417,8 @@ def run(self:Probe,
 class LayerTimes:
     "Times of a layer, kernel by kernel"
     spec:LayerSpec
-    seconds:dict=field(default_factory=dict) # (format, precision, name) to seconds; names: 'forward', 'input', 'weight', 'chain', 'input to bf16', ...
+    # (format, precision, name) to seconds; names: 'forward', 'input', 'weight', 'chain', 'input to bf16', ...
+    seconds:dict=field(default_factory=dict)
     lost:dict=field(default_factory=dict) # (format, precision) or (format, precision, kernel) to why it is no candidate
 
     def get(self, memory_format, precision, name, default=float('inf')):

@@ -37,7 +37,8 @@ class _Cat(torch.autograd.Function):
         ctx.sizes = [x.shape[1] for x in xs]
         return torch.cat(xs, 1)
     @staticmethod
-    def backward(ctx, g): return tuple(_to_last(o) if need else None for o,need in zip(g.split(ctx.sizes, 1), ctx.needs_input_grad))
+    def backward(ctx, g):
+        return tuple(_to_last(o) if need else None for o,need in zip(g.split(ctx.sizes, 1), ctx.needs_input_grad))
 
 def cat(
     tensors, # As of `torch.cat`
@@ -116,7 +117,8 @@ def instance_norm(
     input:Tensor, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ): # The normalized tensor, or None
     "`F.instance_norm` without running statistics"
-    return F.group_norm(input, input.shape[1], weight, bias, eps) if use_input_stats and running_mean is None and _is_last(input) else None
+    return (F.group_norm(input, input.shape[1], weight, bias, eps)
+        if use_input_stats and running_mean is None and _is_last(input) else None)
 
 # %% ../nbs/05a_repair.ipynb #8be65718
 class _CircularPad(torch.autograd.Function):
@@ -187,7 +189,8 @@ def pooled_self_attention(
 # %% ../nbs/05a_repair.ipynb #4ba263b3
 remedies = { # Name to what it replaces in the code of a layer
     'cat': {torch.cat: cat, torch.concat: cat, torch.concatenate: cat},
-    'mean': {Tensor.mean: mean, torch.mean: mean, F.adaptive_avg_pool2d: adaptive_avg_pool, F.adaptive_avg_pool3d: adaptive_avg_pool},
+    'mean': {Tensor.mean: mean, torch.mean: mean, F.adaptive_avg_pool2d: adaptive_avg_pool,
+        F.adaptive_avg_pool3d: adaptive_avg_pool},
     'contiguous': {Tensor.contiguous: contiguous},
     'split': {Tensor.chunk: chunk, torch.chunk: chunk, Tensor.split: split, torch.split: split},
     'instance norm': {F.instance_norm: instance_norm},
@@ -332,7 +335,8 @@ class FormatRepair:
     def applied(self): return {r.remedy:r.layers for r in self.rows if r.verdict=='applied'}
     @property
     def reason(self):
-        if self.conditions.get('compiled'): return 'nothing repaired: the model is compiled, and a compiler chooses formats by itself'
+        if self.conditions.get('compiled'):
+            return 'nothing repaired: the model is compiled, and a compiler chooses formats by itself'
         if not self.rows: return 'nothing to repair: no place that the trace names has a known remedy'
         if not self.applied: return f'nothing repaired: none of {len(self.rows)} remedies makes the step faster'
         won = [r for r in self.rows if r.verdict=='applied']
@@ -341,11 +345,14 @@ class FormatRepair:
         "Plain data for JSON"
         return dict(vars(self), reason=self.reason, rows=[vars(r) for r in self.rows], applied=self.applied)
     def __str__(self):
-        def row(r): return f'{r.remedy:18}{len(r.layers):4} layers {r.ratio:6.2f} ({r.low:.2f} to {r.high:.2f})  {r.verdict} {r.reason}'
+        def row(r):
+            return f'{r.remedy:18}{len(r.layers):4} layers {r.ratio:6.2f} ({r.low:.2f} to {r.high:.2f})  {r.verdict} {r.reason}'
         return '\n'.join([self.reason, *map(row, self.rows), _conditions_line(self.conditions)])
     def _repr_markdown_(self):
-        def row(r): return f'| {r.remedy} | {len(r.layers)} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {r.verdict} {r.reason} |'
-        table = '\n'.join(['| remedy | layers | times as fast | interval | verdict |', '|---|--:|--:|--:|---|', *map(row, self.rows)])
+        def row(r):
+            return f'| {r.remedy} | {len(r.layers)} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {r.verdict} {r.reason} |'
+        table = '\n'.join(['| remedy | layers | times as fast | interval | verdict |', '|---|--:|--:|--:|---|',
+            *map(row, self.rows)])
         return '\n\n'.join([f'**{self.reason}**', *([table] if self.rows else []), _conditions_line(self.conditions)])
 
 # %% ../nbs/05a_repair.ipynb #9dc7c03e
@@ -370,7 +377,8 @@ def _interval(ratios):
     return statistics.median(ratios),ratios[k],ratios[-1-k]
 
 class _Switch:
-    "Puts a remedy into layers and takes it out; what is so already costs nothing, for a repaired step shall not pay for the switch"
+    """Puts a remedy into layers and takes it out; what is so already costs nothing, for a repaired step shall not pay
+    for the switch"""
     def __init__(self, name, layers): self.name,self.layers,self.was = name,layers,None
     def __call__(self, on):
         if on==(self.was is not None): return
@@ -429,7 +437,8 @@ def repair_format(
 ) -> FormatRepair:
     """Repair the layers of `step.model` that lose channels last, where a remedy makes the whole step faster
 
-    Remedies are tried one after the other, the most promising first, each on top of those that won; then the step is traced again.
+    Remedies are tried one after the other, the most promising first, each on top of those that won; then the step is
+    traced again.
     If anything raises, or the user interrupts, the model is as it was. Raises what `trace_format` raises."""
     start,rows,won = time.perf_counter(),[],[]
     try:

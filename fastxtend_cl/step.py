@@ -28,7 +28,8 @@ def _followed(module_name):
     "Whether what is defined in `module_name` may hold state of a training step"
     name = module_name or ''
     top = name.partition('.')[0]
-    return top not in sys.stdlib_module_names and (top!='torch' or name.startswith(('torch.nn', 'torch.optim', 'torch.utils.data')))
+    return (top not in sys.stdlib_module_names
+        and (top!='torch' or name.startswith(('torch.nn', 'torch.optim', 'torch.utils.data'))))
 
 def _attrs(o):
     "The attributes of `o` as its own dict, or None if `o` is not followed"
@@ -69,7 +70,8 @@ def _parts(o):
     if isinstance(o, torch.jit.ScriptModule): return [*o.parameters(recurse=False), *o.buffers(recurse=False), *o.children()]
     if isinstance(o, types.MethodType): return [o.__self__, o.__func__]
     if isinstance(o, partial): return [o.func, o.args, o.keywords]
-    if isinstance(o, types.FunctionType) and _followed(o.__module__): return [*(o.__closure__ or ()), o.__defaults__, o.__kwdefaults__]
+    if isinstance(o, types.FunctionType) and _followed(o.__module__):
+        return [*(o.__closure__ or ()), o.__defaults__, o.__kwdefaults__]
     if isinstance(o, types.CellType): return _cell(o)
     return [getattr(o, n) for n in _slots(o)]
 
@@ -78,7 +80,8 @@ def _cell(c):
     except ValueError: return [] # still empty
 
 # %% ../nbs/03_step.ipynb #b6d9a734
-_atoms = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device, torch.memory_format, types.BuiltinFunctionType)
+_atoms = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device,
+    torch.memory_format, types.BuiltinFunctionType)
 
 def _reachable(roots):
     "Each object that `roots` hold, directly or not, once"
@@ -133,7 +136,8 @@ class _TensorState:
         if t._post_accumulate_grad_hooks is not self.post: t._post_accumulate_grad_hooks = self.post
 
     def restore_version(self):
-        if self.version is not None and self.t._version!=self.version: torch._C._autograd._unsafe_set_version_counter((self.t,), (self.version,))
+        if self.version is not None and self.t._version!=self.version:
+            torch._C._autograd._unsafe_set_version_counter((self.t,), (self.version,))
 
 # %% ../nbs/03_step.ipynb #6dd1dc2b
 def _same_memory(a, b):
@@ -178,7 +182,8 @@ def _array_undo(o):
     return lambda: o.__setitem__(..., kept)
 
 def _object_undo(o):
-    "For any other object: its class (a lazy layer and its parameters change it) and its slots; the attributes are a dict of their own"
+    """For any other object: its class (a lazy layer and its parameters change it) and its slots; the attributes are a
+    dict of their own"""
     cls,slots = type(o),{n:getattr(o, n) for n in _slots(o)}
     if isinstance(o, torch.jit.ScriptModule): return partial(setattr, o, 'training', o.training)
     def undo():
@@ -194,7 +199,8 @@ def _undo(o, values):
     if isinstance(o, dict): return _dict_undo(o)
     if isinstance(o, (list, set, deque)): return _list_undo(o)
     if isinstance(o, np.ndarray): return _array_undo(o) if values and o.flags.writeable else None
-    if isinstance(o, types.CellType): return partial(setattr, o, 'cell_contents', o.cell_contents) if _cell(o) else partial(_empty, o)
+    if isinstance(o, types.CellType):
+        return partial(setattr, o, 'cell_contents', o.cell_contents) if _cell(o) else partial(_empty, o)
     if gen := _generator_undo(o): return gen
     return _object_undo(o) if _attrs(o) is not None or _slots(o) else None
 
@@ -204,7 +210,8 @@ def _empty(cell):
 # %% ../nbs/03_step.ipynb #37f5eb91
 def generators() -> list: # Pairs of functions that read and set a state
     "The random generators of Python, NumPy, torch, and of each device that is in use"
-    res = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state), (torch.get_rng_state, torch.set_rng_state)]
+    res = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
+        (torch.get_rng_state, torch.set_rng_state)]
     if torch.cuda.is_initialized(): res.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     if torch.xpu.is_initialized(): res.append((torch.xpu.get_rng_state_all, torch.xpu.set_rng_state_all))
     if torch.backends.mps.is_available(): res.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
@@ -231,28 +238,36 @@ def _set_nesting(n):
     while _nesting()<n: torch.autocast_increment_nesting()
 
 def _autocast_flags(): return [f for d in torch._C._autocast_supported_devices() for f in (
-    (partial(torch.is_autocast_enabled, d), partial(torch.set_autocast_enabled, d)), (partial(torch.get_autocast_dtype, d), partial(torch.set_autocast_dtype, d)))]
+    (partial(torch.is_autocast_enabled, d), partial(torch.set_autocast_enabled, d)),
+    (partial(torch.get_autocast_dtype, d), partial(torch.set_autocast_dtype, d)))]
 
 # %% ../nbs/03_step.ipynb #54d352d9
 def _flags():
     "Pairs of functions that read and set one setting of torch"
     b = torch.backends
     return [*_autocast_flags(), (_nesting, _set_nesting), (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-        (torch.is_grad_enabled, torch.set_grad_enabled), (torch.is_anomaly_enabled, lambda v: torch.set_anomaly_enabled(v, torch.is_anomaly_check_nan_enabled())),
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.is_anomaly_enabled, lambda v: torch.set_anomaly_enabled(v, torch.is_anomaly_check_nan_enabled())),
         (torch.is_anomaly_check_nan_enabled, lambda v: torch.set_anomaly_enabled(torch.is_anomaly_enabled(), v)),
         (torch.get_default_dtype, torch.set_default_dtype), (torch.get_num_threads, torch.set_num_threads),
-        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode), _attr(torch.utils.deterministic, 'fill_uninitialized_memory'),
-        *[_attr(b.cudnn, n) for n in ('enabled','benchmark','benchmark_limit','deterministic','allow_tf32')], *[_attr(b.mkldnn, n) for n in ('enabled','deterministic')],
-        *[_attr(b.cuda.matmul, n) for n in ('allow_tf32','allow_fp16_reduced_precision_reduction','allow_bf16_reduced_precision_reduction')],
-        *[(getattr(b.cuda, f'{n}_sdp_enabled'), getattr(b.cuda, f'enable_{n}_sdp')) for n in ('flash','mem_efficient','math','cudnn')],
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        _attr(torch.utils.deterministic, 'fill_uninitialized_memory'),
+        *[_attr(b.cudnn, n) for n in ('enabled','benchmark','benchmark_limit','deterministic','allow_tf32')],
+        *[_attr(b.mkldnn, n) for n in ('enabled','deterministic')],
+        *[_attr(b.cuda.matmul, n)
+            for n in ('allow_tf32','allow_fp16_reduced_precision_reduction','allow_bf16_reduced_precision_reduction')],
+        *[(getattr(b.cuda, f'{n}_sdp_enabled'), getattr(b.cuda, f'enable_{n}_sdp'))
+            for n in ('flash','mem_efficient','math','cudnn')],
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-        *[_precision(*o) for o in [('generic','all')] + [(d,o) for d in ('cuda','mkldnn') for o in ('all','matmul','conv','rnn')]]]
+        *[_precision(*o) for o in [('generic','all')]
+            + [(d,o) for d in ('cuda','mkldnn') for o in ('all','matmul','conv','rnn')]]]
 
 def _flag_undos():
     res = []
     for get,put in _flags():
         try: res.append(partial(_set_back, get, put, get()))
-        except (RuntimeError, AttributeError): pass # what this build of torch does not have, or an old name while the new one is in use
+        except (RuntimeError, AttributeError):
+            pass # what this build of torch does not have, or an old name while the new one is in use
     return res
 
 def _set_back(get, put, value):
@@ -262,7 +277,8 @@ def _set_back(get, put, value):
 
 # %% ../nbs/03_step.ipynb #3c8a2201
 class Preserved:
-    """A context after which all that `objects` hold, and the random generators and settings of the process, is bit for bit what it was, in the same objects
+    """A context after which all that `objects` hold, and the random generators and settings of the process, is bit for
+    bit what it was, in the same objects
 
     Also if the body raises, runs out of memory or is interrupted."""
     def __init__(self,
@@ -277,8 +293,10 @@ class Preserved:
         with _plain_torch():
             found = [*_reachable([*self.objects, *_global_hooks()])]
             tensors = [o for o in found if isinstance(o, Tensor)]
-            self._undos,self._tensors = [u for u in (_undo(o, self.values) for o in found) if u],[_TensorState(t) for t in tensors]
-            self._copies = [(o, _copy(_bytes(*o), self.on)) for o in (_spans(filter(_has_storage, tensors)) if self.values else [])]
+            self._undos,self._tensors = ([u for u in (_undo(o, self.values) for o in found) if u],
+                [_TensorState(t) for t in tensors])
+            self._copies = [(o, _copy(_bytes(*o), self.on))
+                for o in (_spans(filter(_has_storage, tensors)) if self.values else [])]
         try: self._shield()
         except BaseException: self._unshield(); raise
         return self
@@ -309,7 +327,8 @@ def _copy(t, on): return t.clone() if on is None else t.to(on, copy=True)
 @patch
 def _restore(self:Preserved):
     "Put everything back; returns the errors met"
-    tensors = [*[t.restore_memory for t in self._tensors], *[t.restore for t in self._tensors], *[partial(_put_back, *o) for o in self._copies], *[t.restore_version for t in self._tensors]]
+    tensors = [*[t.restore_memory for t in self._tensors], *[t.restore for t in self._tensors],
+        *[partial(_put_back, *o) for o in self._copies], *[t.restore_version for t in self._tensors]]
     first = [torch.cuda.synchronize] if torch.cuda.is_initialized() else []
     with _plain_torch(): failed = _call_all(first + self._undos + tensors)
     return failed + _call_all([torch.clear_autocast_cache, *self._process])
@@ -344,7 +363,8 @@ def _shield(self:Preserved):
 @patch
 def _unshield(self:Preserved):
     "Let Ctrl-C through again, and one that waited"
-    if callable(self._old) and _main_thread() and signal.getsignal(signal.SIGINT) is self._handler: signal.signal(signal.SIGINT, self._old)
+    if callable(self._old) and _main_thread() and signal.getsignal(signal.SIGINT) is self._handler:
+        signal.signal(signal.SIGINT, self._old)
     if self._late: self._old(signal.SIGINT, None)
 
 # %% ../nbs/03_step.ipynb #e87c9909
@@ -362,10 +382,12 @@ class TrainingStep:
     def __post_init__(self):
         _check_model(self.model)
         self.inputs,self.targets = (o if isinstance(o, tuple) else (o,) for o in (self.inputs, self.targets))
-        if not callable(self.loss_func): raise TypeError(f'loss_func is a function of the output and the targets, received {type(self.loss_func).__name__}')
+        if not callable(self.loss_func):
+            raise TypeError(f'loss_func is a function of the output and the targets, received {type(self.loss_func).__name__}')
         if self.optimizer is not None and not callable(getattr(self.optimizer, 'step', None)):
             raise TypeError(f'optimizer is an object with a `step`, or None, received {type(self.optimizer).__name__}')
-        if self.autocast not in (None, torch.float16, torch.bfloat16): raise ValueError(f'autocast is torch.float16, torch.bfloat16 or None, received {self.autocast!r}')
+        if self.autocast not in (None, torch.float16, torch.bfloat16):
+            raise ValueError(f'autocast is torch.float16, torch.bfloat16 or None, received {self.autocast!r}')
 
 # %% ../nbs/03_step.ipynb #916b2ba5
 @patch(as_prop=True)
@@ -386,7 +408,8 @@ def __repr__(self:TrainingStep):
     opt = getattr(self.optimizer, 'opt', self.optimizer)
     return (f'TrainingStep({type(self.model).__name__} on {self.device}, inputs {", ".join(map(_describe, self.inputs))}, '
             f'targets {", ".join(map(_describe, self.targets)) or None}, {name(self.loss_func)}, '
-            f'{f"{type(opt).__name__}" if opt is not None else "no optimizer"}, {f"autocast {self.autocast}".replace("torch.", "") if self.autocast else "no autocast"})')
+            f'{f"{type(opt).__name__}" if opt is not None else "no optimizer"}, '
+            f'{f"autocast {self.autocast}".replace("torch.", "") if self.autocast else "no autocast"})')
 
 # %% ../nbs/03_step.ipynb #f9e8b205
 def _optimizers(opt):
@@ -411,7 +434,9 @@ def _to_double(ts):
         by_storage.setdefault(t.untyped_storage()._cdata if _has_storage(t) else id(t), []).append(t)
     for group in by_storage.values():
         shared = len(group)>1 and len({t.dtype for t in group})==1
-        if shared: whole = torch.empty(0, dtype=group[0].dtype, device=group[0].device).set_(group[0].untyped_storage()).to(_double(group[0]))
+        if shared:
+            whole = (torch.empty(0, dtype=group[0].dtype, device=group[0].device)
+                .set_(group[0].untyped_storage()).to(_double(group[0])))
         for t in group: t.data = whole.as_strided(t.shape, t.stride(), t.storage_offset()) if shared else t.data.to(_double(t))
 
 # %% ../nbs/03_step.ipynb #0ad4d30c
@@ -436,7 +461,8 @@ def convert(self:TrainingStep,
     memory_format:str|None=None, # 'channels_last', 'contiguous', or None to leave it
     double:bool=False, # To double precision
 ):
-    "Bring model and optimizer state, in place, and the batch to a memory format and to double precision; what is so already is not touched"
+    """Bring model and optimizer state, in place, and the batch to a memory format and to double precision; what is so
+    already is not touched"""
     if memory_format is not None: convert_format(self.model, memory_format, [*_optimizers(self.optimizer)])
     self._change_batch({'channels_last': as_channels_last, 'contiguous': as_contiguous}.get(memory_format))
     if not double: return
@@ -477,14 +503,16 @@ def params(self:TrainingStep) -> dict: # Name to parameter, a tied one once
 _in_place = {'bernoulli_','uniform_','normal_','exponential_','random_','log_normal_','cauchy_','geometric_'}
 _like,_new = {'bernoulli','rand_like','randn_like','native_dropout'},{'rand','randn'}
 
-def _plain_copy(t): return t.to(torch.float32 if t.is_floating_point() else t.dtype, memory_format=torch.contiguous_format, copy=True)
+def _plain_copy(t):
+    return t.to(torch.float32 if t.is_floating_point() else t.dtype, memory_format=torch.contiguous_format, copy=True)
 
 class _SameRandom(TorchDispatchMode):
     "Draw the same random numbers in every memory format and dtype"
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},func.overloadpacket.__name__
         if name in _in_place: return args[0].copy_(func(_plain_copy(args[0]), *args[1:], **kwargs))
-        if name in _new: return func(*args, **{**kwargs, 'dtype':torch.float32}).to(kwargs.get('dtype') or torch.get_default_dtype())
+        if name in _new:
+            return func(*args, **{**kwargs, 'dtype':torch.float32}).to(kwargs.get('dtype') or torch.get_default_dtype())
         return self.like(func, args[0], args[1:], kwargs) if name in _like else func(*args, **kwargs)
 
     def like(self, func, x, args, kwargs):
@@ -507,7 +535,9 @@ class StepResult:
     buffers:dict|None=None # Name to buffer after the step, such as running statistics
     skipped:bool=False # A gradient overflowed in fp16, and the optimizer made no step
 
-    def __repr__(self): return f'StepResult(loss {self.loss.item():.4g}, {len(self.grads or ())} gradients{", no optimizer step: a gradient overflowed" if self.skipped else ""})'
+    def __repr__(self):
+        return (f'StepResult(loss {self.loss.item():.4g}, '
+            f'{len(self.grads or ())} gradients{", no optimizer step: a gradient overflowed" if self.skipped else ""})')
 
 # %% ../nbs/03_step.ipynb #383134e8
 def _as_float(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
@@ -516,17 +546,24 @@ def _as_float(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16)
 def _check_loss(loss, finite=True):
     "Raise a `TypeError` or a `ValueError` if no step can be made with `loss`"
     if not isinstance(loss, Tensor): raise TypeError(f'the loss is a tensor with one number, received {type(loss).__name__}')
-    if loss.numel()!=1: raise ValueError(f'the loss is a tensor with one number, received the shape {tuple(loss.shape)}: reduce it, such as by its mean')
-    if not loss.requires_grad: raise ValueError('the loss has no gradient: no parameter that it depends on requires one, or it was cut off by `detach`, `no_grad`, or an operation such as `argmax`')
-    if finite and not loss.isfinite().all(): raise ValueError(f'the loss is {loss.item()}: check learning rate, data and precision; no step can be made with it')
+    if loss.numel()!=1:
+        raise ValueError(f'the loss is a tensor with one number, received the shape {tuple(loss.shape)}: '
+            'reduce it, such as by its mean')
+    if not loss.requires_grad:
+        raise ValueError('the loss has no gradient: no parameter that it depends on requires one, '
+            'or it was cut off by `detach`, `no_grad`, or an operation such as `argmax`')
+    if finite and not loss.isfinite().all():
+        raise ValueError(f'the loss is {loss.item()}: check learning rate, data and precision; no step can be made with it')
 
 # %% ../nbs/03_step.ipynb #63c1774d
 _precisions = ('as is', None, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @patch
 def _check_run(self:TrainingStep, memory_format, dtype, keep):
-    if memory_format not in (None, 'contiguous', 'channels_last'): raise ValueError(f"memory_format is 'contiguous', 'channels_last' or None, received {memory_format!r}")
-    if not any(dtype is o or dtype==o for o in _precisions): raise ValueError(f"dtype is 'as is', None, torch.float16, torch.bfloat16 or torch.float64, received {dtype!r}")
+    if memory_format not in (None, 'contiguous', 'channels_last'):
+        raise ValueError(f"memory_format is 'contiguous', 'channels_last' or None, received {memory_format!r}")
+    if not any(dtype is o or dtype==o for o in _precisions):
+        raise ValueError(f"dtype is 'as is', None, torch.float16, torch.bfloat16 or torch.float64, received {dtype!r}")
     if keep not in ('loss', 'grads', 'state'): raise ValueError(f"keep is 'loss', 'grads' or 'state', received {keep!r}")
     dtype = self.autocast if isinstance(dtype, str) else None if dtype==torch.float32 else dtype
     if dtype in (torch.float16, torch.bfloat16) and not torch.amp.is_autocast_available(self.device.type):
@@ -539,7 +576,8 @@ def _forward(self:TrainingStep, dtype):
     "Output and loss"
     low = dtype in (torch.float16, torch.bfloat16)
     torch.clear_autocast_cache() # An outer autocast may hold casts of weights that have changed since
-    with torch.autocast(self.device.type, dtype=dtype if low else None, enabled=low) if torch.amp.is_autocast_available(self.device.type) else nullcontext():
+    with (torch.autocast(self.device.type, dtype=dtype if low else None, enabled=low)
+            if torch.amp.is_autocast_available(self.device.type) else nullcontext()):
         out = self.model(*self.inputs)
         return out,self.loss_func(_map(_as_float, out), *self.targets)
 
@@ -558,15 +596,22 @@ def _unscale(grads, scale):
 @patch
 def run(self:TrainingStep,
     memory_format:str|None=None, # 'contiguous', 'channels_last', or None for the one it has
-    dtype:torch.dtype|str|None='as is', # 'as is': its own autocast. None: no autocast. `torch.float16`, `torch.bfloat16`: by autocast. `torch.float64`: everything in double precision
+    # 'as is': its own autocast. None: no autocast. `torch.float16`, `torch.bfloat16`: by autocast.
+    # `torch.float64`: everything in double precision
+    dtype:torch.dtype|str|None='as is',
     optimizer_step:bool=True, # Update the weights, if there is an optimizer
-    seed:int|None=None, # Seed every random generator before the forward pass, and draw the same numbers in every format and precision
-    keep:str='grads', # Result holds: 'loss', without a test that it is finite; 'grads', also outputs and gradients; 'state', also updated weights and buffers
+    # Seed every random generator before the forward pass, and draw the same numbers in every format and precision
+    seed:int|None=None,
+    # Result holds: 'loss', without a test that it is finite; 'grads', also outputs and gradients;
+    # 'state', also updated weights and buffers
+    keep:str='grads',
 ) -> StepResult:
     """One step of training: forward, loss, backward, update
 
-    Changes what a step of training changes, and with `memory_format` or `torch.float64` also model, optimizer and batch: run it inside `preserved` to have all that undone.
-    A model in evaluation mode is put in training mode; one in training mode keeps the modes of its parts, such as a frozen BatchNorm.
+    Changes what a step of training changes, and with `memory_format` or `torch.float64` also model, optimizer and
+    batch: run it inside `preserved` to have all that undone.
+    A model in evaluation mode is put in training mode; one in training mode keeps the modes of its parts, such as a
+    frozen BatchNorm.
     Raises a `ValueError` for a loss that is not one finite number or has no gradient."""
     dtype = self._check_run(memory_format, dtype, keep)
     self.convert(memory_format, double=dtype==torch.float64)
@@ -598,7 +643,9 @@ def _finish(self:TrainingStep, out, loss, scaled, update, keep):
         res.outputs,res.grads = _map(Tensor.detach, out),{n:g.clone() if update else g for n,g in grads.items()}
     if update and not skipped: self.optimizer.step()
     if keep=='state':
-        with torch.no_grad(): res.weights,res.buffers = ({n:t.detach().clone() for n,t in ts} for ts in (self.params().items(), self.model.named_buffers()))
+        with torch.no_grad():
+            res.weights,res.buffers = ({n:t.detach().clone() for n,t in ts}
+                for ts in (self.params().items(), self.model.named_buffers()))
     return res
 
 # %% ../nbs/03_step.ipynb #10fd6174
@@ -606,16 +653,20 @@ def _finish(self:TrainingStep, out, loss, scaled, update, keep):
 def preserved(self:TrainingStep,
     on:str|torch.device|None=None, # Where the copy is kept, such as 'cpu' for a model on a GPU; None: where the originals are
 ) -> Preserved: # A context
-    """A context that gives everything back as it was, bit for bit and in the same objects, also if the body raises, runs out of memory or is interrupted
+    """A context that gives everything back as it was, bit for bit and in the same objects, also if the body raises, runs
+    out of memory or is interrupted
 
-    That is: weights, buffers, gradients, optimizer state and hyper-parameters, the batch; strides, dtypes and devices; training modes, hooks, `requires_grad`, lazy and plain attributes;
-    the random generators of Python, NumPy, torch and its devices; settings of cuDNN, precision, determinism, autocast and autograd.
-    It costs `preserved_bytes` of memory on top. Each change of format or dtype inside costs one more copy of what it changes, until the end, on the device."""
+    That is: weights, buffers, gradients, optimizer state and hyper-parameters, the batch; strides, dtypes and
+    devices; training modes, hooks, `requires_grad`, lazy and plain attributes; the random generators of Python,
+    NumPy, torch and its devices; settings of cuDNN, precision, determinism, autocast and autograd.
+    It costs `preserved_bytes` of memory on top. Each change of format or dtype inside costs one more copy of what it
+    changes, until the end, on the device."""
     return Preserved(self, on=on)
 
 @patch
 def preserved_bytes(self:TrainingStep) -> int: # Bytes
-    "Size of the copy that `preserved` keeps: weights, buffers, gradients, optimizer state, batch, and activations that hooks hold"
+    """Size of the copy that `preserved` keeps: weights, buffers, gradients, optimizer state, batch, and activations that
+    hooks hold"""
     with _plain_torch():
         found = [*_reachable([self])]
         spans = _spans(o for o in found if isinstance(o, Tensor) and _has_storage(o))

@@ -40,7 +40,8 @@ _torch_dir,_own_dir = (os.path.dirname(o)+os.sep for o in (torch.__file__, __imp
 _helpers,_machinery = {'contextlib.py', 'functools.py'},('_python_dispatch.py', '_ops.py', '_compile.py', 'eval_frame.py')
 
 def _caller(f):
-    "File and line of the innermost frame of the model's own code, from `f` outwards, and whether it calls the operator directly; or None"
+    """File and line of the innermost frame of the model's own code, from `f` outwards, and whether it calls the operator
+    directly; or None"""
     direct = True
     while f:
         name = f.f_code.co_filename
@@ -69,7 +70,8 @@ class _Modules:
     def __init__(self, step):
         loss = step.loss_func.named_modules(prefix='loss_func') if isinstance(step.loss_func, nn.Module) else ()
         self.names = {}
-        for n,m in (*step.model.named_modules(), *loss): self.names.setdefault(m, n.replace('_orig_mod.', '').replace('_orig_mod', ''))
+        for n,m in (*step.model.named_modules(), *loss):
+            self.names.setdefault(m, n.replace('_orig_mod.', '').replace('_orig_mod', ''))
         self.owners = {p:(self.names[m], type(m).__name__) for m in self.names for p in m.parameters(recurse=False)}
         self.stack,self.seen = [],False
     def __enter__(self):
@@ -169,10 +171,13 @@ class _Tracer(TorchDispatchMode):
             res = _Place(*self.modules.now(), name, 'forward', file, line, direct)
             self.by_node.setdefault(torch._C._autograd._get_sequence_nr()-1, res)
             return res
-        if self.modules.stack: return _Place(*self.modules.now(), name, 'backward', file, line, direct) # run again, as with checkpoints
+        # run again, as with checkpoints
+        if self.modules.stack: return _Place(*self.modules.now(), name, 'backward', file, line, direct)
         if node := torch._C._current_autograd_node():
-            if node.name().endswith('AccumulateGrad'): return _Place(*self.modules.owners.get(node.variable, ('', '')), name, 'backward')
-            at = self.by_node.get(n := node._sequence_nr()) or self.by_node.get(n-1) # an in-place operator on a view gets two nodes
+            if node.name().endswith('AccumulateGrad'):
+                return _Place(*self.modules.owners.get(node.variable, ('', '')), name, 'backward')
+            # an in-place operator on a view gets two nodes
+            at = self.by_node.get(n := node._sequence_nr()) or self.by_node.get(n-1)
         if at is None: return _Place('', '', name, 'backward', file, line, direct)
         if file is None: file,line = at.file,at.line
         return _Place(at.module, at.cls, name, 'backward', file, line, direct, forward=at, node=node.name())
@@ -187,7 +192,8 @@ def note(self:_Tracer, func, args, kwargs, out):
     old = {_storage(t) for t in ins}
     if not func._schema.is_mutable and all(_storage(t) in old for t in outs): return self.note_view(place, ins, outs)
     fs = [(t,layout_of(t)) for t in outs]
-    if place.op in _copies and ins and outs[0].ndim not in channels_last_formats: return self.note_other_copy(place, ins[-1], outs[0])
+    if place.op in _copies and ins and outs[0].ndim not in channels_last_formats:
+        return self.note_other_copy(place, ins[-1], outs[0])
     ys = [(t,f) for t,f in fs if f]
     if not ys: return
     xs = [(t,f) for t in ins if (f := layout_of(t)) and self.concerns(place.op, t, ys)]
@@ -237,7 +243,8 @@ def note_other_copy(self:_Tracer, place, x, y):
 def lose(self:_Tracer, place, x, y, fx, fy):
     before,after = _Meta.of(x, fx),_Meta.of(y, fy)
     loss = _Loss(place, 'explicit' if place.direct and place.op in _copies else 'lost', before, after)
-    if x.ndim in channels_last_formats or x.shape==y.shape: loss.pay(before, after if x.shape==y.shape else before.like('contiguous'))
+    if x.ndim in channels_last_formats or x.shape==y.shape:
+        loss.pay(before, after if x.shape==y.shape else before.like('contiguous'))
     self.losses.append(loss)
     self.lost[_storage(y)] = loss
 
@@ -306,7 +313,8 @@ class _Replay:
         return cls(func, args, kwargs, f'{func}{_map_tensors(_Meta.key, (args, kwargs))}')
     def call(self, device, dense):
         "A function that calls the operator on new tensors, as they were or with all images dense and channels last"
-        def make(m): return (m.like('channels_last') if dense and m.format in ('sliced','contiguous') else m).make(device).fill_(0.5)
+        def make(m):
+            return (m.like('channels_last') if dense and m.format in ('sliced','contiguous') else m).make(device).fill_(0.5)
         args,kwargs = _map_tensors(make, (self.args, self.kwargs))
         return lambda: self.func(*args, **kwargs)
     def key(self): return self.text
@@ -362,7 +370,8 @@ class _Costs:
 
 # %% ../nbs/05_trace.ipynb #6c3e250a
 _texts = dict(
-    loss='the loss leaves channels last: give it rows, `p.permute(0, 2, 3, 1).flatten(0, 2)` and `y.flatten()`, which copies nothing',
+    loss='the loss leaves channels last: give it rows, `p.permute(0, 2, 3, 1).flatten(0, 2)` and `y.flatten()`, '
+        'which copies nothing',
     cat='the gradients of a concatenation are slices: `repair_format` offers one with dense gradients, where that is faster',
     chunk='a slice of channels has gaps: let two convolutions make the parts, or copy it once, '
         '`.contiguous(memory_format=torch.channels_last)`',
@@ -382,7 +391,8 @@ def _advice_name(l):
     backward,copied = p.phase=='backward',l.kind=='explicit' and p.op in _copies
     if p.module=='loss_func': return 'loss'
     if l.kind=='sliced': return 'cat' if backward else 'chunk'
-    if 'shuffle' in (p.cls+p.code+fwd.code).lower() or (l.before and len(l.before.shape)==5 and l.before.format=='other'): return 'shuffle'
+    if 'shuffle' in (p.cls+p.code+fwd.code).lower() or (l.before and len(l.before.shape)==5 and l.before.format=='other'):
+        return 'shuffle'
     if p.op in ('div','mean') and backward: return 'mean'
     if 'InstanceNorm' in p.cls: return 'instance'
     if copied: return 'copy' if 'contiguous(' in p.code else 'reshape'
@@ -400,7 +410,8 @@ class TraceRow:
     cls:str # Class of the module
     op:str # Operator, such as 'cat'
     phase:str # 'forward' or 'backward'
-    kind:str # 'lost': by an operator; 'explicit': by the model's own code; 'hidden': made contiguous elsewhere; 'sliced': not dense
+    # 'lost': by an operator; 'explicit': by the model's own code; 'hidden': made contiguous elsewhere; 'sliced': not dense
+    kind:str
     format_in:str|None # None: it came from no image
     format_out:str
     shape:tuple # Of the tensor whose format is lost
@@ -425,7 +436,8 @@ class FormatTrace:
     bytes:int=0 # That are copied because of `rows`
     step_seconds:float=0. # One step in channels last, without the trace
     kept:dict=field(default_factory=dict) # 'forward' and 'backward': share of image elements handed on in channels last
-    ops:list=field(default_factory=list, repr=False) # Operators on images: dicts of module, op, phase, format_in, format_out, leak
+    # Operators on images: dicts of module, op, phase, format_in, format_out, leak
+    ops:list=field(default_factory=list, repr=False)
     conditions:dict=field(default_factory=dict) # Device, versions, threads, batch
     seconds:float=0. # What the trace took
 
@@ -484,7 +496,8 @@ def _repr_markdown_(self:FormatTrace):
     def code(s): return f'`{s}`'.replace('|', '\\|') if s else ''
     def row(o):
         what = f'`{o["op"]}` in {o["names"]}: {o["pair"]}'
-        return f'| {o["share"]} | {o["mb"]:.1f} | {o["kind"]} | {o["phase"]} | {what} | {o["where"]} {code(o["code"])} | {o["advice"]} |'
+        return (f'| {o["share"]} | {o["mb"]:.1f} | {o["kind"]} | {o["phase"]} | {what} | {o["where"]} '
+            f'{code(o["code"])} | {o["advice"]} |')
     rows = [row(o) for o in _table(self, 10_000)]
     head = ['| of the step | MB | kind | phase | what | where | what to do |', '|--:|--:|---|---|---|---|---|']
     table = lambda rs: '\n'.join([*head, *rs])
@@ -508,7 +521,8 @@ def _bars(ax, ops, at, bottom, height):
     "Operators side by side in the column at `at`"
     w = 0.9/max(1, len(ops))
     for i,o in enumerate(ops):
-        ax.broken_barh([(at-0.45+i*w, w)], (bottom, height), facecolors=_colours.get(o['format_out'], _colours['other']), linewidth=0)
+        ax.broken_barh([(at-0.45+i*w, w)], (bottom, height),
+            facecolors=_colours.get(o['format_out'], _colours['other']), linewidth=0)
         y,marker = (bottom+height+0.12,'v') if bottom>0 else (bottom-0.12,'^')
         if o['leak']: ax.plot(at-0.45+(i+0.5)*w, y, marker, color='black', markersize=5)
 
@@ -539,7 +553,8 @@ def plot(self:FormatTrace,
     ax.set_yticks([0.5, -0.5], ['forward', 'backward'])
     ax.set(xlim=(-1, len(fwd)), ylim=(-1.25, 1.25))
     used = {_colours.get(o['format_out'], _colours['other']):o['format_out'] for o in self.ops}
-    marks = [plt.Line2D([], [], marker='v', color='black', linestyle='', label='loses it')] if any(o['leak'] for o in self.ops) else []
+    marks = ([plt.Line2D([], [], marker='v', color='black', linestyle='', label='loses it')]
+        if any(o['leak'] for o in self.ops) else [])
     boxes = [plt.Rectangle((0, 0), 1, 1, color=c, label=n.replace('_', ' ')) for c,n in used.items()]
     ax.legend(handles=[*boxes, *marks], fontsize=7, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.08), frameon=False)
     ax.set_title(self.reason.split(':')[0].split(';')[0], fontsize=9)
@@ -550,20 +565,24 @@ def plot(self:FormatTrace,
 def _merged(losses):
     "Losses of the same kind at the same place, such as the slices of one concatenation, in one list"
     res = {}
-    for l in losses: res.setdefault((l.kind, l.place.same(), id(l.place.forward) if l.place.forward else id(l.place)), []).append(l)
+    for l in losses:
+        res.setdefault((l.kind, l.place.same(), id(l.place.forward) if l.place.forward else id(l.place)), []).append(l)
     return list(res.values())
 
 def _row(group, costs, step_seconds):
     l,seconds = max(group, key=lambda l: l.after.bytes),sum(map(costs.of, group))
     p,paid = l.place,[q for l in group for q in l.paid]
-    op = p.forward.op if l.kind=='sliced' and p.forward else p.op # the gradient of a concatenation, not the slice that it is made of
+    # the gradient of a concatenation, not the slice that it is made of
+    op = p.forward.op if l.kind=='sliced' and p.forward else p.op
     back = list(dict.fromkeys(f'{q.module or "the model"}: {q.op} ({q.phase})' for q in paid))
     dtype,before = str(l.after.dtype).removeprefix('torch.'),l.before and l.before.format
     return TraceRow(p.module, p.cls, op, p.phase, l.kind, before, l.after.format, l.after.shape, dtype,
-        sum(a.bytes for l in group for a,_ in l.copies), seconds, seconds/step_seconds, p.where, p.code, back, _advice(l), len(group))
+        sum(a.bytes for l in group for a,_ in l.copies), seconds, seconds/step_seconds, p.where, p.code,
+        back, _advice(l), len(group))
 
 # %% ../nbs/05_trace.ipynb #883fb1b4
-def _compiled(model): return any(type(m).__name__=='OptimizedModule' or m._compiled_call_impl is not None for m in model.modules())
+def _compiled(model):
+    return any(type(m).__name__=='OptimizedModule' or m._compiled_call_impl is not None for m in model.modules())
 
 def _step_seconds(step, n):
     times = []
@@ -587,7 +606,8 @@ def _explained():
 def _traced(step, n=3):
     "The `_Tracer` of a step in channels last, and seconds of a step without it"
     with step.preserved(), torch.compiler.set_stance('force_eager'), _explained(), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Using `torch.compile.module.` when there are global hooks') # called twice, without harm
+        # called twice, without harm
+        warnings.filterwarnings('ignore', 'Using `torch.compile.module.` when there are global hooks')
         step.convert('channels_last')
         seconds = _step_seconds(step, n)
         with (tracer := _Tracer(step)): step.run(keep='loss', optimizer_step=False)
@@ -603,7 +623,8 @@ def _say(rows, left, share):
     return f'{places} it, {_percent(share)} of the step: {"; ".join(worst)}{tail}'
 
 def _kept(ops, phase, aside):
-    "Share of the elements of images that operators hand on in channels last; those that leave image space on purpose do not count"
+    """Share of the elements of images that operators hand on in channels last; those that leave image space on purpose
+    do not count"""
     counts = Counter()
     for p,_,f,n in ops:
         if p.phase==phase and f in ('channels_last','sliced','contiguous') and id(p) not in aside: counts[f] += n
@@ -615,7 +636,8 @@ def trace_format(
 ) -> FormatTrace:
     """Trace one training step in channels last, forward and backward
 
-    A compiled model is traced in eager mode. Raises a `ValueError` for a model without a convolution, and what the step itself raises."""
+    A compiled model is traced in eager mode. Raises a `ValueError` for a model without a convolution, and what the
+    step itself raises."""
     start = time.perf_counter()
     if not convolutions(step.model):
         raise ValueError(f'there is nothing to trace: {type(step.model).__name__} has no convolution of two or three dimensions')
@@ -630,9 +652,11 @@ def trace_format(
     rows,aside = (sorted((r for _,r in o), key=lambda r: (-r.seconds, -r.bytes)) for o in (leaks, left))
     conditions['estimated'] = costs.estimated
     places,aside_ids = ({id(l.place) for g,_ in o for l in g} for o in (leaks, left))
-    ops = [dict(module=p.module, op=p.op, phase=p.phase, format_in=a, format_out=b, time=p.order, forward=p.forward and p.forward.order,
+    ops = [dict(module=p.module, op=p.op, phase=p.phase, format_in=a, format_out=b, time=p.order,
+        forward=p.forward and p.forward.order,
         leak=id(p) in places) for p,a,b,_ in tracer.ops]
     share = sum(r.share for r in rows)
     kept = {k:_kept(tracer.ops, k, aside_ids) for k in ('forward','backward')}
     took = time.perf_counter()-start
-    return FormatTrace(_say(rows, aside, share), rows, aside, share, sum(r.bytes for r in rows), seconds, kept, ops, conditions, took)
+    return FormatTrace(_say(rows, aside, share), rows, aside, share, sum(r.bytes for r in rows), seconds,
+        kept, ops, conditions, took)

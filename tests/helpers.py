@@ -15,12 +15,15 @@ from torch.optim.swa_utils import AveragedModel
 device = torch.device(os.environ.get('FXCL_DEVICE', 'cpu'))
 
 class Mixed(nn.Module):
-    "One of each: 2-D and 3-D convolutions, transposed, grouped, depthwise, tied, frozen, a position embedding that is viewed, a linear layer"
+    """One of each: 2-D and 3-D convolutions, transposed, grouped, depthwise, tied, frozen, a position embedding that is
+    viewed, a linear layer"""
     def __init__(self):
         super().__init__()
-        self.stem,self.body,self.tied = nn.Conv2d(3, 8, 3, padding=1, bias=False),nn.Conv2d(8, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1)
+        self.stem,self.body,self.tied = (nn.Conv2d(3, 8, 3, padding=1, bias=False),nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1))
         self.tied.weight = self.body.weight
-        self.depthwise,self.grouped,self.pointwise = nn.Conv2d(8, 8, 3, padding=1, groups=8),nn.Conv2d(8, 8, 3, padding=1, groups=2),nn.Conv2d(8, 8, 1)
+        self.depthwise,self.grouped,self.pointwise = (nn.Conv2d(8, 8, 3, padding=1, groups=8),
+            nn.Conv2d(8, 8, 3, padding=1, groups=2),nn.Conv2d(8, 8, 1))
         self.bn,self.up,self.volume = nn.BatchNorm2d(8),nn.ConvTranspose2d(8, 4, 2, 2),nn.Conv3d(1, 2, 3, padding=1)
         self.pos,self.head = nn.Parameter(torch.randn(1, 4, 16, 16)),nn.Linear(2, 2)
         self.pointwise.weight.requires_grad_(False)
@@ -66,7 +69,8 @@ def strides(model): return {n:t.stride() for n,t in (*model.named_parameters(), 
 def state_follows(model, opt):
     "Whether each gradient and each same-shaped tensor of optimizer state has its parameter's strides"
     opt = getattr(opt, 'opt', opt)
-    return all(t.stride()==p.stride() for p in model.parameters() for t in (*tensors_in(opt.state.get(p, {})), *tensors_in(p.grad)) if t.shape==p.shape)
+    return all(t.stride()==p.stride() for p in model.parameters()
+        for t in (*tensors_in(opt.state.get(p, {})), *tensors_in(p.grad)) if t.shape==p.shape)
 
 def naive_channels_last(model, opt=None):
     "What not to do: the weights alone"
@@ -89,7 +93,8 @@ def of_class(caught, cls): return [w for w in caught if issubclass(w.category, c
 # fastai
 
 def tiny_cnn(classes=2, channels=3):
-    return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(),
+    return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 def dls_of(*columns, bs=4, n_inp=None, **kwargs):

@@ -10,7 +10,8 @@ from fastai.learner import Learner
 from torch import nn
 from helpers import caught_warnings, device, fit, labels, of_class, quiet, random_images, tiny_cnn, tiny_learner
 from fastxtend_cl import amp
-from fastxtend_cl.amp import (DeviceMixedPrecision, amp_modes, as_amp_mode, check_amp_mode, check_scaler_args, cpu_bf16, learner_device, native_amp_mode)
+from fastxtend_cl.amp import (DeviceMixedPrecision, amp_modes, as_amp_mode, check_amp_mode, check_scaler_args, cpu_bf16,
+    learner_device, native_amp_mode)
 from fastxtend_cl.format import NoEffectWarning
 
 FP16,BF16 = AMPMode.FP16,AMPMode.BF16
@@ -57,7 +58,8 @@ def test_modes_by_name_and_by_value():
     assert [DeviceMixedPrecision(m).amp_mode for m in ('fp16', BF16, None)]==[FP16, BF16, None]
 
 @pytest.mark.parametrize('kwargs,error,text', [
-    (dict(growth=2), TypeError, r"^GradScaler has no argument 'growth': it takes init_scale, growth_factor, backoff_factor, growth_interval, enabled$"),
+    (dict(growth=2), TypeError, r"^GradScaler has no argument 'growth': it takes init_scale, growth_factor, "
+        r"backoff_factor, growth_interval, enabled$"),
     (dict(device='cuda'), TypeError, "GradScaler has no argument 'device'"),
     (dict(a=1, b=2), TypeError, "GradScaler has no argument 'a', 'b'"),
     (dict(init_scale='big'), TypeError, r"^GradScaler takes numbers, received init_scale='big'$"),
@@ -75,12 +77,14 @@ def test_right_scaler_arguments():
 
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_impossible_mode_names_the_device_and_its_modes(mode):
-    with pytest.raises(ValueError, match=f'^mixed precision in {mode} is not available on meta: it has none: train in fp32 with `use_amp=False`$'):
+    with pytest.raises(ValueError, match=f'^mixed precision in {mode} is not available on meta: it has none: '
+            'train in fp32 with `use_amp=False`$'):
         check_amp_mode(AMPMode(mode), 'meta')
 
 def test_impossible_mode_names_what_there_is(fake_cuda):
     fake_cuda(bf16=False)
-    with pytest.raises(ValueError, match='^mixed precision in bf16 is not available on cuda:0: it has fp16$'): check_amp_mode(BF16, 'cuda:0')
+    with pytest.raises(ValueError, match='^mixed precision in bf16 is not available on cuda:0: it has fp16$'):
+        check_amp_mode(BF16, 'cuda:0')
 
 def test_impossible_mode_at_fit(monkeypatch):
     monkeypatch.setattr(amp, '_has_autocast', lambda d, m: m==BF16)
@@ -167,7 +171,9 @@ def test_cpu_without_bf16_trains_in_fp32_and_says_so_once(no_bf16):
     with learn.no_bar(), learn.no_logging(), caught_warnings() as caught:
         learn.fit(1); learn.fit(1); learn.validate()
     said = of_class(caught, NoEffectWarning)
-    assert [str(w.message) for w in said]==['Mixed precision has no effect on cpu: this processor has no instructions for bf16 (AVX512-BF16, AMX or Arm BF16); training is in fp32']
+    assert ([str(w.message) for w in said]
+        ==['Mixed precision has no effect on cpu: '
+            'this processor has no instructions for bf16 (AVX512-BF16, AMX or Arm BF16); training is in fp32'])
     assert conv_dtypes(learn)==both(torch.float32)
 
 @pytest.mark.skipif(device.type!='cpu', reason='about processors')
@@ -184,11 +190,14 @@ def test_an_explicit_mode_says_nothing(capsys):
 def test_scaler_arguments_without_effect_are_said_once():
     learn = tiny_learner(cbs=DeviceMixedPrecision('bf16', growth_interval=3))
     with learn.no_bar(), learn.no_logging(), caught_warnings() as caught: learn.fit(1); learn.fit(1)
-    assert [str(w.message) for w in of_class(caught, NoEffectWarning)]==['growth_interval of GradScaler without effect: only fp16 scales the loss, training is in bf16']
+    assert ([str(w.message) for w in of_class(caught, NoEffectWarning)]
+        ==['growth_interval of GradScaler without effect: only fp16 scales the loss, training is in bf16'])
 
 class SeeScaler(Callback):
     order = 20
-    def after_backward(self): self.seen = self.scaler.is_enabled(),self.scaler._device,self.scaler.get_growth_interval() if self.scaler.is_enabled() else None
+    def after_backward(self):
+        self.seen = (self.scaler.is_enabled(),self.scaler._device,
+            self.scaler.get_growth_interval() if self.scaler.is_enabled() else None)
 
 @pytest.mark.skipif('fp16' not in modes_here, reason='no fp16')
 @pytest.mark.parametrize('enabled', [False, True])

@@ -1,4 +1,5 @@
-"`compare`, `bench_formats` and `Learner.bench_channelslast`: the statistics on a simulated clock, planted faults as rows, and nothing left behind. No test asserts a time"
+"""`compare`, `bench_formats` and `Learner.bench_channelslast`: the statistics on a simulated clock, planted faults as
+rows, and nothing left behind. No test asserts a time"""
 import json, math, os, random, socket, subprocess, sys, warnings
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastxtend_cl import bench
-from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _block_size, _race, _rows, _warm, _whole, bench_formats, ceiling, compare, count_flops,
-    device_clock, format_arms, interval, least_pairs, precisions, verdict_of)
+from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _block_size, _race, _rows, _warm, _whole, bench_formats,
+    ceiling, compare, count_flops, device_clock, format_arms, interval, least_pairs, precisions, verdict_of)
 from fastxtend_cl.format import apply_channels_last
 from fastxtend_cl.hazards import guarded
 from fastxtend_cl.probe import _glibc, kept_memory
@@ -22,7 +23,8 @@ class Simulated(Clock):
     "A clock moved on by a machine with noise, a load that comes and goes, drift, and a first step after another arm's that costs more"
     def __init__(self, noise=0.05, load=0., drift=0., switch=1., seed=0):
         super().__init__()
-        self.t,self.noise,self.load,self.drift,self.switch,self.rng,self.last,self.log = 0.,noise,load,drift,switch,random.Random(seed),None,[]
+        self.t,self.noise,self.load,self.drift,self.switch,self.rng,self.last,self.log = (0.,noise,load,drift,
+            switch,random.Random(seed),None,[])
     def now(self): return self.t
     cpu = now
     def spend(self, name, seconds, switch=None):
@@ -37,12 +39,14 @@ def race(*others, seed=0, limit=60., rounds=200, switch_of=None, **kw):
     arms = {'now': clock.arm('now', 0.1), **{f'other {i}':clock.arm(f'other {i}', 0.1/r, switch=switch_of) for i,r in enumerate(others)}}
     return compare(arms, clock=clock, bar=False, limit=limit, rounds=rounds),clock
 
-machines = {'quiet': dict(noise=0.01), 'noisy': dict(noise=0.1), 'load': dict(load=1.), 'drift': dict(drift=0.02), 'slow start': dict(switch=5.)}
+machines = {'quiet': dict(noise=0.01), 'noisy': dict(noise=0.1), 'load': dict(load=1.), 'drift': dict(drift=0.02),
+    'slow start': dict(switch=5.)}
 
 @pytest.mark.parametrize('name', machines)
 def test_planted_difference_is_found_and_planted_zero_is_a_tie(name):
     seeds = range(20)
-    for planted,verdict,least in ((1.05, 'faster', 15), (1/1.05, 'slower', 15), (1.15, 'faster', 20), (1/1.15, 'slower', 20), (1., 'tie', 19)):
+    for planted,verdict,least in ((1.05, 'faster', 15), (1/1.05, 'slower', 15), (1.15, 'faster', 20),
+            (1/1.15, 'slower', 20), (1., 'tie', 19)):
         found = Counter(race(planted, seed=s, **machines[name])[0]['other 0'].verdict for s in seeds)
         assert found[verdict]>=least, (planted, found)
         if verdict!='tie': assert set(found)<={verdict, 'tie'}, (planted, found)
@@ -59,7 +63,8 @@ def test_first_step_of_a_block_does_not_count():
     def always_first():
         clock.last = None
         clock.spend('other', 0.1)
-    assert compare({'now': clock.arm('now', 0.1), 'other': always_first}, clock=clock, bar=False)['other'].ratio==pytest.approx(0.5, rel=0.05), 'the simulation does charge for it'
+    assert (compare({'now': clock.arm('now', 0.1), 'other': always_first}, clock=clock, bar=False)['other'].ratio
+        ==pytest.approx(0.5, rel=0.05)), 'the simulation does charge for it'
 
 def test_arms_take_turns_in_random_order_in_blocks():
     res,clock = race(1.01, 1.02, noise=0.02, rounds=least_pairs)
@@ -123,7 +128,8 @@ def test_a_clock_that_goes_backwards():
     res = compare({'now': clock.arm('now', 0.1), 'other': clock.arm('other', 0.1/1.2)}, clock=clock, bar=False)
     assert res['other'].verdict=='faster' and all(s>0 for r in res.rows for s in r.blocks.values()) and abs(res['other'].ratio-1.2)<0.05
     clock = Backwards(2)
-    with pytest.raises(ValueError, match=r'nothing could be measured: the clock went backwards in each of \d+ blocks'): compare({'now': clock.arm('now', 0.1)}, clock=clock, bar=False, limit=1e6)
+    with pytest.raises(ValueError, match=r'nothing could be measured: the clock went backwards in each of \d+ blocks'):
+        compare({'now': clock.arm('now', 0.1)}, clock=clock, bar=False, limit=1e6)
     a,b,c = lanes(now=[1.]*8, twin=[1.]*8, other=[])
     c.backwards = 8
     row = _rows([a,b,c])[0][2]
@@ -137,9 +143,11 @@ def test_failures_are_rows():
         clock.spend('later', 0.1)
     def at_once(): raise KeyError('gone')
     def huge(): return torch.empty(1<<60)
-    res = compare({'now': clock.arm('now', 0.1), 'later': later, 'at once': at_once, 'huge': huge, 'fine': clock.arm('fine', 0.05)}, clock=clock, bar=False)
+    res = compare({'now': clock.arm('now', 0.1), 'later': later, 'at once': at_once, 'huge': huge,
+        'fine': clock.arm('fine', 0.05)}, clock=clock, bar=False)
     assert res['later'].verdict==res['at once'].verdict==res['huge'].verdict=='failed' and res.best.arm=='fine'
-    assert res['later'].reason=='RuntimeError: broke' and res['at once'].reason=="KeyError: 'gone'" and res['huge'].reason.startswith('out of memory: ')
+    assert (res['later'].reason=='RuntimeError: broke' and res['at once'].reason=="KeyError: 'gone'"
+        and res['huge'].reason.startswith('out of memory: '))
     assert res['later'].pairs>0 and res['later'].ratio is None
     none = compare({'now': clock.arm('now', 0.1), 'at once': at_once}, clock=clock, bar=False)
     assert none.verdict=='cannot tell' and none.reason=='no other arm could be measured: the rows say why' and none.now.seconds>0
@@ -150,7 +158,8 @@ def test_a_failing_present_is_an_error():
         n['f'] += 1
         if n['f']>40: raise RuntimeError('broke')
         clock.spend('now', 0.1)
-    with pytest.raises(ValueError, match='now failed while it was measured: RuntimeError: broke'): compare({'now': later}, clock=clock, bar=False)
+    with pytest.raises(ValueError, match='now failed while it was measured: RuntimeError: broke'):
+        compare({'now': later}, clock=clock, bar=False)
     with pytest.raises(ValueError, match='now cannot be measured: RuntimeError: broke'): compare({'now': later}, clock=clock, bar=False)
 
 @pytest.mark.parametrize('at,rounds', [(1, 0), (10, 0), (100, 3), (400, 17)])
@@ -168,8 +177,10 @@ def test_ctrl_c_returns_what_is_there(at, rounds):
 
 def test_arguments():
     f = {'now': lambda: None}
-    for kw,text in ((dict(limit=0), 'limit is a number of seconds above 0, received 0'), (dict(rounds=1), 'rounds is at least 8, for fewer allow no verdict, received 1'),
-                    (dict(block=1), 'block is at least 2, for the first step of a block does not count, received 1'), (dict(width=4), 'width is between 0 and 1, such as 0.04, received 4')):
+    for kw,text in ((dict(limit=0), 'limit is a number of seconds above 0, received 0'),
+                    (dict(rounds=1), 'rounds is at least 8, for fewer allow no verdict, received 1'),
+                    (dict(block=1), 'block is at least 2, for the first step of a block does not count, received 1'),
+                    (dict(width=4), 'width is between 0 and 1, such as 0.04, received 4')):
         with pytest.raises(ValueError, match=text): compare(f, **kw)
     with pytest.raises(ValueError, match='there is nothing to measure'): compare({})
 
@@ -288,7 +299,8 @@ def test_ceiling_leaves_the_generators_alone():
 
 class Tick(nn.Module):
     "Moves a simulated clock on, by format and precision"
-    def __init__(self, clock, seconds): super().__init__(); self.clock,self.seconds = [clock],seconds # in a list, for a step to leave it alone
+    # in a list, for a step to leave it alone
+    def __init__(self, clock, seconds): super().__init__(); self.clock,self.seconds = [clock],seconds
     def forward(self, x):
         key = ('channels last' if not x.is_contiguous() else 'contiguous') + (' bf16' if torch.is_autocast_enabled('cpu') else ' fp32')
         clock_of(self).spend(key, self.seconds[key])
@@ -299,7 +311,8 @@ def clock_of(tick): return clocks['now']
 
 def network(*middle, seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *middle, nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Dropout(0.1),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *middle,
+        nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Dropout(0.1),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
 
 def step_of(model, bs=6, size=12, opt=None, **kw):
@@ -323,14 +336,17 @@ def test_a_step_whose_speed_is_known(monkeypatch):
     monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
     step,clock = simulated(costs)
     res = bench_formats(step, clock=clock, bar=False)
-    assert {r.arm:r.verdict for r in res.rows}=={'now': 'now', 'now, again': 'noise', 'channels last fp32': 'faster', 'contiguous bf16': 'tie', 'channels last bf16': 'slower'}
+    assert {r.arm:r.verdict for r in res.rows}=={'now': 'now', 'now, again': 'noise', 'channels last fp32': 'faster',
+        'contiguous bf16': 'tie', 'channels last bf16': 'slower'}
     assert res.best.arm=='channels last fp32' and res.conditions['now']=='contiguous fp32' and abs(res.best.ratio-1.05)<0.02
     assert res.break_even==math.ceil(res.seconds/(res.now.seconds-res.best.seconds)) and res.best.samples==pytest.approx(6/res.best.seconds)
-    assert str(res).startswith(f'faster: channels last fp32 is {res.best.ratio:.2f} times as fast as what you have now (contiguous fp32), 1.0')
+    assert str(res).startswith(f'faster: channels last fp32 is {res.best.ratio:.2f} times as fast as what you '
+        'have now (contiguous fp32), 1.0')
 
 def test_all_verdicts(monkeypatch):
     monkeypatch.setattr(bench, 'precisions', lambda device: [])
-    for cost,verdict,words in ((0.2, 'fastest already', 'what you have now (contiguous fp32) is faster than all others'), (0.1, 'tie', 'no arm is faster than what you have now (contiguous fp32) by more than the noise')):
+    for cost,verdict,words in ((0.2, 'fastest already', 'what you have now (contiguous fp32) is faster than all others'),
+            (0.1, 'tie', 'no arm is faster than what you have now (contiguous fp32) by more than the noise')):
         step,clock = simulated({**costs, 'channels last fp32': cost})
         res = bench_formats(step, clock=clock, bar=False)
         assert res.verdict==verdict and res.reason.startswith(words) and res.best is res.now and res.break_even is None
@@ -342,7 +358,8 @@ def test_present_in_channels_last_and_bf16(monkeypatch):
     for now in (None, Arm('now', 'channels_last')):
         res = bench_formats(step, clock=clock, bar=False, now=now)
         assert res.conditions['now']==('contiguous bf16' if now is None else 'channels last bf16')
-        assert ('channels last bf16' in [r.arm for r in res.rows])==(now is None) and res.now.seconds==pytest.approx(0.1 if now is None else 0.05, rel=0.1)
+        assert (('channels last bf16' in [r.arm for r in res.rows])==(now is None)
+            and res.now.seconds==pytest.approx(0.1 if now is None else 0.05, rel=0.1))
     apply_channels_last(step.model, step.optimizer)
     assert bench_formats(step, clock=clock, bar=False).conditions['now']=='mixed bf16'
     step.convert('channels_last')
@@ -350,7 +367,8 @@ def test_present_in_channels_last_and_bf16(monkeypatch):
 
 class Loader:
     "Batches that take `seconds` of simulated time"
-    def __init__(self, clock, step, seconds, n=20): self.clock,self.batch,self.seconds,self.n = clock,(step.inputs[0].clone(),step.targets[0].clone()),seconds,n
+    def __init__(self, clock, step, seconds, n=20):
+        self.clock,self.batch,self.seconds,self.n = clock,(step.inputs[0].clone(),step.targets[0].clone()),seconds,n
     def __iter__(self):
         for _ in range(self.n):
             self.clock.t += self.seconds
@@ -362,7 +380,8 @@ def test_whole_epoch(wait, monkeypatch):
     step,clock = simulated({**costs, 'channels last fp32': 0.05}, switch=0.)
     res = bench_formats(step, clock=clock, bar=False, loader=Loader(clock, step, wait))
     assert res.loader['share']==pytest.approx(wait/(wait+0.102), abs=0.02)
-    assert res.loader['ratio']==pytest.approx((wait+0.102)/(wait+0.051), rel=0.05) and res.loader['low']<=res.loader['ratio']<=res.loader['high']
+    assert (res.loader['ratio']==pytest.approx((wait+0.102)/(wait+0.051), rel=0.05)
+        and res.loader['low']<=res.loader['ratio']<=res.loader['high'])
     assert 'of the time of a batch is waiting for the data loader; with it, epochs of channels last fp32 are' in str(res)
 
 def test_whole_epoch_with_too_few_batches(monkeypatch):
@@ -371,9 +390,13 @@ def test_whole_epoch_with_too_few_batches(monkeypatch):
 
 def state(step):
     opt = step.optimizer.state_dict() if step.optimizer else {}
-    return ([(n,p.detach().clone(),p.stride(),id(p),'none' if p.grad is None else p.grad.clone()) for n,p in step.model.named_parameters()], [(n,b.clone()) for n,b in step.model.named_buffers()],
-            torch.get_rng_state(), random.getstate()[1], [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)], guarded(step.model),
-            [m.training for m in step.model.modules()], [len(m._forward_hooks) for m in step.model.modules()], id(step.inputs[0]), id(step.targets[0]), step.inputs[0].stride(),
+    return ([(n,p.detach().clone(),p.stride(),id(p),'none' if p.grad is None else p.grad.clone())
+                for n,p in step.model.named_parameters()],
+            [(n,b.clone()) for n,b in step.model.named_buffers()], torch.get_rng_state(), random.getstate()[1],
+            [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)],
+            guarded(step.model), [m.training for m in step.model.modules()],
+            [len(m._forward_hooks) for m in step.model.modules()],
+            id(step.inputs[0]), id(step.targets[0]), step.inputs[0].stride(),
             step.loss_scale, 'none' if step.model._compiled_call_impl is None else 'compiled', len(list(step.model.modules())))
 
 def same(a, b):
@@ -405,10 +428,18 @@ def test_nothing_is_left_behind(fault, trained):
     step = step_of(network(), opt=adamw)
     if trained: step.run(); step.model.eval()
     def raises(s): apply_channels_last(s.model, s.optimizer); s.model[2].inplace = True; raise MemoryError('planted')
-    def changes(s): s.model.append(nn.Identity()); s.model[0].weight.data = s.model[0].weight.data.clone(); s.inputs = (s.inputs[0].clone(),); s.targets = (s.targets[0].clone(),); s.loss_scale = 3.; random.random()
-    arms = {None: {}, 'raises': {'own': raises}, 'changes all': {'own': changes}}.get(fault) if fault is None or 'at' not in fault else {'own': interrupt(int(fault.split()[-1]))}
+    def changes(s):
+        s.model.append(nn.Identity())
+        s.model[0].weight.data = s.model[0].weight.data.clone()
+        s.inputs = (s.inputs[0].clone(),)
+        s.targets = (s.targets[0].clone(),)
+        s.loss_scale = 3.
+        random.random()
+    arms = ({None: {}, 'raises': {'own': raises}, 'changes all': {'own': changes}}.get(fault)
+        if fault is None or 'at' not in fault else {'own': interrupt(int(fault.split()[-1]))})
     before = state(step)
-    res = bench_formats(step, ['contiguous bf16', 'channels last fp32', 'channels last bf16', *arms.items()], loader=[(step.inputs[0]+1, step.targets[0])]*8, **quick)
+    res = bench_formats(step, ['contiguous bf16', 'channels last fp32', 'channels last bf16', *arms.items()],
+        loader=[(step.inputs[0]+1, step.targets[0])]*8, **quick)
     assert same(state(step), before)
     assert res.interrupted==(fault is not None and 'interrupted' in fault)
     if fault=='raises': assert res['own'].reason=='out of memory: MemoryError: planted'
@@ -416,19 +447,28 @@ def test_nothing_is_left_behind(fault, trained):
 
 def test_what_is_no_step():
     model = network()
-    cases = [(TrainingStep(model, torch.randn(2, 3, 12, 12), torch.tensor([0, 1]), lambda p,t: p.detach().mean()), 'now cannot be measured: ValueError: the loss has no gradient'),
-             (TrainingStep(model, torch.randn(2, 5, 12, 12), torch.tensor([0, 1]), F.cross_entropy), 'now cannot be measured: RuntimeError: .*expected input.* to have 3 channels, but got 5'),
-             (TrainingStep(model, torch.randn(2, 3, 12, 12)*math.nan, torch.tensor([0, 1]), F.cross_entropy), 'now cannot be measured: its loss is nan')]
+    cases = [(TrainingStep(model, torch.randn(2, 3, 12, 12), torch.tensor([0, 1]), lambda p,t: p.detach().mean()),
+        'now cannot be measured: ValueError: the loss has no gradient'),
+             (TrainingStep(model, torch.randn(2, 5, 12, 12), torch.tensor([0, 1]), F.cross_entropy),
+                 'now cannot be measured: RuntimeError: .*expected input.* to have 3 channels, but got 5'),
+             (TrainingStep(model, torch.randn(2, 3, 12, 12)*math.nan, torch.tensor([0, 1]), F.cross_entropy),
+                 'now cannot be measured: its loss is nan')]
     for step,text in cases:
         with pytest.raises(ValueError, match=text): bench_formats(step, **quick)
-    with pytest.raises(ValueError, match="'contiguous fp8' is no arm: it takes 'contiguous fp32', 'channels last fp32'"): bench_formats(step_of(model), ['contiguous fp8'])
-    with pytest.raises(ValueError, match="each arm has a name of its own, received 'now' twice"): bench_formats(step_of(model), {'now': print})
+    with pytest.raises(ValueError, match="'contiguous fp8' is no arm: it takes 'contiguous fp32', 'channels last fp32'"):
+        bench_formats(step_of(model), ['contiguous fp8'])
+    with pytest.raises(ValueError, match="each arm has a name of its own, received 'now' twice"):
+        bench_formats(step_of(model), {'now': print})
     with pytest.raises(TypeError, match="the arm 'x' is a function of the step, received int"): bench_formats(step_of(model), {'x': 3})
     with pytest.raises(ValueError, match="memory_format is 'contiguous', 'channels_last' or None, received 'nhwc'"): Arm('x', 'nhwc')
 
 def test_an_arm_that_computes_something_else():
-    def loses_gradients(step): step.model[0].requires_grad_(False); step.model[4].requires_grad_(False); step.loss_func = lambda p,t: F.cross_entropy(p.detach()+0.01*p, t)
-    arms = {'loss': lambda s: s.model[-1].weight.data.mul_(50), 'nan': lambda s: s.model[0].weight.data.fill_(math.nan), 'gradients': loses_gradients, 'right': lambda s: None}
+    def loses_gradients(step):
+        step.model[0].requires_grad_(False)
+        step.model[4].requires_grad_(False)
+        step.loss_func = lambda p,t: F.cross_entropy(p.detach()+0.01*p, t)
+    arms = {'loss': lambda s: s.model[-1].weight.data.mul_(50), 'nan': lambda s: s.model[0].weight.data.fill_(math.nan),
+        'gradients': loses_gradients, 'right': lambda s: None}
     res = bench_formats(step_of(network(), opt=adamw), arms, **quick)
     assert res['loss'].reason.startswith('it computes something else: its loss is') and res['nan'].reason=='its loss is nan'
     assert res['gradients'].reason.startswith('it computes something else: its gradients have the norm') and res['right'].verdict!='failed'
@@ -438,7 +478,8 @@ def test_rounding_is_nothing_else():
     import torchvision
     torch.manual_seed(0)
     model = torchvision.models.resnet18()
-    res = bench_formats(TrainingStep(model, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), F.cross_entropy), [Arm('bf16', 'channels_last', torch.bfloat16)], **quick)
+    res = bench_formats(TrainingStep(model, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), F.cross_entropy),
+        [Arm('bf16', 'channels_last', torch.bfloat16)], **quick)
     assert res['bf16'].verdict!='failed', res['bf16'].reason
 
 class Fault(torch.autograd.Function):
@@ -453,7 +494,8 @@ class Faulty(nn.Module):
 def test_a_wrong_arm_is_found_by_the_check():
     step = step_of(network(Faulty()), bs=8)
     res = bench_formats(step, ['channels last fp32', 'contiguous fp32'], check=True, **quick)
-    assert res['channels last fp32'].verdict=='failed' and res['channels last fp32'].reason.startswith('wrong: ') and 'it starts in the backward pass of `3`' in res['channels last fp32'].reason
+    assert (res['channels last fp32'].verdict=='failed' and res['channels last fp32'].reason.startswith('wrong: ')
+        and 'it starts in the backward pass of `3`' in res['channels last fp32'].reason)
     assert res['contiguous fp32'].verdict!='failed'
     assert bench_formats(step, ['channels last fp32'], **quick)['channels last fp32'].verdict!='failed', 'the crude measure lets 5 % pass'
 
@@ -487,7 +529,8 @@ def test_layers_are_guarded_in_bf16_in_either_format():
 def test_arms_by_device_and_model(monkeypatch):
     monkeypatch.setattr(bench, 'precisions', lambda device: [torch.float16, torch.bfloat16])
     assert list(format_arms(step_of(network())))==[f'{f} {p}' for p in ('fp32', 'fp16', 'bf16') for f in ('contiguous', 'channels last')]
-    assert list(format_arms(step_of(network()), compile=True))[6:]==['now, compiled', *[f'channels last {p}, compiled' for p in ('fp32', 'fp16', 'bf16')]]
+    assert (list(format_arms(step_of(network()), compile=True))[6:]
+        ==['now, compiled', *[f'channels last {p}, compiled' for p in ('fp32', 'fp16', 'bf16')]])
     plain = TrainingStep(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2), F.mse_loss)
     assert list(format_arms(plain))==['contiguous fp32', 'contiguous fp16', 'contiguous bf16']
     assert list(format_arms(step_of(network().double())))==['contiguous fp64', 'channels last fp64']
@@ -515,7 +558,8 @@ def test_inference():
     step.model[2].register_forward_hook(lambda m, a, o: modes.append((m.training, torch.is_inference_mode_enabled())))
     step.loss_func = lambda p,t: 1/0
     res = bench_formats(step, inference=True, **quick)
-    assert set(modes)=={(False, True)} and res.conditions['optimizer']=='inference' and all(r.verdict!='failed' for r in res.rows) and step.model.training
+    assert (set(modes)=={(False, True)} and res.conditions['optimizer']=='inference'
+        and all(r.verdict!='failed' for r in res.rows) and step.model.training)
     assert res.now.flops*res.now.seconds==pytest.approx(2*(6*144*8*27+6*36*8*72+6*32*4))
 
 def test_operations_of_a_step():
@@ -537,9 +581,11 @@ def test_result_is_a_value():
     step = step_of(network(), opt=adamw)
     res = bench_formats(step, {'broken': lambda s: 1/0, 'right': lambda s: None}, **quick)
     d = json.loads(json.dumps(res.to_dict()))
-    assert d['best']==res.best.arm and d['verdict']==res.verdict and d['rows'][0]['arm']=='now' and len(d['rows'][1]['blocks'])==res['now, again'].pairs
+    assert (d['best']==res.best.arm and d['verdict']==res.verdict and d['rows'][0]['arm']=='now'
+        and len(d['rows'][1]['blocks'])==res['now, again'].pairs)
     assert {'device', 'torch', 'threads', 'shape', 'optimizer', 'block', 'now', 'date'}<=set(d['conditions'])
-    assert res._repr_markdown_().startswith(f'**{res.verdict}**: ') and '| broken | failed |' in res._repr_markdown_() and 'ZeroDivisionError' in str(res)
+    assert (res._repr_markdown_().startswith(f'**{res.verdict}**: ') and '| broken | failed |' in res._repr_markdown_()
+        and 'ZeroDivisionError' in str(res))
     import matplotlib
     matplotlib.use('Agg')
     ax = res.plot()
@@ -561,7 +607,8 @@ def learner(model, n=32, **kw):
     import fastxtend_cl.all
     torch.manual_seed(0); random.seed(0)
     ds = [(TensorImage(torch.randn(3, 12, 12)),TensorCategory(i%4)) for i in range(n)]
-    return Learner(DataLoaders.from_dsets(ds, ds[:8], bs=8, device='cpu', **{'num_workers': 0, **kw}), model, loss_func=CrossEntropyLossFlat())
+    return Learner(DataLoaders.from_dsets(ds, ds[:8], bs=8, device='cpu', **{'num_workers': 0, **kw}), model,
+        loss_func=CrossEntropyLossFlat())
 
 @pytest.mark.parametrize('workers', [0, 1])
 @pytest.mark.parametrize('fitted', [False, True])
@@ -578,7 +625,9 @@ def test_learner_method(fitted, workers):
     for l in (learn, twin):
         torch.manual_seed(4); random.seed(4)
         with l.no_bar(), l.no_logging(): l.fit(1, 1e-2)
-    assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), twin.model.state_dict().values())), 'the next fit is what it would have been'
+    assert all(torch.equal(a, b)
+        for a,b in zip(learn.model.state_dict().values(), twin.model.state_dict().values())), \
+        'the next fit is what it would have been'
 
 def test_learner_method_knows_what_fit_would_do():
     learn = learner(network()).to_channelslast(use_amp=False)
@@ -607,7 +656,8 @@ def worker(folder):
     log = clock.log[:]
     step = step_of(network(), opt=adamw)
     formats = bench_formats(step, ['channels last fp32', 'contiguous bf16'], **quick)
-    torch.save(dict(rows=[vars(r) for r in res.rows], noise=res.noise, log=log, ranks=res.conditions['ranks'], sums=set(sums), formats={r.arm:(r.seconds,r.ratio,r.samples) for r in formats.rows}), Path(folder)/f'{rank}.pth')
+    torch.save(dict(rows=[vars(r) for r in res.rows], noise=res.noise, log=log, ranks=res.conditions['ranks'],
+        sums=set(sums), formats={r.arm:(r.seconds,r.ratio,r.samples) for r in formats.rows}), Path(folder)/f'{rank}.pth')
     dist.barrier()
     dist.destroy_process_group()
 
@@ -617,8 +667,10 @@ def two(tmp_path_factory):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(root), str(root/'tests')]), 'CUDA_VISIBLE_DEVICES': ''}
-    ps = [subprocess.Popen([sys.executable, __file__, str(folder)], env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': os.pathsep.join([str(root), str(root/'tests')]), 'CUDA_VISIBLE_DEVICES': ''}
+    ps = [subprocess.Popen([sys.executable, __file__, str(folder)], env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
     try: outs = [p.communicate(timeout=600) for p in ps]
     finally:
         for p in ps: p.kill()
@@ -627,12 +679,15 @@ def two(tmp_path_factory):
 
 def test_ranks_measure_the_same_and_agree(two):
     a,b = two
-    assert a['ranks']==b['ranks']==2 and [[n for n in o['log'] if n!='fails'] for o in two][0]==[n for n in b['log'] if n!='fails'] and a['noise']==b['noise'] and a['sums']==b['sums']=={2.}
+    assert (a['ranks']==b['ranks']==2
+        and [[n for n in o['log'] if n!='fails'] for o in two][0]==[n for n in b['log'] if n!='fails']
+        and a['noise']==b['noise'] and a['sums']==b['sums']=={2.})
     assert [r['blocks'] for r in a['rows']]==[r['blocks'] for r in b['rows']] and a['formats']==b['formats']
 
 def test_the_slowest_rank_counts(two):
     rows = {r['arm']:r for r in two[0]['rows']}
-    assert rows['now']['seconds']==pytest.approx(0.2, rel=0.1) and rows['other']['ratio']==pytest.approx(2, rel=0.05) and rows['other']['verdict']=='faster'
+    assert (rows['now']['seconds']==pytest.approx(0.2, rel=0.1) and rows['other']['ratio']==pytest.approx(2, rel=0.05)
+        and rows['other']['verdict']=='faster')
     seconds,_,samples = two[0]['formats']['now']
     assert samples==pytest.approx(12/seconds)
 

@@ -33,7 +33,8 @@ def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw),
 
 def network(middle=None, width=8, head=None):
     torch.manual_seed(0)
-    return nn.Sequential(block(3, width), block(width, width, stride=2), middle or nn.Identity(), block(width, width, stride=2), head or nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+    return nn.Sequential(block(3, width), block(width, width, stride=2), middle or nn.Identity(),
+        block(width, width, stride=2), head or nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
 
 def step_of(model, bs=8, size=24, opt=None, **kw):
     torch.manual_seed(1)
@@ -57,8 +58,10 @@ def test_a_wrong_backward_is_named(factor):
     assert str(res).startswith('wrong: ') and 'it starts in the backward pass of `2`, in fp32' in str(res)
 
 def test_a_wrong_backward_in_bf16_only_is_named():
-    res = check_formats(step_of(network(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Faulty(1.5, torch.bfloat16))), bs=16, autocast=torch.bfloat16))
-    assert res.ok is False and res.first['precision']=='bf16' and res.first['module']=='2.1' and {r.precision for r in res.rows if r.verdict=='wrong'}=={'bf16'}
+    res = check_formats(step_of(network(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Faulty(1.5, torch.bfloat16))),
+        bs=16, autocast=torch.bfloat16))
+    assert (res.ok is False and res.first['precision']=='bf16' and res.first['module']=='2.1'
+        and {r.precision for r in res.rows if r.verdict=='wrong'}=={'bf16'})
 
 def test_a_wrong_forward_is_named():
     res = check_formats(step_of(network(FaultyForward())))
@@ -81,7 +84,8 @@ def test_optimizer_state_that_does_not_follow_is_found(monkeypatch):
     assert res.ok is False and {r.kind for r in res.rows if r.verdict=='wrong'}=={'weight'}
 
 def test_the_instance_norm_hazard_is_found_unguarded(monkeypatch):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 4))
     assert check_formats(step_of(model, bs=1)).ok is True
     monkeypatch.setattr(hazards_module, 'hazards', {})
     res = check_formats(step_of(model, bs=1))
@@ -89,7 +93,8 @@ def test_the_instance_norm_hazard_is_found_unguarded(monkeypatch):
 
 @pytest.mark.skipif(cpu_bf16()!='AVX512-BF16', reason='seen with AVX512-BF16 only')
 def test_the_dilation_hazard_is_found_unguarded(monkeypatch):
-    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
     assert check_formats(step_of(model, size=40, autocast=torch.bfloat16)).ok is not False
     monkeypatch.setattr(hazards_module, 'hazards', {})
     res = check_formats(step_of(model, size=40, autocast=torch.bfloat16))
@@ -106,7 +111,8 @@ def test_rounding_that_explains_anything_cannot_be_told():
     "A sum that cancels to a thousandth of a unit of bf16"
     class Cancel(nn.Module):
         def forward(self, x): return (x + 1e4) - 1e4
-    res = check_formats(step_of(nn.Sequential(nn.Conv2d(3, 8, 3), Cancel(), nn.Conv2d(8, 8, 3), Cancel(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), autocast=torch.bfloat16))
+    res = check_formats(step_of(nn.Sequential(nn.Conv2d(3, 8, 3), Cancel(), nn.Conv2d(8, 8, 3), Cancel(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), autocast=torch.bfloat16))
     assert any(r.verdict=='cannot tell' for r in res.rows) and res.ok is not False
 
 def test_errors():
@@ -121,8 +127,11 @@ def test_errors():
 
 def state(step):
     opt = step.optimizer.state_dict() if step.optimizer else {}
-    return ([(n,p.detach().clone(),p.stride(),id(p),'none' if p.grad is None else p.grad.clone()) for n,p in step.model.named_parameters()], [(n,b.clone()) for n,b in step.model.named_buffers()], torch.get_rng_state(),
-            [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)], guarded(step.model), [m.training for m in step.model.modules()],
+    return ([(n,p.detach().clone(),p.stride(),id(p),'none' if p.grad is None else p.grad.clone())
+                for n,p in step.model.named_parameters()],
+            [(n,b.clone()) for n,b in step.model.named_buffers()], torch.get_rng_state(),
+            [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)],
+            guarded(step.model), [m.training for m in step.model.modules()],
             [len(m._forward_hooks) for m in step.model.modules()])
 
 def same(a, b):
@@ -153,7 +162,8 @@ def test_nothing_is_left_behind(fault, monkeypatch):
 def test_the_running_mean_of_values_around_zero(mean):
     "In channels last it is as exact as the values are, which beside a small mean is little"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     model[1].bias.data.fill_(mean)
     res = check_formats(step_of(model, size=80))
     assert res.ok is True, res
@@ -166,7 +176,8 @@ def test_a_wrong_running_mean_is_found(mean):
             if x.dtype==torch.float32 and not x.is_contiguous(): self.running_mean.data.add_(2e-3)
             return res
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), WrongMean(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), WrongMean(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     model[1].bias.data.fill_(mean)
     res = check_formats(step_of(model, size=40))
     assert res.ok is False and res.wrong==['2.running_mean']
@@ -212,7 +223,8 @@ def test_probe_finds_a_death_before_it_happens_here(monkeypatch):
 
 def test_too_large_is_checked_by_layers():
     res = check_formats(step_of(network()), memory=1e5, sample=2)
-    assert res.ok is True and 'distinct convolutions were checked one by one' in res.reason and 'double precision would take about' in res.reason
+    assert (res.ok is True and 'distinct convolutions were checked one by one' in res.reason
+        and 'double precision would take about' in res.reason)
 
 def test_result_is_a_value():
     import json
@@ -236,8 +248,11 @@ def test_random_networks_are_right(data):
         if kind=='conv': layers.append(nn.Conv2d(c, o, 3, padding=1, stride=draw(st.integers(1, 2)))); c = o
         elif kind=='depthwise': layers.append(nn.Conv2d(c, c, 3, padding=1, groups=c))
         elif kind=='transposed': layers.append(nn.ConvTranspose2d(c, o, 2, stride=2)); c = o
-        else: layers.append({'pool': nn.MaxPool2d(3, 2, 1), 'norm': nn.BatchNorm2d(c), 'instance': nn.InstanceNorm2d(c, affine=True), 'up': nn.Upsample(scale_factor=2), 'act': nn.GELU()}[kind])
+        else:
+            layers.append({'pool': nn.MaxPool2d(3, 2, 1), 'norm': nn.BatchNorm2d(c),
+                'instance': nn.InstanceNorm2d(c, affine=True), 'up': nn.Upsample(scale_factor=2), 'act': nn.GELU()}[kind])
     torch.manual_seed(draw(st.integers(0, 99)))
     layers.append(nn.Conv2d(c, 4, 1))
-    res = check_formats(step_of(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)), bs=draw(st.integers(2, 4)), size=size))
+    res = check_formats(step_of(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)),
+        bs=draw(st.integers(2, 4)), size=size))
     assert res.ok is not False, str(res)

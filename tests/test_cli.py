@@ -21,7 +21,9 @@ class Fault(torch.autograd.Function):
     def backward(ctx, g): return g if g.is_contiguous() else 1.5*g
 class Faulty(nn.Module):
     def forward(self, x): return Fault.apply(x)
-def net(*middle): return nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU(), *middle, nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+def net(*middle):
+    return nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU(), *middle, nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 def right(): return net()
 def wrong(): return net(Faulty())
 def step(): return TrainingStep(net(), torch.randn(2, 5, 16, 16), torch.randn(2, 10), nn.functional.mse_loss)
@@ -106,7 +108,8 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     assert main(['check', 'resnet18'])==130 and capsys.readouterr().err=='interrupted\n'
 
 def test_models_by_name():
-    for name,shape in (('mobilenet_v3_small', (2,3,32,32)), ('r3d_18', (2,3,8,32,32)), ('fcn_resnet50', (2,3,32,32)), ('test_resnet.r160_in1k', (2,3,32,32))):
+    for name,shape in (('mobilenet_v3_small', (2,3,32,32)), ('r3d_18', (2,3,8,32,32)), ('fcn_resnet50', (2,3,32,32)),
+            ('test_resnet.r160_in1k', (2,3,32,32))):
         step = model_step(name, bs=2, size=32, device='cpu', classes=7)
         assert tuple(step.inputs[0].shape)==shape
         with step.preserved(): assert torch.isfinite(step.run().loss)
@@ -119,5 +122,6 @@ def test_loss_of_any_output():
     assert any_loss({'a': scores, 'b': [scores, y]}, y)==2*scores.square().mean()
 
 def test_as_a_program(own):
-    r = subprocess.run([sys.executable, '-c', 'import sys; from fastxtend_cl.cli import main; sys.exit(main(["check", "resnet18", "--bs", "zero"]))'], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', 'import sys; from fastxtend_cl.cli import main; '
+        'sys.exit(main(["check", "resnet18", "--bs", "zero"]))'], capture_output=True, text=True)
     assert r.returncode==2 and r.stdout=='' and r.stderr.count('\n')==1

@@ -45,7 +45,8 @@ def worker(folder, amp, opt):
             found.update(group=torch.distributed.get_world_size(), backend=torch.distributed.get_backend())
             learn.save('distributed')
         rank = int(os.environ['RANK'])
-        found.update(rank=rank, wrapped=learn.see_wrapped.wrapped, grads_follow=learn.see_wrapped.grads_follow, batches=learn.see_wrapped.batches, x=learn.see_batch.x,
+        found.update(rank=rank, wrapped=learn.see_wrapped.wrapped, grads_follow=learn.see_wrapped.grads_follow,
+            batches=learn.see_wrapped.batches, x=learn.see_batch.x,
             params=[p.detach().clone() for p in learn.model.parameters()], strides=[p.stride() for p in learn.model.parameters()],
             follows=state_follows(learn.model, learn.opt), model=type(learn.model).__name__)
         learn.fit(1, 1e-2)
@@ -59,10 +60,12 @@ def free_port():
 
 def run_two(folder, *args):
     "Run two workers; what each found, and what they wrote to stderr"
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'ACCELERATE_USE_CPU': 'true',
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2',
+        'LOCAL_WORLD_SIZE': '2', 'ACCELERATE_USE_CPU': 'true',
         'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(root), str(tests)]), 'CUDA_VISIBLE_DEVICES': '', 'FXCL_DEVICE': 'cpu'}
     command = [sys.executable, __file__, str(folder), *args]
-    ps = [subprocess.Popen(command, env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    ps = [subprocess.Popen(command, env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True) for i in range(2)]
     try: outs = [p.communicate(timeout=600)[1] for p in ps]
     finally:
         for p in ps: p.kill()
@@ -74,7 +77,8 @@ def two(request, tmp_path_factory): return run_two(tmp_path_factory.mktemp('dist
 
 def test_two_processes_took_part(two):
     found,_ = two
-    assert [(o['rank'], o['group'], o['backend'], o['wrapped'], o['batches']) for o in found]==[(i, 2, 'gloo', 'DistributedDataParallel', 4) for i in range(2)]
+    assert ([(o['rank'], o['group'], o['backend'], o['wrapped'], o['batches']) for o in found]
+        ==[(i, 2, 'gloo', 'DistributedDataParallel', 4) for i in range(2)])
 
 def test_both_have_the_same_weights_and_have_learned(two):
     a,b = two[0]

@@ -12,9 +12,11 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
-from helpers import (all_tensors, assert_same_snapshot, furthest, images, mixed, naive_channels_last, naive_contiguous, snapshot, state_follows, strides)
+from helpers import (all_tensors, assert_same_snapshot, furthest, images, mixed, naive_channels_last, naive_contiguous,
+    snapshot, state_follows, strides)
 from fastxtend_cl import format as fmt
-from fastxtend_cl.format import (FormatWarning, NoConvolutionWarning, align_state, apply_channels_last, apply_contiguous, contiguous_meanwhile,
+from fastxtend_cl.format import (FormatWarning, NoConvolutionWarning, align_state, apply_channels_last,
+    apply_contiguous, contiguous_meanwhile,
     convert_format, format_of)
 
 def formats(model): return {n:format_of(p) for n,p in model.named_parameters() if p.ndim>3}
@@ -25,7 +27,8 @@ def test_mixed_model_converts_convolutions_and_nothing_else():
     model = mixed()
     before = strides(model)
     assert apply_channels_last(model) is model
-    assert formats(model)=={'stem.weight': 'channels_last', 'body.weight': 'channels_last', 'depthwise.weight': 'ambiguous', 'grouped.weight': 'channels_last',
+    assert formats(model)=={'stem.weight': 'channels_last', 'body.weight': 'channels_last',
+        'depthwise.weight': 'ambiguous', 'grouped.weight': 'channels_last',
         'pointwise.weight': 'ambiguous', 'up.weight': 'channels_last', 'volume.weight': 'ambiguous', 'pos': 'contiguous'}
     changed = {n for n,s in strides(model).items() if s!=before[n]}
     assert changed=={f'{n}.weight' for n in ('stem', 'body', 'depthwise', 'grouped', 'pointwise', 'up', 'volume')}
@@ -86,7 +89,8 @@ def test_twice_is_once():
 
 def norms():
     w,s = torch.nn.utils.weight_norm,torch.nn.utils.spectral_norm
-    return {'weight_norm': parametrizations.weight_norm, 'spectral_norm': parametrizations.spectral_norm, 'old_weight_norm': w, 'old_spectral_norm': s}
+    return {'weight_norm': parametrizations.weight_norm, 'spectral_norm': parametrizations.spectral_norm,
+        'old_weight_norm': w, 'old_spectral_norm': s}
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm.*is deprecated')
 @pytest.mark.parametrize('conv', [nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d])
@@ -132,7 +136,9 @@ def test_slices_of_a_flat_buffer_are_left_alone_and_said():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     flat = torch.cat([m.weight.detach().flatten() for m in model[:2]])
     model[0].weight.data,model[1].weight.data = flat[:108].view(4, 3, 3, 3),flat[108:].view(4, 4, 3, 3)
-    with pytest.warns(FormatWarning, match=r'2 of 3 convolution parameters stay as they are: 0\.weight, because it .*memory|slice') as caught: apply_channels_last(model)
+    with pytest.warns(FormatWarning, match=r'2 of 3 convolution parameters stay as they are: '
+            r'0\.weight, because it .*memory|slice') as caught:
+        apply_channels_last(model)
     assert len(caught)==1
     assert [format_of(m.weight) for m in model]==['contiguous', 'contiguous', 'channels_last']
     flat.zero_()
@@ -141,7 +147,8 @@ def test_slices_of_a_flat_buffer_are_left_alone_and_said():
 def test_tied_by_a_transposed_view_is_left_alone_and_said():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3))
     model[1].weight.data = model[0].weight.data.transpose(0, 1)
-    with pytest.warns(FormatWarning, match='0.weight, because it shares memory with another tensor of the model; 1.weight'): apply_channels_last(model)
+    with pytest.warns(FormatWarning, match='0.weight, because it shares memory with another tensor of the model; 1.weight'):
+        apply_channels_last(model)
     assert model[0].weight.data_ptr()==model[1].weight.data_ptr()
 
 def test_shared_with_other_processes_is_left_alone_and_said():
@@ -176,7 +183,8 @@ def test_weights_without_strides_to_set_are_left_alone_and_said(make, why):
     weight = model[0].weight
     with pytest.warns(FormatWarning) as caught: apply_channels_last(model)
     assert model[0].weight is weight and format_of(model[1].weight)=='channels_last'
-    assert [f'1 of 2 convolution parameters stay as they are: 0.weight, because' in str(w.message) and why in str(w.message) for w in caught]==[True]
+    assert [f'1 of 2 convolution parameters stay as they are: 0.weight, because' in str(w.message)
+        and why in str(w.message) for w in caught]==[True]
     assert format_of(apply_contiguous(model)[1].weight)=='contiguous'
 
 def test_only_three_names_are_listed():
@@ -211,7 +219,8 @@ def test_lazy_layers_undone():
 
 def test_lazy_layers_twice_have_one_hook():
     model = apply_channels_last(apply_channels_last(lazy()))
-    assert [len(m._forward_pre_hooks) for m in model]==[len(m._forward_pre_hooks)+1 if i in (0,2) else len(m._forward_pre_hooks) for i,m in enumerate(lazy())]
+    assert ([len(m._forward_pre_hooks) for m in model]
+        ==[len(m._forward_pre_hooks)+1 if i in (0,2) else len(m._forward_pre_hooks) for i,m in enumerate(lazy())])
 
 @pytest.mark.parametrize('copy', [deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
 def test_lazy_layers_copied_while_pending(copy):
@@ -231,7 +240,8 @@ def test_contiguous_meanwhile_keeps_the_pending_conversion():
 # Bad input
 
 def test_model_without_convolution():
-    with pytest.warns(NoConvolutionWarning, match='channels last has no effect: Sequential has no convolution of two or three dimensions') as caught:
+    with pytest.warns(NoConvolutionWarning,
+            match='channels last has no effect: Sequential has no convolution of two or three dimensions') as caught:
         apply_channels_last(nn.Sequential())
     assert len(caught)==1
     with warnings.catch_warnings():
@@ -248,19 +258,23 @@ def test_wrong_model(f):
 def test_wrong_optimizer(wrong):
     model = mixed()
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r'optimizers takes an optimizer or a list of them, received (int|str|function), which has no `state` by parameter'):
+    with pytest.raises(TypeError, match=r'optimizers takes an optimizer or a list of them, received (int|str|function), '
+            r'which has no `state` by parameter'):
         apply_channels_last(model, wrong)
     assert_same_snapshot(before, snapshot(model))
 
 def test_wrong_format():
-    with pytest.raises(ValueError, match="a model is converted to 'channels_last' or 'contiguous', received 'nhwc'"): convert_format(mixed(), 'nhwc')
+    with pytest.raises(ValueError, match="a model is converted to 'channels_last' or 'contiguous', received 'nhwc'"):
+        convert_format(mixed(), 'nhwc')
 
 @pytest.mark.parametrize('wrap', [lambda o: o, lambda o: OptimWrapper(opt=o)], ids=['torch', 'OptimWrapper'])
 def test_lbfgs(wrap):
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     opt = wrap(torch.optim.LBFGS(model.parameters()))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r'LBFGS flattens gradients with `.view\(-1\)`.*use another optimizer, or stay contiguous'): apply_channels_last(model, opt)
+    with pytest.raises(ValueError,
+            match=r'LBFGS flattens gradients with `.view\(-1\)`.*use another optimizer, or stay contiguous'):
+        apply_channels_last(model, opt)
     assert_same_snapshot(before, snapshot(model))
     apply_contiguous(model, opt)
 
@@ -299,7 +313,8 @@ def test_accumulation_over_a_conversion():
 
 def variants():
     kinds = [('Adam', {}), ('Adam', dict(amsgrad=True)), ('AdamW', {}), ('AdamW', dict(amsgrad=True)), ('SGD', dict(momentum=0.9)),
-        ('SGD', dict(momentum=0.9, nesterov=True)), ('Adagrad', {}), ('RMSprop', {}), ('RMSprop', dict(momentum=0.9)), ('RMSprop', dict(centered=True))]
+        ('SGD', dict(momentum=0.9, nesterov=True)), ('Adagrad', {}), ('RMSprop', {}), ('RMSprop', dict(momentum=0.9)),
+        ('RMSprop', dict(centered=True))]
     for name,kw in kinds:
         for how in (dict(foreach=False), dict(foreach=True), dict(fused=True)):
             make = partial(getattr(torch.optim, name), lr=0.01, **kw, **how)
@@ -309,13 +324,16 @@ def variants():
 
 torch_variants = dict(variants())
 wrapped_variants = {f'OptimWrapper-{n}':partial(OptimWrapper, opt=make) for n,make in torch_variants.items()}
-fastai_variants = {n:partial(getattr(fastai_optim, f), lr=0.01, **kw) for n,f,kw in (('fastai-Adam', 'Adam', dict(wd=0.1)), ('fastai-SGD', 'SGD', dict(mom=0.9)),
-    ('fastai-RMSProp', 'RMSProp', dict(mom=0.9)), ('fastai-RAdam', 'RAdam', {}), ('fastai-Lamb', 'Lamb', {}), ('fastai-Larc', 'Larc', {}), ('fastai-QHAdam', 'QHAdam', {}), ('fastai-ranger', 'ranger', dict(k=2)))}
+fastai_variants = {n:partial(getattr(fastai_optim, f), lr=0.01, **kw)
+    for n,f,kw in (('fastai-Adam', 'Adam', dict(wd=0.1)), ('fastai-SGD', 'SGD', dict(mom=0.9)),
+    ('fastai-RMSProp', 'RMSProp', dict(mom=0.9)), ('fastai-RAdam', 'RAdam', {}), ('fastai-Lamb', 'Lamb', {}),
+    ('fastai-Larc', 'Larc', {}), ('fastai-QHAdam', 'QHAdam', {}), ('fastai-ranger', 'ranger', dict(k=2)))}
 all_variants = {**torch_variants, **wrapped_variants, **fastai_variants}
 fused_variants = [n for n in all_variants if 'fused' in n]
 
 def test_variants_cover_what_torch_offers():
-    assert {'SGD-momentum-foreachFalse', 'RMSprop-centered-foreachTrue', 'Adam-fusedTrue', 'AdamW-amsgrad-fusedTrue', 'SGD-momentum-fusedTrue', 'Adagrad-fusedTrue'} <= set(all_variants)
+    assert {'SGD-momentum-foreachFalse', 'RMSprop-centered-foreachTrue', 'Adam-fusedTrue', 'AdamW-amsgrad-fusedTrue',
+        'SGD-momentum-fusedTrue', 'Adagrad-fusedTrue'} <= set(all_variants)
 
 def six_steps(make, convert=None, back=None, dtype=torch.float64, given=False):
     "Train a mixed model six steps; `given` gradients are the same random ones in every format"
@@ -327,7 +345,9 @@ def six_steps(make, convert=None, back=None, dtype=torch.float64, given=False):
         if not given: model(images(dtype=dtype, seed=i)).square().sum().backward()
         else:
             for p in model.parameters():
-                if p.requires_grad: p.grad = torch.empty_strided(p.shape, p.stride(), dtype=dtype).copy_(torch.randn(p.shape, generator=rng, dtype=dtype))
+                if p.requires_grad:
+                    p.grad = torch.empty_strided(p.shape, p.stride(),
+                        dtype=dtype).copy_(torch.randn(p.shape, generator=rng, dtype=dtype))
         opt.step(); opt.zero_grad()
         if convert is apply_channels_last: assert i<1 or state_follows(model, opt), f'state after step {i}'
     return model
@@ -385,7 +405,8 @@ def test_accelerates_wrapper():
     apply_channels_last(model, Accelerator(cpu=True).prepare(opt))
     assert state_follows(model, opt)
 
-@pytest.mark.parametrize('wrap', [lambda o: o, lambda o: OptimWrapper(opt=o), lambda o: Accelerator(cpu=True).prepare(o)], ids=['torch', 'OptimWrapper', 'accelerate'])
+@pytest.mark.parametrize('wrap', [lambda o: o, lambda o: OptimWrapper(opt=o), lambda o: Accelerator(cpu=True).prepare(o)],
+    ids=['torch', 'OptimWrapper', 'accelerate'])
 def test_each_tensor_is_moved_once(wrap, monkeypatch):
     model,moved,restride = nn.Sequential(nn.Conv2d(3, 4, 3)),[],fmt.restride
     opt = wrap(torch.optim.AdamW(model.parameters()))

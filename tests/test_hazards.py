@@ -11,7 +11,8 @@ from fastxtend_cl.format import apply_channels_last, apply_contiguous, format_of
 from fastxtend_cl.hazards import Guard, guard, guarded, hazards, out_sizes, unguard
 
 avx512_bf16 = pytest.mark.skipif(cpu_bf16()!='AVX512-BF16', reason='seen with AVX512-BF16 only')
-avx = pytest.mark.skipif(not (torch.backends.mkldnn.is_available() and 'AVX' in torch.backends.cpu.get_cpu_capability()), reason='seen on x86 with AVX2 or AVX512')
+avx = pytest.mark.skipif(not (torch.backends.mkldnn.is_available() and 'AVX' in torch.backends.cpu.get_cpu_capability()),
+    reason='seen on x86 with AVX2 or AVX512')
 
 # Name of the hazard: the layer, the shape of its input, and whether it computes in bf16
 cases = {
@@ -86,10 +87,13 @@ def other_way(layer, x, *args):
     return res
 
 @pytest.mark.parametrize('layer,shape,args', [
-    (nn.Conv2d(3, 5, 1, stride=2), (2, 3, 8, 6), ()), (nn.Conv2d(3, 5, 1, stride=(2,3), bias=False), (2, 3, 8, 9), ()), (nn.Conv2d(1, 5, 1, stride=2), (2, 1, 8, 8), ()),
+    (nn.Conv2d(3, 5, 1, stride=2), (2, 3, 8, 6), ()), (nn.Conv2d(3, 5, 1, stride=(2,3), bias=False), (2, 3, 8, 9), ()),
+    (nn.Conv2d(1, 5, 1, stride=2), (2, 1, 8, 8), ()),
     (nn.Conv2d(3, 5, 1, stride=2, padding='valid'), (3, 8, 8), ()),
-    (nn.ConvTranspose2d(4, 3, 1, stride=2, output_padding=1), (2, 4, 5, 6), ()), (nn.ConvTranspose2d(4, 3, 1, stride=3, bias=False), (2, 4, 5, 6), ([14, 17],)),
-    (nn.InstanceNorm2d(4), (1, 4, 5, 6), ()), (nn.InstanceNorm2d(4, affine=True), (1, 4, 5, 6), ()), (nn.InstanceNorm3d(4, affine=True), (1, 4, 5, 6, 3), ()),
+    (nn.ConvTranspose2d(4, 3, 1, stride=2, output_padding=1), (2, 4, 5, 6), ()),
+    (nn.ConvTranspose2d(4, 3, 1, stride=3, bias=False), (2, 4, 5, 6), ([14, 17],)),
+    (nn.InstanceNorm2d(4), (1, 4, 5, 6), ()), (nn.InstanceNorm2d(4, affine=True), (1, 4, 5, 6), ()),
+    (nn.InstanceNorm3d(4, affine=True), (1, 4, 5, 6, 3), ()),
     (nn.InstanceNorm2d(4, track_running_stats=True), (1, 4, 5, 6), ()),
 ], ids=str)
 def test_the_other_way_is_the_same_in_double(layer, shape, args):
@@ -118,7 +122,8 @@ def test_out_sizes_is_what_the_layer_gives(data):
 
 def test_a_guard_only_acts_on_its_hazard(monkeypatch):
     "Guarded layers that no hazard concerns now give bit for bit what they gave"
-    layers = [(nn.Conv2d(3, 5, 1, stride=2), (2, 3, 7, 8)), (nn.InstanceNorm2d(4), (2, 4, 5, 5)), (nn.Conv2d(32, 32, 3, dilation=2, groups=32), (2, 32, 9, 40)), (nn.Conv3d(4, 4, 3, padding=1), (1, 4, 2, 5, 5))]
+    layers = [(nn.Conv2d(3, 5, 1, stride=2), (2, 3, 7, 8)), (nn.InstanceNorm2d(4), (2, 4, 5, 5)),
+        (nn.Conv2d(32, 32, 3, dilation=2, groups=32), (2, 32, 9, 40)), (nn.Conv3d(4, 4, 3, padding=1), (1, 4, 2, 5, 5))]
     for layer,shape in layers:
         x = torch.randn(shape)
         assert torch.equal(layer(x), guard(deepcopy(layer))(x)) and guarded(guard(deepcopy(layer)))
@@ -131,13 +136,15 @@ def test_guards_keep_a_forward_of_the_layers_own():
     assert unguard(layer).forward is mine
 
 def test_conversion_guards_and_takes_away():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3), nn.LazyConv2d(40, 3, dilation=2, groups=4))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3),
+        nn.LazyConv2d(40, 3, dilation=2, groups=4))
     keys = list(model.state_dict())
     apply_channels_last(model)
     assert set(guarded(model))=={'0','1'}
     model(torch.randn(2, 3, 24, 24))
     assert set(guarded(model))=={'0','1','3'}, 'a lazy layer is guarded once it has its shape'
-    assert list(model.state_dict())==keys and apply_channels_last(model) is model and not isinstance(vars(model[0])['forward'].instance_forward, Guard)
+    assert (list(model.state_dict())==keys and apply_channels_last(model) is model
+        and not isinstance(vars(model[0])['forward'].instance_forward, Guard))
     assert guarded(apply_contiguous(model))=={} and 'forward' not in vars(model[0])
 
 def test_compiled_with_guards():
@@ -152,7 +159,8 @@ from fastai.vision.all import *
 from fastxtend_cl.all import *
 torch.set_num_threads(1)
 ds = [(TensorImage(torch.randn(3, 256, 256)),TensorCategory(i%2)) for i in range(6)]
-learn = Learner(DataLoaders.from_dsets(ds, ds[:2], bs=2, num_workers=0, device='cpu'), timm.create_model({name!r}, num_classes=2), loss_func=CrossEntropyLossFlat()).to_channelslast(use_amp=False)
+learn = Learner(DataLoaders.from_dsets(ds, ds[:2], bs=2, num_workers=0, device='cpu'),
+    timm.create_model({name!r}, num_classes=2), loss_func=CrossEntropyLossFlat()).to_channelslast(use_amp=False)
 with learn.no_bar(), learn.no_logging(): learn.fit(1)
 print(learn.train_iter, np.isfinite(float(learn.recorder.losses[-1])))
 '''
@@ -161,6 +169,7 @@ print(learn.train_iter, np.isfinite(float(learn.recorder.losses[-1])))
 @pytest.mark.parametrize('name', ['fastvit_t8', 'fastvit_sa12'])
 def test_fastvit_trains_three_steps(name):
     "A bare `model.to(memory_format=torch.channels_last)` kills these"
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', fastvit.replace('{name!r}', repr(name))], capture_output=True, text=True, timeout=600)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', fastvit.replace('{name!r}', repr(name))],
+        capture_output=True, text=True, timeout=600)
     assert r.returncode==0, r.stderr[-2000:]
     assert r.stdout.split()[-2:]==['3', 'True']

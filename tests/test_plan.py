@@ -12,7 +12,8 @@ from fastxtend_cl import plan as module
 from fastxtend_cl.bench import Arm, BenchRow, FormatBench
 from fastxtend_cl.format import FormatWarning, NoEffectWarning, apply_contiguous
 from fastxtend_cl.hazards import Guard, guard, guarded
-from fastxtend_cl.plan import (FormatPlan, LayerPlan, PlanRow, _Costs, _wrap, apply_plan, cache_file, choose, kind_of, layer_options, plan_formats, plan_key, planned,
+from fastxtend_cl.plan import (FormatPlan, LayerPlan, PlanRow, _Costs, _wrap, apply_plan, cache_file, choose, kind_of,
+    layer_options, plan_formats, plan_key, planned,
     record_step, remove_plan, solve_pbqp, winner)
 from fastxtend_cl.probe import LayerSpec, LayerTimes, conv_args, is_tiled, tiled_weight_grad
 from fastxtend_cl.repair import repair_layer, repaired, unrepair_format
@@ -23,7 +24,8 @@ def bf16(on=True): return torch.autocast('cpu', dtype=low, enabled=on)
 
 def net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 5, stride=2, padding=2, groups=8), nn.BatchNorm2d(8), nn.ReLU(),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 5, stride=2, padding=2, groups=8), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Conv2d(8, 12, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 2))
 
 def step_of(model=None, size=16, n=4, **kwargs):
@@ -31,8 +33,10 @@ def step_of(model=None, size=16, n=4, **kwargs):
     x,y = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1)),torch.arange(n)%2
     return TrainingStep(model, x, y, nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1), **kwargs)
 
-plans = {'0': LayerPlan('bf16', None, 'fp32', False, 'fp32'), '3': LayerPlan('bf16', 'fp32', 'bf16', True, 'bf16'), '6': LayerPlan('fp32', 'bf16', 'bf16', False, 'fp32', 'contiguous'), '4': LayerPlan(dense=True)}
-def a_plan(**kwargs): return FormatPlan(**{**dict(arm='plan', memory_format='channels_last', autocast='bf16', layers=dict(plans)), **kwargs})
+plans = {'0': LayerPlan('bf16', None, 'fp32', False, 'fp32'), '3': LayerPlan('bf16', 'fp32', 'bf16', True, 'bf16'),
+    '6': LayerPlan('fp32', 'bf16', 'bf16', False, 'fp32', 'contiguous'), '4': LayerPlan(dense=True)}
+def a_plan(**kwargs):
+    return FormatPlan(**{**dict(arm='plan', memory_format='channels_last', autocast='bf16', layers=dict(plans)), **kwargs})
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path/'cache'))
@@ -52,9 +56,11 @@ def test_a_planned_layer_computes_the_same(data):
     groups,transposed,name = draw(st.sampled_from((1, 2, 8))),draw(st.booleans()),st.sampled_from(('fp32', 'bf16'))
     kernel,stride = ints(1, 6),ints(1, 2)
     torch.manual_seed(0)
-    m = getattr(nn, f'Conv{"Transpose"*transposed}{nd}d')(8, 8, kernel, stride=stride, padding=tuple(k//2 for k in kernel), groups=groups, bias=draw(st.booleans()))
+    m = getattr(nn, f'Conv{"Transpose"*transposed}{nd}d')(8, 8, kernel, stride=stride,
+        padding=tuple(k//2 for k in kernel), groups=groups, bias=draw(st.booleans()))
     x = torch.randn(2, 8, *ints(6, 9))
-    layer = LayerPlan(draw(name), draw(name), draw(name), is_tiled(m) and draw(st.booleans()), draw(name), draw(st.sampled_from((None, 'contiguous', 'channels_last'))) if nd>1 else None)
+    layer = LayerPlan(draw(name), draw(name), draw(name), is_tiled(m) and draw(st.booleans()), draw(name),
+        draw(st.sampled_from((None, 'contiguous', 'channels_last'))) if nd>1 else None)
     g = torch.randn_like(m(x))
     exact = gradients(copy.deepcopy(m).double(), x.double(), g.double())
     _wrap(m, {'': layer}, low)
@@ -62,7 +68,8 @@ def test_a_planned_layer_computes_the_same(data):
         assume(vars(m)['forward'].applies((x,), {})) # no hazard stands before it
         ours = gradients(m, x, g)
     assert ours[0].dtype==(low if layer.output=='bf16' else torch.float32)
-    lowest = {'output': {layer.forward, layer.output}, 'x': {layer.input, layer.output}, 'weight': {layer.weight, layer.output, layer.forward}, 'bias': {layer.weight, layer.output}}
+    lowest = {'output': {layer.forward, layer.output}, 'x': {layer.input, layer.output},
+        'weight': {layer.weight, layer.output, layer.forward}, 'bias': {layer.weight, layer.output}}
     for (n,kinds),a,b in zip(lowest.items(), ours, exact):
         assert a.dtype==torch.float32 or n=='output'
         assert (a.double()-b).norm() <= (0.03 if 'bf16' in kinds else 1e-5)*b.norm()+1e-6, (n, m, layer, x.shape)
@@ -76,7 +83,8 @@ def test_tiles_give_the_weight_gradient(kh, kw, sh, sw, ph, pw, channels_last):
     y = m(x)
     g = torch.randn_like(y)
     assert is_tiled(m)
-    torch.testing.assert_close(tiled_weight_grad(g, x, m.weight.detach(), conv_args(m)), torch.autograd.grad(y, m.weight, g)[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(tiled_weight_grad(g, x, m.weight.detach(), conv_args(m)),
+        torch.autograd.grad(y, m.weight, g)[0], rtol=1e-10, atol=1e-10)
 
 def test_a_dense_gradient_and_that_of_a_mean():
     "Strides are those of the output and the input; values stay"
@@ -147,7 +155,9 @@ def test_a_hazard_goes_first():
     m = nn.Conv2d(8, 8, 3, stride=2, padding=1)
     _wrap(m, {'': LayerPlan('bf16', 'bf16', 'bf16', False, 'bf16')}, low)
     assert 'bf16 narrow' in vars(m)['forward'].names
-    with bf16(): assert not vars(m)['forward'].applies((torch.randn(1, 8, 8, 1),), {}) and vars(m)['forward'].applies((torch.randn(1, 8, 8, 8),), {})
+    with bf16():
+        assert (not vars(m)['forward'].applies((torch.randn(1, 8, 8, 1),), {})
+            and vars(m)['forward'].applies((torch.randn(1, 8, 8, 8),), {}))
     assert m(torch.randn(1, 8, 8, 1)).shape==(1, 8, 4, 1)
 
 def test_without_gradients_the_same_precisions():
@@ -204,7 +214,9 @@ def test_copies_and_pickles():
 def test_a_plan_of_another_model():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     before = model[0].weight.stride()
-    with pytest.raises(ValueError, match='the plan is of another model: it has 4 layers, of which 3 and 2 more are not in this Sequential'): apply_plan(model, a_plan())
+    with pytest.raises(ValueError,
+            match='the plan is of another model: it has 4 layers, of which 3 and 2 more are not in this Sequential'):
+        apply_plan(model, a_plan())
     assert planned(model)=={} and model[0].weight.stride()==before
 
 def test_compiled():
@@ -245,12 +257,14 @@ def test_what_cannot_have_a_plan():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.own,self.twice,self.circular,self.fine = Own(3, 3, 3, padding=1),nn.Conv2d(3, 3, 3, padding=1),nn.Conv2d(3, 3, 3, padding=1, padding_mode='circular'),nn.Conv2d(3, 3, 3)
+            self.own,self.twice,self.circular,self.fine = (Own(3, 3, 3, padding=1),nn.Conv2d(3, 3, 3, padding=1),
+                nn.Conv2d(3, 3, 3, padding=1, padding_mode='circular'),nn.Conv2d(3, 3, 3))
         def forward(self, x): return self.twice(self.twice(self.fine(self.circular(self.own(x)))).repeat(1, 1, 2, 1)).mean((2, 3))
     step = TrainingStep(Net(), torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), nn.functional.cross_entropy)
     specs,left = module._sort_out(record_step(step, None), step.model)
     assert list(specs)==['fine']
-    assert left=={'own': 'Own has a forward of its own', 'twice': 'it is called with 2 different inputs', 'circular': "padding (1, 1) in mode 'circular'"}
+    assert left=={'own': 'Own has a forward of its own', 'twice': 'it is called with 2 different inputs',
+        'circular': "padding (1, 1) in mode 'circular'"}
 
 def test_strange_gradients_are_noticed():
     class Squeeze(nn.Module):
@@ -304,7 +318,8 @@ def times_of(spec, **changes):
     "Times in which bf16 halves everything, with `changes`: (precision, name) to seconds"
     names = ['forward', 'input', 'weight', 'weight tiled', 'chain']
     res = {(f,p,n): 1. if p=='fp32' else 0.5 for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16') for n in names}
-    res |= {(f,p,f'{t} to {q}'): 0.1 for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16') for t in ('input', 'output') for q in ('fp32', 'bf16', 'contiguous', 'channels_last') if q not in (p, f)}
+    res |= {(f,p,f'{t} to {q}'): 0.1 for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16')
+        for t in ('input', 'output') for q in ('fp32', 'bf16', 'contiguous', 'channels_last') if q not in (p, f)}
     for (p,n),t in changes.get('changes', {}).items(): res |= {(f,p,n): t for f in ('contiguous', 'channels_last')}
     return LayerTimes(spec, res)
 
@@ -356,7 +371,9 @@ def test_six_layers_are_chosen_as_by_brute_force(seed):
     layers,seconds = choose(costs, edges, **kw)
     def cost(o):
         fed = {n: [a for a,b in edges if b==n] for n in names}
-        return sum(costs[n].inside(o[n]) + (sum(costs[n].entry(o[n], o[a].output) for a in fed[n])/len(fed[n]) if fed[n] else costs[n].entry(o[n], 'fp32')) for n in names)
+        return sum(costs[n].inside(o[n])
+            + (sum(costs[n].entry(o[n], o[a].output) for a in fed[n])/len(fed[n]) if fed[n] else costs[n].entry(o[n], 'fp32'))
+            for n in names)
     best = min(cost(dict(zip(names, o))) for o in itertools.product(*[layer_options(costs[n], **kw) for n in names]))
     assert seconds==pytest.approx(cost(layers)) and seconds==pytest.approx(best)
 
@@ -388,10 +405,12 @@ def test_whole_search_leaves_no_trace_and_says_what_it_found(capsys):
     before,state = [p.clone() for p in step.model.parameters()],torch.get_rng_state()
     p = plan_formats(step, budget=6, bar=False)
     assert capsys.readouterr()==('', '')
-    assert all(torch.equal(a, b) and a.stride()==b.stride() for a,b in zip(before, step.model.parameters())) and torch.equal(state, torch.get_rng_state())
+    assert (all(torch.equal(a, b) and a.stride()==b.stride() for a,b in zip(before, step.model.parameters()))
+        and torch.equal(state, torch.get_rng_state()))
     assert planned(step.model)=={} and guarded(step.model)=={}
     assert p.arm=='now' or p.bench[p.arm].verdict=='faster'
-    assert [r.path for r in p.rows if r.kind!='other']==['0', '3', '6'] and {r.kind for r in p.rows}>={'3x3', '5x5 depthwise, stride 2', '1x1'}
+    assert ([r.path for r in p.rows if r.kind!='other']==['0', '3', '6']
+        and {r.kind for r in p.rows}>={'3x3', '5x5 depthwise, stride 2', '1x1'})
     assert p.conditions['precision']=='bf16' and p.conditions['shape']==[4, 3, 16, 16] and p.predicted and p.seconds>0
     text = str(p).splitlines()
     assert text[0]==f'{p.arm}: {p.reason}' and 'Found in' in str(p) and p._repr_markdown_().startswith(f'**{p.arm}**: ')
@@ -419,7 +438,8 @@ def test_a_kernel_that_fails_loses_its_candidate_only(monkeypatch):
     real_candidates = module._candidates
     monkeypatch.setattr(module, '_candidates', lambda *a: seen.extend(real_candidates(*a)) or seen)
     p = plan_formats(step_of(), low, budget=4, bar=False, cache=False)
-    assert not [r for r in p.bench.rows if r.arm.endswith('last bf16') or r.arm=='contiguous bf16'], 'the whole step in what killed the child'
+    assert not [r for r in p.bench.rows if r.arm.endswith('last bf16')
+        or r.arm=='contiguous bf16'], 'the whole step in what killed the child'
     assert any(n.startswith('channels last bf16 was not run as a whole: Conv2d 8 to 8') for n in p.notes)
     assert seen and all(c.layers['3'].forward=='fp32' for c in seen)
 
@@ -431,7 +451,8 @@ def test_no_time_left(monkeypatch):
     assert '3 convolutions stay as they are: 0 (there was no time left to measure it) and others.' in str(p)
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match='there is nothing to plan: Linear has no convolution'): plan_formats(TrainingStep(nn.Linear(2, 2), torch.randn(2, 2), torch.tensor([0, 1]), nn.functional.cross_entropy))
+    with pytest.raises(ValueError, match='there is nothing to plan: Linear has no convolution'):
+        plan_formats(TrainingStep(nn.Linear(2, 2), torch.randn(2, 2), torch.tensor([0, 1]), nn.functional.cross_entropy))
     with pytest.raises(ValueError, match='budget is a number of seconds above 0, received 0'): plan_formats(step_of(), budget=0)
     with pytest.raises(ValueError, match="cache is True, False or 'refresh', received 'no'"): plan_formats(step_of(), cache='no')
 
@@ -448,7 +469,8 @@ def test_interrupted_anywhere(monkeypatch, where):
         raise KeyboardInterrupt
     monkeypatch.setattr(module, where, interrupted)
     with pytest.raises(KeyboardInterrupt): plan_formats(step, budget=3, bar=False)
-    assert all(torch.equal(a, b) and a.stride()==b.stride() for a,b in zip(before, step.model.parameters())) and planned(step.model)=={} and not cache_file().exists()
+    assert (all(torch.equal(a, b) and a.stride()==b.stride() for a,b in zip(before, step.model.parameters()))
+        and planned(step.model)=={} and not cache_file().exists())
 
 # Kept
 
@@ -472,7 +494,8 @@ def test_what_is_not_final_is_not_kept(monkeypatch):
     plan_formats(step_of()); plan_formats(step_of())
     assert len(calls)==2
     calls = fake_search(monkeypatch, FormatPlan('now', bench=proof(noise=None)))
-    assert proof(noise=None).verdict=='cannot tell' and not plan_formats(step_of()).cached and not plan_formats(step_of()).cached and not cache_file().exists()
+    assert (proof(noise=None).verdict=='cannot tell' and not plan_formats(step_of()).cached
+        and not plan_formats(step_of()).cached and not cache_file().exists())
 
 def test_what_changes_the_key(monkeypatch):
     fake_search(monkeypatch, a_plan())
@@ -481,7 +504,9 @@ def test_what_changes_the_key(monkeypatch):
     assert key(step_of(net(seed=5)))==base, 'values do not matter'
     frozen = net(); frozen[0].requires_grad_(False)
     still = net(); still[1].eval()
-    others = [step_of(size=12), step_of(n=2), step_of(autocast=low), step_of(frozen), step_of(nn.Sequential(*net()[:6], nn.Conv2d(8, 14, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(14, 2))), step_of(still)]
+    others = [step_of(size=12), step_of(n=2), step_of(autocast=low), step_of(frozen),
+        step_of(nn.Sequential(*net()[:6], nn.Conv2d(8, 14, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(14, 2))),
+        step_of(still)]
     keys = [key(s) for s in others] + [key(step_of(), 'bf16')]
     torch.set_num_threads(n := torch.get_num_threads()+1)
     try: keys.append(key(step_of()))
@@ -510,15 +535,19 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     assert any('the plan is not kept' in str(o.message) for o in w)
 
 def test_two_may_write_at_once():
-    threads = [threading.Thread(target=lambda i=i: [module._write_cache(cache_file(), f'{i}', a_plan()) for _ in range(5)]) for i in range(4)]
+    threads = [threading.Thread(target=lambda i=i: [module._write_cache(cache_file(), f'{i}', a_plan()) for _ in range(5)])
+        for i in range(4)]
     for t in threads: t.start()
     for t in threads: t.join()
     kept = module._read_cache(cache_file())
     assert kept and set(kept)<=set('0123') and all(FormatPlan.from_dict(o)==a_plan() for o in kept.values())
     assert [p.name for p in cache_file().parent.iterdir()]==['plans.json']
 
-@pytest.mark.parametrize('platform,env,place', [('linux', {'HOME': '/h'}, '/h/.cache/fastxtend_cl/plans.json'), ('linux', {'XDG_CACHE_HOME': '/x'}, '/x/fastxtend_cl/plans.json'),
-    ('darwin', {'HOME': '/h'}, '/h/Library/Caches/fastxtend_cl/plans.json'), ('win32', {'LOCALAPPDATA': '/l'}, '/l/fastxtend_cl/plans.json')])
+@pytest.mark.parametrize('platform,env,place',
+    [('linux', {'HOME': '/h'}, '/h/.cache/fastxtend_cl/plans.json'),
+        ('linux', {'XDG_CACHE_HOME': '/x'}, '/x/fastxtend_cl/plans.json'),
+    ('darwin', {'HOME': '/h'}, '/h/Library/Caches/fastxtend_cl/plans.json'),
+    ('win32', {'LOCALAPPDATA': '/l'}, '/l/fastxtend_cl/plans.json')])
 def test_where_it_is_kept(monkeypatch, platform, env, place):
     for k in ('FASTXTEND_CL_CACHE', 'XDG_CACHE_HOME'): monkeypatch.delenv(k, raising=False)
     for k,v in env.items(): monkeypatch.setenv(k, v)
@@ -540,7 +569,8 @@ def test_a_learner_trains_by_a_plan():
     assert learn.channels_last.plan is None and planned(learn.model)=={}
     learn.to_channelslast(plan=a_plan()); fit(learn)
     learn.to_contiguous()
-    assert planned(learn.model)=={} and not any('forward' in vars(m) for m in learn.model.modules()) and learn.model[0].weight.is_contiguous()
+    assert (planned(learn.model)=={} and not any('forward' in vars(m) for m in learn.model.modules())
+        and learn.model[0].weight.is_contiguous())
     fit(learn)
 
 def test_with_other_callbacks():
@@ -565,7 +595,8 @@ def test_an_export_is_plain_fastai(tmp_path):
     fit(learn)
     learn.export('a.pkl')
     assert planned(learn.model)==plans
-    code = "import sys, torch; sys.modules['fastxtend_cl'] = None; from fastai.learner import load_learner; l = load_learner('a.pkl'); print(l.model(torch.randn(1, 3, 16, 16)).shape)"
+    code = ("import sys, torch; sys.modules['fastxtend_cl'] = None; from fastai.learner import load_learner; "
+        "l = load_learner('a.pkl'); print(l.model(torch.randn(1, 3, 16, 16)).shape)")
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert 'torch.Size([1, 2])' in r.stdout, r.stderr
 
@@ -576,7 +607,8 @@ def test_auto_asks_for_a_plan(monkeypatch):
     learn = learner().to_channelslast(plan='auto', amp_mode='bf16')
     assert asked[-1][:2]==(low, None) and learn.channels_last.plan.layers==plans
     learn.plan_channelslast(budget=5)
-    assert asked[-1][0]==low and asked[-1][1].memory_format=='channels_last' and callable(asked[-1][1].setup) and asked[-1][2]=={'budget': 5}
+    assert (asked[-1][0]==low and asked[-1][1].memory_format=='channels_last' and callable(asked[-1][1].setup)
+        and asked[-1][2]=={'budget': 5})
     learner().to_channelslast(use_amp=False).plan_channelslast(use_amp=False)
     assert asked[-1][0] is None and asked[-1][1]==Arm('now', 'channels_last')
 
@@ -584,10 +616,13 @@ def test_nothing_faster_changes_nothing(monkeypatch):
     learn = learner()
     cbs = list(learn.cbs)
     with caught_warnings() as w: learn.to_channelslast(plan=FormatPlan('now', bench=proof(row('plan', 1.2))))
-    assert learn.cbs==cbs and [str(o.message) for o in w if o.category is NoEffectWarning]==['what you have now (now) stays: nothing was proven to be faster']
+    assert (learn.cbs==cbs
+        and [str(o.message) for o in w if o.category is NoEffectWarning]==['what you have now (now) stays: '
+            'nothing was proven to be faster'])
 
 def test_arguments_that_contradict():
-    for kw,text in ((dict(use_amp=False), 'the plan computes in bf16, and the arguments ask for fp32'), (dict(amp_mode='fp16'), 'the plan computes in bf16, and the arguments ask for fp16')):
+    for kw,text in ((dict(use_amp=False), 'the plan computes in bf16, and the arguments ask for fp32'),
+            (dict(amp_mode='fp16'), 'the plan computes in bf16, and the arguments ask for fp16')):
         with pytest.raises(ValueError, match=text): learner().to_channelslast(plan=a_plan(), **kw)
     with pytest.raises(ValueError, match="plan is 'auto', a FormatPlan or None, received 'best'"): learner().to_channelslast(plan='best')
     with pytest.raises(ValueError, match="compile=True is for plan='auto'"): learner().to_channelslast(compile=True)
@@ -624,7 +659,8 @@ def test_training_converges_the_same():
     from fastxtend_cl.channelslast import less_random
     def loss(plan, seed):
         with less_random(seed):
-            model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 5, padding=2, groups=16), nn.BatchNorm2d(16), nn.ReLU(),
+            model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+                nn.Conv2d(16, 16, 5, padding=2, groups=16), nn.BatchNorm2d(16), nn.ReLU(),
                 nn.Conv2d(16, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
             learn = tiny_learner(dls=digits_dls(16, 64), model=model, loss_func=CrossEntropyLossFlat(), seed=seed)
             learn.to_channelslast(plan=plan) if plan else learn.to_channelslast(amp_mode=False)
@@ -639,7 +675,8 @@ def test_training_converges_the_same():
 
 def test_command(capsys, monkeypatch):
     from fastxtend_cl import cli
-    monkeypatch.setattr(module, 'plan_formats', lambda step, dtype, **kw: a_plan(bench=proof(row('plan', 0.5)), notes=[f'{dtype} {kw["budget"]} {kw["cache"]}']))
+    monkeypatch.setattr(module, 'plan_formats', lambda step, dtype,
+        **kw: a_plan(bench=proof(row('plan', 0.5)), notes=[f'{dtype} {kw["budget"]} {kw["cache"]}']))
     assert cli.main(['plan', 'resnet18', '--bs', '2', '--size', '32', '--device', 'cpu', '--amp', 'bf16', '--budget', '7', '--refresh'])==0
     out = capsys.readouterr().out
     assert out.startswith('plan: plan is 2.00 times as fast as what you have now (now)') and 'torch.bfloat16 7.0 refresh' in out
@@ -667,14 +704,18 @@ def worker(folder):
     p = plan_formats(step_of(), low, budget=5, bar=False)
     again = plan_formats(step_of(), low, budget=5, bar=False)
     assert not p.left
-    (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=cache_file().exists(), grads=grads)))
+    (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(),
+        kept=cache_file().exists(), grads=grads)))
     dist.destroy_process_group()
 
 def test_two_processes_get_the_same_plan(tmp_path):
     from test_distributed import free_port
     tests = Path(__file__).resolve().parent
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tests.parent), str(tests)])}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(tmp_path)], env={**env, 'RANK': str(i), 'FASTXTEND_CL_CACHE': str(tmp_path/f'cache{i}')}, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2',
+        'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tests.parent), str(tests)])}
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(tmp_path)],
+        env={**env, 'RANK': str(i), 'FASTXTEND_CL_CACHE': str(tmp_path/f'cache{i}')}, stderr=subprocess.PIPE, text=True)
+        for i in range(2)]
     try: errs = [p.communicate(timeout=200)[1] for p in ps]
     finally:
         for p in ps: p.kill()

@@ -88,7 +88,8 @@ def test_a_planted_wrong_gradient_is_named(monkeypatch):
 
 def test_specs_of_a_model():
     shared = nn.Conv2d(8, 8, 3, padding=1)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), shared, shared, nn.Conv2d(8, 8, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(8, 2, 2)))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), shared, shared, nn.Conv2d(8, 8, 3, padding=1), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1), nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(8, 2, 2)))
     specs = layer_specs(model, torch.randn(1, 3, 8, 8))
     assert sorted(specs.values())==[['0'], ['1', '3'], ['5'], ['6']]
     assert [s.input_grad for s in specs]==[False, True, True, True]
@@ -102,7 +103,8 @@ def test_random_layers_are_right(data):
     ints = lambda lo,hi: tuple(draw(st.lists(st.integers(lo, hi), min_size=nd, max_size=nd)))
     g = draw(st.sampled_from((1,2,4)))
     kind = f'Conv{draw(st.sampled_from(("", "Transpose")))}{nd}d'
-    m = getattr(nn, kind)(4*draw(st.integers(1, 5)), 4*draw(st.integers(1, 5)), ints(1, 3), stride=ints(1, 2), padding=ints(0, 1), groups=g, bias=draw(st.booleans()))
+    m = getattr(nn, kind)(4*draw(st.integers(1, 5)), 4*draw(st.integers(1, 5)), ints(1, 3), stride=ints(1, 2),
+        padding=ints(0, 1), groups=g, bias=draw(st.booleans()))
     spec = LayerSpec.of(m, torch.randn(draw(st.integers(1, 3)), m.in_channels, *ints(4, 9)).requires_grad_(draw(st.booleans())))
     assert LayerSpec.of(spec.build(), torch.randn(spec.shape).requires_grad_(spec.input_grad))==spec
     try: res = run_layer(spec)
@@ -116,7 +118,9 @@ inner = LayerSpec.of(nn.Conv2d(8, 8, 5, padding=2, groups=8), torch.randn(2, 8, 
 def test_times_of_each_kernel(probe):
     t = probe.times(inner, precisions=('fp32', 'bf16'), seconds=0.1)
     kernels = {'forward', 'input', 'weight', 'weight tiled'}
-    assert {k for k in t.seconds if k[2] in kernels}=={(f,p,k) for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16') for k in kernels} - {k for k in t.lost if len(k)==3}
+    assert ({k for k in t.seconds if k[2] in kernels}
+        =={(f,p,k) for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16') for k in kernels}
+            - {k for k in t.lost if len(k)==3})
     assert all(0<s<60 for s in t.seconds.values()) and ('channels_last', 'fp32', 'output to bf16') in t.seconds
     assert t.get('channels_last', 'fp32', 'nothing')==float('inf')
     assert not any(k=='input' for *_,k in probe.times(good, seconds=0.05).seconds), 'the data needs no gradient'
@@ -146,9 +150,12 @@ def test_a_planted_wrong_kernel_is_no_candidate(monkeypatch):
     res = module.time_layer(inner, precisions=('fp32', 'bf16'), seconds=0.02)
     assert {tuple(k[:3]) for k in res['wrong']}=={(f,'bf16','weight') for f in ('contiguous', 'channels_last')}
     t = module.LayerTimes(inner).add(res)
-    assert t.get('channels_last', 'bf16', 'weight')==float('inf') and t.lost['channels_last','bf16','weight'].startswith('relative distance from double precision')
+    assert (t.get('channels_last', 'bf16', 'weight')==float('inf')
+        and t.lost['channels_last','bf16','weight'].startswith('relative distance from double precision'))
 
-@pytest.mark.parametrize('padding,mode,args', [('same', 'zeros', ([1, 1], [1, 2], [1, 1], False, [0, 0], 1)), ('valid', 'zeros', ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)), (1, 'reflect', None)])
+@pytest.mark.parametrize('padding,mode,args',
+    [('same', 'zeros', ([1, 1], [1, 2], [1, 1], False, [0, 0], 1)),
+        ('valid', 'zeros', ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)), (1, 'reflect', None)])
 def test_what_a_convolution_is_called_with(padding, mode, args):
     from fastxtend_cl.probe import conv_args
     assert conv_args(nn.Conv2d(3, 8, (3, 5), padding=padding, padding_mode=mode))==args

@@ -18,11 +18,16 @@ from helpers import caught_warnings, device, fit, tiny_learner
 
 class Meaned(nn.Module):
     def __init__(self, keepdim, how): super().__init__(); self.keepdim,self.how = keepdim,how
-    def forward(self, x): return {'method': lambda: x.mean((2, 3), keepdim=self.keepdim), 'function': lambda: torch.mean(x, [-1, -2], self.keepdim), 'pool': lambda: F.adaptive_avg_pool2d(x, (1, 1))}[self.how]()
+    def forward(self, x):
+        return {'method': lambda: x.mean((2, 3), keepdim=self.keepdim),
+            'function': lambda: torch.mean(x, [-1, -2], self.keepdim),
+            'pool': lambda: F.adaptive_avg_pool2d(x, (1, 1))}[self.how]()
 
 class Dense(_DenseLayer):
     def __init__(self): super().__init__(8, 8, 2, 0.)
-    def forward(self, x): return super().forward([x[:, :4].contiguous(memory_format=torch.channels_last), x[:, 4:].contiguous(memory_format=torch.channels_last)])
+    def forward(self, x):
+        return super().forward([x[:, :4].contiguous(memory_format=torch.channels_last),
+            x[:, 4:].contiguous(memory_format=torch.channels_last)])
 
 class Copied(nn.Module):
     def forward(self, x): return x.contiguous()*2
@@ -42,15 +47,22 @@ def unzero(m):
     m.gamma.data.fill_(0.7)
     return m
 
-layers = {'torchvision InvertedResidual': (lambda: InvertedResidual(8, 8, 1), 'contiguous'), 'with stride': (lambda: InvertedResidual(8, 16, 2), 'contiguous'), 'copy': (Copied, 'contiguous'),
-    'Fire': (lambda: Fire(8, 4, 8, 8), 'cat'), 'DenseLayer': (Dense, 'cat'), 'InvertedResidual cat': (lambda: InvertedResidual(8, 8, 1), 'cat contiguous'),
-    'SqueezeExcitation': (lambda: SqueezeExcitation(8, 4), 'mean'), 'AdaptiveAvgPool2d': (lambda: nn.AdaptiveAvgPool2d(1), 'mean'), 'mean': (lambda: Meaned(True, 'method'), 'mean'),
+layers = {'torchvision InvertedResidual': (lambda: InvertedResidual(8, 8, 1), 'contiguous'),
+    'with stride': (lambda: InvertedResidual(8, 16, 2), 'contiguous'), 'copy': (Copied, 'contiguous'),
+    'Fire': (lambda: Fire(8, 4, 8, 8), 'cat'), 'DenseLayer': (Dense, 'cat'),
+    'InvertedResidual cat': (lambda: InvertedResidual(8, 8, 1), 'cat contiguous'),
+    'SqueezeExcitation': (lambda: SqueezeExcitation(8, 4), 'mean'),
+    'AdaptiveAvgPool2d': (lambda: nn.AdaptiveAvgPool2d(1), 'mean'), 'mean': (lambda: Meaned(True, 'method'), 'mean'),
     'mean without dims': (lambda: Meaned(False, 'function'), 'mean'), 'F.adaptive_avg_pool2d': (lambda: Meaned(True, 'pool'), 'mean'),
     'chunk': (lambda: Chunked('chunk'), 'split'), 'split': (lambda: Chunked('split'), 'split'),
-    'InstanceNorm': (lambda: nn.InstanceNorm2d(8), 'instance norm'), 'affine InstanceNorm': (lambda: nn.InstanceNorm2d(8, affine=True), 'instance norm'),
-    'circular Conv2d': (lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode='circular'), 'circular padding'), 'circular pad': (lambda: Padded((2, 1, 0, 3)), 'circular padding'),
-    'CircularPad2d': (lambda: nn.CircularPad2d((1, 0, 2, 2)), 'circular padding'), 'PixelShuffle': (lambda: nn.PixelShuffle(2), 'pixel shuffle'),
-    'SelfAttention': (lambda: unzero(SelfAttention(8)), 'attention'), 'SimpleSelfAttention': (lambda: unzero(SimpleSelfAttention(8)), 'attention'),
+    'InstanceNorm': (lambda: nn.InstanceNorm2d(8), 'instance norm'),
+    'affine InstanceNorm': (lambda: nn.InstanceNorm2d(8, affine=True), 'instance norm'),
+    'circular Conv2d': (lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode='circular'), 'circular padding'),
+    'circular pad': (lambda: Padded((2, 1, 0, 3)), 'circular padding'),
+    'CircularPad2d': (lambda: nn.CircularPad2d((1, 0, 2, 2)), 'circular padding'),
+    'PixelShuffle': (lambda: nn.PixelShuffle(2), 'pixel shuffle'),
+    'SelfAttention': (lambda: unzero(SelfAttention(8)), 'attention'),
+    'SimpleSelfAttention': (lambda: unzero(SimpleSelfAttention(8)), 'attention'),
     'PooledSelfAttention2d': (lambda: unzero(PooledSelfAttention2d(16)), 'attention')}
 
 def run(m, x, g=None):
@@ -73,7 +85,9 @@ def twins(make, dtype=torch.float32):
 names_of = {'instance norm', 'circular padding', 'pixel shuffle'}
 def apply_remedies(m, remedy): return repair_layer(m, *([remedy] if remedy in names_of else remedy.split()))
 
-def images(shape, dtype): return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1)).to(device).contiguous(memory_format=torch.channels_last)
+def images(shape, dtype):
+    return torch.randn(shape, dtype=dtype,
+        generator=torch.Generator().manual_seed(1)).to(device).contiguous(memory_format=torch.channels_last)
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('name', layers)
@@ -93,14 +107,16 @@ def test_same_results(name, dtype):
     assert m.state_dict().keys()==other.state_dict().keys()
     for n,t in m.state_dict().items(): torch.testing.assert_close(other.state_dict()[n], t, **tol)
 
-@pytest.mark.parametrize('name', ['torchvision InvertedResidual', 'copy', 'SqueezeExcitation', 'SelfAttention', 'InstanceNorm', 'circular pad'])
+@pytest.mark.parametrize('name',
+    ['torchvision InvertedResidual', 'copy', 'SqueezeExcitation', 'SelfAttention', 'InstanceNorm', 'circular pad'])
 def test_the_original_loses_it(name):
     "Without the repair the format is lost, so the test above can fail"
     m = layers[name][0]().to(device)
     y,gx,_ = run(m, images((3, 8, 6, 6), torch.float32))
     if name=='SqueezeExcitation': # lost inside; told by the trace
         model = nn.Sequential(nn.Conv2d(3, 8, 1), m, nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        assert not trace_format(TrainingStep(model.to(device), torch.randn(2, 3, 8, 8, device=device), torch.randint(0, 4, (2,), device=device), F.cross_entropy)).ok
+        assert not trace_format(TrainingStep(model.to(device), torch.randn(2, 3, 8, 8, device=device),
+            torch.randint(0, 4, (2,), device=device), F.cross_entropy)).ok
     else: assert 'contiguous' in (layout_of(y), layout_of(gx))
 
 @pytest.mark.parametrize('name', layers)
@@ -123,11 +139,13 @@ def test_shuffles_of_any_shape(n, groups, k, hw, train):
     assert torch.equal(a, b) and torch.equal(ga, gb)
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.sampled_from([(1, 1), (2, 5)]), st.sampled_from([1, -3]), st.lists(st.booleans(), min_size=4, max_size=4))
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.sampled_from([(1, 1), (2, 5)]), st.sampled_from([1, -3]),
+    st.lists(st.booleans(), min_size=4, max_size=4))
 def test_concatenations_of_any_shape(cs, hw, dim, grads):
     class Cat(nn.Module):
         def forward(self, *xs): return torch.cat(xs, dim)
-    xs = [torch.randn(2, c, *hw, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_(g) for c,g in zip(cs, grads)]
+    xs = [torch.randn(2, c, *hw, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_(g)
+        for c,g in zip(cs, grads)]
     m,gs = Cat(),[]
     for _ in range(2):
         y = m(*xs)
@@ -171,7 +189,8 @@ def model_of(*middle):
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *middle, nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
 def step_of(model, **kw):
-    return TrainingStep(model.to(device), torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(device), torch.tensor([0, 1, 0, 1], device=device), F.cross_entropy, **kw)
+    return TrainingStep(model.to(device), torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(device),
+        torch.tensor([0, 1, 0, 1], device=device), F.cross_entropy, **kw)
 
 def always(ratio): return lambda arms, rounds, block, device: [a() and ratio for a in arms]*3
 
@@ -188,7 +207,8 @@ def test_applied_where_faster_and_only_there(monkeypatch):
 
 def test_repaired_steps_keep_it(monkeypatch):
     monkeypatch.setattr(repair_module, '_paired', always(1.2))
-    model = model_of(InvertedResidual(8, 8, 1), unzero(SelfAttention(8)), SqueezeExcitation(8, 4), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, padding_mode='circular'))
+    model = model_of(InvertedResidual(8, 8, 1), unzero(SelfAttention(8)), SqueezeExcitation(8, 4), nn.InstanceNorm2d(8),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode='circular'))
     assert len(trace_format(step_of(model)).rows)>=3
     repair_format(step_of(model))
     assert trace_format(step_of(model)).rows==[], str(trace_format(step_of(model)))
@@ -262,10 +282,12 @@ def test_copies_and_pickles():
     assert twin[1].forward.module is twin[1] and repaired(twin)==repaired(model)
 
 def test_errors():
-    with pytest.raises(ValueError, match="a remedy is one of cat, mean, contiguous, .*, attention, received 'magic'"): repair_layer(nn.ReLU(), 'magic')
+    with pytest.raises(ValueError, match="a remedy is one of cat, mean, contiguous, .*, attention, received 'magic'"):
+        repair_layer(nn.ReLU(), 'magic')
     with pytest.raises(TypeError, match='a torch.nn.Module is needed, received int'): unrepair_format(3)
     with pytest.raises(TypeError, match="repair is True or False, received 'yes'"): tiny_learner().to_channelslast(repair='yes')
-    with pytest.raises(ValueError, match='there is nothing to trace'): repair_format(TrainingStep(nn.Linear(2, 2), torch.randn(2, 2), torch.randn(2, 2), F.mse_loss))
+    with pytest.raises(ValueError, match='there is nothing to trace'):
+        repair_format(TrainingStep(nn.Linear(2, 2), torch.randn(2, 2), torch.randn(2, 2), F.mse_loss))
 
 # fastai
 
@@ -276,7 +298,8 @@ def test_learner(monkeypatch, tmp_path):
     learn = learner(path=tmp_path)
     names = [*learn.model.state_dict()]
     assert learn.to_channelslast(use_amp=False, repair=True) is learn
-    assert repaired(learn.model)=={'1': ('contiguous',), '2': ('instance norm',)}==dict(zip('12', learn.channels_last.repair.applied and [('contiguous',), ('instance norm',)]))
+    assert (repaired(learn.model)=={'1': ('contiguous',), '2': ('instance norm',)}
+        ==dict(zip('12', learn.channels_last.repair.applied and [('contiguous',), ('instance norm',)])))
     assert [*learn.model.state_dict()]==names
     fit(learn)
     learn.export('a.pkl')
@@ -309,7 +332,8 @@ def test_training_is_the_same():
 def test_a_whole_shufflenet():
     "Twenty layers at once, in double precision"
     torch.manual_seed(0)
-    step = TrainingStep(torchvision.models.shufflenet_v2_x0_5(num_classes=4), torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]), F.cross_entropy)
+    step = TrainingStep(torchvision.models.shufflenet_v2_x0_5(num_classes=4), torch.randn(4, 3, 64, 64),
+        torch.tensor([0, 1, 2, 3]), F.cross_entropy)
     with step.preserved(): a = step.run('channels_last', torch.float64, seed=0)
     for m in step.model.modules():
         if isinstance(m, InvertedResidual): repair_layer(m, 'contiguous', 'cat', 'split')

@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np, pytest, torch
 from fastai import optimizer as fo
 from fastai.callback.mixup import MixUp
-from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, DynamicUnet, ImageBlock, Learner,
+from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders,
+    DynamicUnet, ImageBlock, Learner,
     MixedPrecision, OptimWrapper, PILImage, RandomSplitter, TensorImage, Transform, aug_transforms, before_batch_cb, params, xresnet18)
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -32,7 +33,8 @@ def ctrl_c():
 def raw(t):
     with torch._C.DisableTorchFunctionSubclass():
         if t.is_sparse: return raw(t._indices()),raw(t._values())
-        return t.detach().reshape(-1).clone().view(torch.uint8).numpy().tobytes() if t.numel() else b'' # of a copy: memory that NumPy has seen can no longer be resized
+        # of a copy: memory that NumPy has seen can no longer be resized
+        return t.detach().reshape(-1).clone().view(torch.uint8).numpy().tobytes() if t.numel() else b''
 
 def freeze(o, seen, keep, stop=()):
     "A comparable description of `o` and all it holds: values, strides, identities"
@@ -64,10 +66,15 @@ def freeze(o, seen, keep, stop=()):
 
 def process():
     b = torch.backends
-    flags = [torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled(), torch.get_default_dtype(), torch.get_deterministic_debug_mode(),
-        torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads(), torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu'), torch.is_autocast_enabled('cuda'),
-        torch.get_autocast_dtype('cuda'), torch.is_autocast_cache_enabled(), step_module._nesting(), b.cudnn.enabled, b.cudnn.benchmark, b.cudnn.deterministic, b.mkldnn.enabled,
-        b.cuda.flash_sdp_enabled(), *[torch._C._get_fp32_precision_getter(d, o) for d in ('cuda','mkldnn') for o in ('matmul','conv','rnn','all')], signal.getsignal(signal.SIGINT)]
+    flags = [torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled(),
+        torch.get_default_dtype(), torch.get_deterministic_debug_mode(),
+        torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads(), torch.is_autocast_enabled('cpu'),
+        torch.get_autocast_dtype('cpu'), torch.is_autocast_enabled('cuda'),
+        torch.get_autocast_dtype('cuda'), torch.is_autocast_cache_enabled(), step_module._nesting(), b.cudnn.enabled,
+        b.cudnn.benchmark, b.cudnn.deterministic, b.mkldnn.enabled,
+        b.cuda.flash_sdp_enabled(),
+        *[torch._C._get_fp32_precision_getter(d, o) for d in ('cuda','mkldnn') for o in ('matmul','conv','rnn','all')],
+        signal.getsignal(signal.SIGINT)]
     for f in (torch.get_float32_matmul_precision, lambda: b.cuda.matmul.allow_tf32, lambda: b.cudnn.allow_tf32):
         try: flags.append(f())
         except RuntimeError: flags.append('mixed')
@@ -98,7 +105,8 @@ class Odd(nn.Module):
     "Keeps state where a `state_dict` does not look"
     def __init__(self):
         super().__init__()
-        self.conv,self.ema,self.log,self.table,self.gen,self.rng,self.pyrng = nn.Conv2d(3, 4, 3),torch.zeros(4),[],np.zeros(3),torch.Generator(),np.random.default_rng(0),random.Random(0)
+        self.conv,self.ema,self.log,self.table,self.gen,self.rng,self.pyrng = (nn.Conv2d(3, 4, 3),torch.zeros(4),[],
+            np.zeros(3),torch.Generator(),np.random.default_rng(0),random.Random(0))
         self.slotted,self.seen,self.calls = Slotted(),set(),0
         count = 0
         def hook(m, x, y):
@@ -109,26 +117,44 @@ class Odd(nn.Module):
     def forward(self, x):
         y = self.conv(x)
         with torch.no_grad(): self.ema.mul_(0.9).add_(y.mean((0,2,3)), alpha=0.1)
-        self.calls += 1; self.log.append(y); self.table += self.rng.random(3); self.seen.add(self.calls); self.slotted.n += 1; self.slotted.t = y.detach()
+        self.calls += 1
+        self.log.append(y)
+        self.table += self.rng.random(3)
+        self.seen.add(self.calls)
+        self.slotted.n += 1
+        self.slotted.t = y.detach()
         self.last = y
-        if not hasattr(self, 'late'): self.register_buffer('late', torch.rand(4, generator=self.gen)); self.extra = nn.Parameter(torch.zeros(1))
+        if not hasattr(self, 'late'):
+            self.register_buffer('late', torch.rand(4, generator=self.gen))
+            self.extra = nn.Parameter(torch.zeros(1))
         return (y*self.late[:,None,None]+self.pyrng.random()+random.random()+np.random.rand()).mean((2,3))
 
-def conv2d(): return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Conv2d(6, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-def conv3d(): return nn.Sequential(nn.Unflatten(1, (1,3)), nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+def conv2d():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Dropout(0.3),
+        nn.Conv2d(6, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def conv3d():
+    return nn.Sequential(nn.Unflatten(1, (1,3)), nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten())
 def tied():
-    m = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    m = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten())
     m[2].weight = m[1].weight
     m[1].bias.data = m[0].bias.data # two parameters, one memory
     return m
 def old_weight_norm(): return nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-def new_weight_norm(): return nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-def lazy(): return nn.Sequential(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(4))
+def new_weight_norm():
+    return nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.LazyLinear(4))
 models = dict(conv2d=conv2d, conv3d=conv3d, tied=tied, old_weight_norm=old_weight_norm, new_weight_norm=new_weight_norm, lazy=lazy, odd=Odd)
 
 T = torch.optim
-optimizers = dict(none=lambda ps: None, adam=lambda ps: T.Adam(ps, foreach=False), adamw=lambda ps: T.AdamW(ps, foreach=True), fused=lambda ps: T.AdamW(ps, fused=True),
-    sgd=lambda ps: T.SGD(ps, 0.1, momentum=0.9), sgd_fused=lambda ps: T.SGD(ps, 0.1, momentum=0.9, fused=True), fastai_adam=lambda ps: fo.Adam(ps, 1e-2), fastai_sgd=lambda ps: fo.SGD(ps, 1e-2, mom=0.9, decouple_wd=False, wd=0.1),
+optimizers = dict(none=lambda ps: None, adam=lambda ps: T.Adam(ps, foreach=False),
+    adamw=lambda ps: T.AdamW(ps, foreach=True), fused=lambda ps: T.AdamW(ps, fused=True),
+    sgd=lambda ps: T.SGD(ps, 0.1, momentum=0.9), sgd_fused=lambda ps: T.SGD(ps, 0.1, momentum=0.9, fused=True),
+    fastai_adam=lambda ps: fo.Adam(ps, 1e-2), fastai_sgd=lambda ps: fo.SGD(ps, 1e-2, mom=0.9, decouple_wd=False, wd=0.1),
     ranger=lambda ps: fo.ranger(ps, 1e-2, k=2), wrapper=lambda ps: OptimWrapper(ps, partial(T.AdamW, fused=True), lr=1e-2))
 
 def make(model='conv2d', opt='adam', warm=0, **kwargs):
@@ -136,7 +162,8 @@ def make(model='conv2d', opt='adam', warm=0, **kwargs):
     m = models[model]()
     is_lazy = model=='lazy'
     ps = list(m.parameters())
-    step = TrainingStep(m, torch.randn(4, 3, 8, 8), torch.randint(4, (4,)), nn.CrossEntropyLoss(), optimizers['none' if is_lazy and 'fused' in opt else opt](ps), **kwargs)
+    step = TrainingStep(m, torch.randn(4, 3, 8, 8), torch.randint(4, (4,)), nn.CrossEntropyLoss(),
+        optimizers['none' if is_lazy and 'fused' in opt else opt](ps), **kwargs)
     for _ in range(warm): step.run()
     return step
 
@@ -158,7 +185,9 @@ def n_events(step, **kwargs):
 # ---- fault injection ----
 
 @pytest.mark.parametrize('error', errors)
-@pytest.mark.parametrize('model,opt,kwargs', [('conv2d','adam',{}), ('odd','fastai_adam',dict(memory_format='channels_last')), ('lazy','sgd',{}), ('tied','ranger',dict(dtype=torch.float64)),
+@pytest.mark.parametrize('model,opt,kwargs',
+    [('conv2d','adam',{}), ('odd','fastai_adam',dict(memory_format='channels_last')), ('lazy','sgd',{}),
+        ('tied','ranger',dict(dtype=torch.float64)),
     ('old_weight_norm','wrapper',dict(dtype=torch.bfloat16)), ('conv3d','fused',dict(memory_format='channels_last', dtype=torch.float16))])
 def test_raise_at_every_event(model, opt, kwargs, error):
     "Each operation of forward, loss, backward and update is the last one, once"
@@ -166,7 +195,8 @@ def test_raise_at_every_event(model, opt, kwargs, error):
     n = n_events(step, **kwargs)
     assert n>20
     for i in range(1, n+1, 1 if error=='runtime' else 7):
-        with unchanged(step), pytest.raises(type(errors[error]), match='injected'), step.preserved(), RaiseAt(i, errors[error]): step.run(**kwargs)
+        with unchanged(step), pytest.raises(type(errors[error]), match='injected'), step.preserved(), RaiseAt(i, errors[error]):
+            step.run(**kwargs)
 
 @pytest.mark.parametrize('where', ['model', 'loss_func', 'optimizer', 'backward'])
 def test_raise_in_python_code(where):
@@ -180,7 +210,9 @@ def test_raise_in_python_code(where):
     assert not torch.is_autocast_enabled('cpu')
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(st.sampled_from(sorted(models)), st.sampled_from(sorted(optimizers)), st.sampled_from([None,'channels_last','contiguous']), st.sampled_from(['as is',None,torch.bfloat16,torch.float16,torch.float64]),
+@given(st.sampled_from(sorted(models)), st.sampled_from(sorted(optimizers)),
+    st.sampled_from([None,'channels_last','contiguous']),
+    st.sampled_from(['as is',None,torch.bfloat16,torch.float16,torch.float64]),
     st.integers(0, 2), st.sampled_from(sorted(errors)), st.floats(0, 1.2), st.booleans(), st.sampled_from([None, 7]))
 def test_preserved(model, opt, memory_format, dtype, warm, error, at, again, seed):
     "Any model, optimizer, format, precision and past; an error anywhere, or none"
@@ -201,27 +233,49 @@ def _set_flag(o, name, value): return lambda s: setattr(o, name, value)
 
 b = torch.backends
 mutations = dict(
-    weights=lambda s: nn.init.zeros_(s.model[0].weight), weights_by_data=lambda s: s.model[0].weight.data.zero_(), buffers=lambda s: s.model[1].running_mean.add_(1),
-    version=lambda s: s.model[0].weight.detach().add_(0), new_memory=lambda s: setattr(s.model[0].weight, 'data', s.model[0].weight.data.clone()),
+    weights=lambda s: nn.init.zeros_(s.model[0].weight), weights_by_data=lambda s: s.model[0].weight.data.zero_(),
+    buffers=lambda s: s.model[1].running_mean.add_(1),
+    version=lambda s: s.model[0].weight.detach().add_(0),
+    new_memory=lambda s: setattr(s.model[0].weight, 'data', s.model[0].weight.data.clone()),
     strides=lambda s: s.model.to(memory_format=torch.channels_last), dtype=lambda s: s.model.double(),
-    new_parameter=lambda s: setattr(s.model[0], 'weight', nn.Parameter(s.model[0].weight.data)), removed=lambda s: delattr(s.model[0], 'bias'),
-    added_parameter=lambda s: s.model[0].register_parameter('more', nn.Parameter(torch.zeros(1))), added_buffer=lambda s: s.model[0].register_buffer('more', torch.zeros(1)),
-    added_module=lambda s: s.model.add_module('more', nn.ReLU()), plain_attribute=lambda s: setattr(s.model[0], 'more', 1), parametrized=lambda s: nn.utils.parametrizations.weight_norm(s.model[0]),
+    new_parameter=lambda s: setattr(s.model[0], 'weight', nn.Parameter(s.model[0].weight.data)),
+    removed=lambda s: delattr(s.model[0], 'bias'),
+    added_parameter=lambda s: s.model[0].register_parameter('more', nn.Parameter(torch.zeros(1))),
+    added_buffer=lambda s: s.model[0].register_buffer('more', torch.zeros(1)),
+    added_module=lambda s: s.model.add_module('more', nn.ReLU()), plain_attribute=lambda s: setattr(s.model[0], 'more', 1),
+    parametrized=lambda s: nn.utils.parametrizations.weight_norm(s.model[0]),
     mode=lambda s: s.model[1].eval(), order=lambda s: s.model._modules.update({'0': s.model._modules.pop('0')}),
-    requires_grad=lambda s: s.model[0].weight.requires_grad_(False), grad_values=lambda s: s.model[0].weight.grad.zero_(), grad_none=lambda s: setattr(s.model[0].weight, 'grad', None),
-    grad_object=lambda s: setattr(s.model[0].weight, 'grad', s.model[0].weight.grad.clone()), non_leaf=lambda s: s.model[1].running_mean.mul_(s.model[1].weight),
-    tensor_hook=lambda s: s.model[0].weight.register_hook(_hold(s)), post_grad_hook=lambda s: s.model[0].weight.register_post_accumulate_grad_hook(_hold(s)),
-    forward_hook=lambda s: s.model[0].register_forward_hook(_hold(s)), forward_pre_hook=lambda s: s.model[0].register_forward_pre_hook(_hold(s)), backward_hook=lambda s: s.model[0].register_full_backward_hook(_hold(s)),
-    global_hook=lambda s: nn.modules.module.register_module_forward_hook(_hold(s)), optimizer_hook=lambda s: s.optimizer.register_step_pre_hook(_hold(s)),
-    optimizer_state=lambda s: s.optimizer.state[s.model[0].weight]['exp_avg'].add_(1), optimizer_steps=lambda s: s.optimizer.state[s.model[0].weight]['step'].add_(1), optimizer_cleared=lambda s: s.optimizer.state.clear(),
-    optimizer_replaced=lambda s: setattr(s.optimizer, 'state', {}), hyper=lambda s: s.optimizer.param_groups[0].update(lr=7.), groups=lambda s: s.optimizer.param_groups.append({'params': []}),
-    inputs=lambda s: s.inputs[0].zero_(), targets=lambda s: s.targets[0].zero_(), step_fields=lambda s: setattr(s, 'inputs', ()), loss=lambda s: setattr(s.loss_func, 'reduction', 'sum'),
-    python=lambda s: random.random(), numpy=lambda s: np.random.rand(), torch=lambda s: torch.rand(1), grad_mode=lambda s: torch._C._set_grad_enabled(False), default_dtype=lambda s: torch.set_default_dtype(torch.float64),
-    anomaly=lambda s: torch.set_anomaly_enabled(True), anomaly_nan=lambda s: torch.set_anomaly_enabled(False, False), deterministic=lambda s: torch.use_deterministic_algorithms(True, warn_only=True),
-    fill=_set_flag(torch.utils.deterministic, 'fill_uninitialized_memory', False), threads=lambda s: torch.set_num_threads(torch.get_num_threads()+1),
-    autocast=lambda s: torch.autocast('cpu', dtype=torch.bfloat16).__enter__(), autocast_dtype=lambda s: torch.set_autocast_dtype('cpu', torch.float16), autocast_cache=lambda s: torch.set_autocast_cache_enabled(False),
-    nesting=lambda s: torch.autocast_increment_nesting(), cudnn=_set_flag(b.cudnn, 'enabled', False), cudnn_benchmark=_set_flag(b.cudnn, 'benchmark', True), cudnn_deterministic=_set_flag(b.cudnn, 'deterministic', True),
-    cudnn_tf32=_set_flag(b.cudnn, 'allow_tf32', False), mkldnn=_set_flag(b.mkldnn, 'enabled', False), matmul=lambda s: torch.set_float32_matmul_precision('medium'), tf32=_set_flag(b.cuda.matmul, 'allow_tf32', True),
+    requires_grad=lambda s: s.model[0].weight.requires_grad_(False), grad_values=lambda s: s.model[0].weight.grad.zero_(),
+    grad_none=lambda s: setattr(s.model[0].weight, 'grad', None),
+    grad_object=lambda s: setattr(s.model[0].weight, 'grad', s.model[0].weight.grad.clone()),
+    non_leaf=lambda s: s.model[1].running_mean.mul_(s.model[1].weight),
+    tensor_hook=lambda s: s.model[0].weight.register_hook(_hold(s)),
+    post_grad_hook=lambda s: s.model[0].weight.register_post_accumulate_grad_hook(_hold(s)),
+    forward_hook=lambda s: s.model[0].register_forward_hook(_hold(s)),
+    forward_pre_hook=lambda s: s.model[0].register_forward_pre_hook(_hold(s)),
+    backward_hook=lambda s: s.model[0].register_full_backward_hook(_hold(s)),
+    global_hook=lambda s: nn.modules.module.register_module_forward_hook(_hold(s)),
+    optimizer_hook=lambda s: s.optimizer.register_step_pre_hook(_hold(s)),
+    optimizer_state=lambda s: s.optimizer.state[s.model[0].weight]['exp_avg'].add_(1),
+    optimizer_steps=lambda s: s.optimizer.state[s.model[0].weight]['step'].add_(1),
+    optimizer_cleared=lambda s: s.optimizer.state.clear(),
+    optimizer_replaced=lambda s: setattr(s.optimizer, 'state', {}), hyper=lambda s: s.optimizer.param_groups[0].update(lr=7.),
+    groups=lambda s: s.optimizer.param_groups.append({'params': []}),
+    inputs=lambda s: s.inputs[0].zero_(), targets=lambda s: s.targets[0].zero_(),
+    step_fields=lambda s: setattr(s, 'inputs', ()), loss=lambda s: setattr(s.loss_func, 'reduction', 'sum'),
+    python=lambda s: random.random(), numpy=lambda s: np.random.rand(), torch=lambda s: torch.rand(1),
+    grad_mode=lambda s: torch._C._set_grad_enabled(False), default_dtype=lambda s: torch.set_default_dtype(torch.float64),
+    anomaly=lambda s: torch.set_anomaly_enabled(True), anomaly_nan=lambda s: torch.set_anomaly_enabled(False, False),
+    deterministic=lambda s: torch.use_deterministic_algorithms(True, warn_only=True),
+    fill=_set_flag(torch.utils.deterministic, 'fill_uninitialized_memory', False),
+    threads=lambda s: torch.set_num_threads(torch.get_num_threads()+1),
+    autocast=lambda s: torch.autocast('cpu', dtype=torch.bfloat16).__enter__(),
+    autocast_dtype=lambda s: torch.set_autocast_dtype('cpu', torch.float16),
+    autocast_cache=lambda s: torch.set_autocast_cache_enabled(False),
+    nesting=lambda s: torch.autocast_increment_nesting(), cudnn=_set_flag(b.cudnn, 'enabled', False),
+    cudnn_benchmark=_set_flag(b.cudnn, 'benchmark', True), cudnn_deterministic=_set_flag(b.cudnn, 'deterministic', True),
+    cudnn_tf32=_set_flag(b.cudnn, 'allow_tf32', False), mkldnn=_set_flag(b.mkldnn, 'enabled', False),
+    matmul=lambda s: torch.set_float32_matmul_precision('medium'), tf32=_set_flag(b.cuda.matmul, 'allow_tf32', True),
     new_precision=lambda s: setattr(b.mkldnn.matmul, 'fp32_precision', 'bf16'), flash=lambda s: b.cuda.enable_flash_sdp(False))
 
 @pytest.mark.parametrize('name', mutations)
@@ -235,9 +289,14 @@ def test_restored(name):
     after = fingerprint(step, keep=keep)
     assert after[0]==before[0] and after==before
 
-sabotage = {'_put_back': ('weights','weights_by_data','buffers','grad_values','optimizer_state','inputs','targets'), '_dict_undo': ('mode','added_buffer','plain_attribute','forward_hook','optimizer_cleared','hyper','step_fields','loss','global_hook'),
-    '_list_undo': ('groups',), '_TensorState.restore_memory': ('strides','dtype','new_memory'), '_TensorState.restore': ('requires_grad','grad_none','non_leaf','tensor_hook','post_grad_hook'), '_TensorState.restore_version': ('version',), 'generators': ('python','numpy','torch'),
-    '_flag_undos': ('grad_mode','default_dtype','anomaly','deterministic','threads','autocast','nesting','cudnn_benchmark','matmul','flash'), '_object_undo': ('parametrized',)}
+sabotage = {'_put_back': ('weights','weights_by_data','buffers','grad_values','optimizer_state','inputs','targets'),
+    '_dict_undo': ('mode','added_buffer','plain_attribute','forward_hook','optimizer_cleared','hyper',
+        'step_fields','loss','global_hook'),
+    '_list_undo': ('groups',), '_TensorState.restore_memory': ('strides','dtype','new_memory'),
+    '_TensorState.restore': ('requires_grad','grad_none','non_leaf','tensor_hook','post_grad_hook'),
+    '_TensorState.restore_version': ('version',), 'generators': ('python','numpy','torch'),
+    '_flag_undos': ('grad_mode','default_dtype','anomaly','deterministic','threads','autocast','nesting',
+        'cudnn_benchmark','matmul','flash'), '_object_undo': ('parametrized',)}
 
 def remove(monkeypatch, what):
     owner,name = step_module,what
@@ -304,7 +363,9 @@ def test_dynamic_unet_after_a_forward_pass():
     stored = [h.stored for h in net.sfs]
     with unchanged(step), step.preserved(): step.run('channels_last')
     assert all(h.stored is s for h,s in zip(net.sfs, stored))
-    with unchanged(step), pytest.raises(torch.OutOfMemoryError), step.preserved(), RaiseAt(99, torch.OutOfMemoryError('injected')): step.run(dtype=torch.float64)
+    with unchanged(step), pytest.raises(torch.OutOfMemoryError), step.preserved(), \
+            RaiseAt(99, torch.OutOfMemoryError('injected')):
+        step.run(dtype=torch.float64)
 
 def test_sparse_gradient_and_compiled_attribute():
     emb = nn.Sequential(nn.Embedding(10, 4, sparse=True))
@@ -425,9 +486,13 @@ def test_one_failure_stops_no_other(monkeypatch):
         restore(self)
         if self.t is weight: raise RuntimeError('this one')
     monkeypatch.setattr(step_module._TensorState, 'restore', fails)
-    with pytest.raises(RuntimeError, match='1 things could not be put back as they were, the first: RuntimeError: this one'), step.preserved(): step.run('channels_last')
+    with pytest.raises(RuntimeError, match='1 things could not be put back as they were, the first: '
+            'RuntimeError: this one'), step.preserved():
+        step.run('channels_last')
     assert fingerprint(step, keep=keep)==before
-    with pytest.warns(RuntimeWarning, match='could not be put back'), pytest.raises(ValueError, match='mine'), step.preserved(): step.run(); raise ValueError('mine')
+    with pytest.warns(RuntimeWarning, match='could not be put back'), pytest.raises(ValueError, match='mine'), step.preserved():
+        step.run()
+        raise ValueError('mine')
     assert fingerprint(step, keep=keep)==before
 
 def test_running_out_of_memory_on_the_way_in(monkeypatch):
@@ -494,7 +559,8 @@ def reference(step, dtype=None):
 def plain(dtype=None):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
-    return TrainingStep(net, torch.randn(4, 3, 8, 8), torch.randint(4, (4,)), nn.CrossEntropyLoss(), T.SGD(net.parameters(), 0.1), autocast=dtype)
+    return TrainingStep(net, torch.randn(4, 3, 8, 8), torch.randint(4, (4,)), nn.CrossEntropyLoss(),
+        T.SGD(net.parameters(), 0.1), autocast=dtype)
 
 @pytest.mark.parametrize('dtype', [None, torch.float64, torch.bfloat16])
 def test_run_is_the_step_written_out(dtype):
@@ -559,7 +625,9 @@ def test_ties_hold_in_double_precision():
 
 def test_double_precision_overrides_the_models_own_casts():
     class Casts(nn.Conv2d):
-        def forward(self, x): return torch.zeros(1, dtype=torch.float32) + super().forward(x).float().mean((2,3)).to(torch.bfloat16).half() @ torch.eye(4)
+        def forward(self, x):
+            return (torch.zeros(1, dtype=torch.float32)
+                + super().forward(x).float().mean((2,3)).to(torch.bfloat16).half() @ torch.eye(4))
     net = Casts(3, 4, 3)
     step = TrainingStep(net, torch.randn(2, 3, 8, 8), torch.rand(2, 4), nn.BCEWithLogitsLoss(pos_weight=torch.rand(4)))
     with unchanged(step), step.preserved(): res = step.run(dtype=torch.float64)
@@ -634,11 +702,13 @@ def test_seed():
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv,self.drops = nn.Conv2d(3, 8, 3),nn.ModuleList([nn.Dropout(0.3), nn.Dropout2d(0.3), nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.3)])
+        self.conv,self.drops = (nn.Conv2d(3, 8, 3),
+            nn.ModuleList([nn.Dropout(0.3), nn.Dropout2d(0.3), nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.3)]))
     def forward(self, x):
         y = self.conv(x)
         for d in self.drops: y = d(y)
-        y = y*torch.rand_like(y) + torch.randn_like(y) + torch.randn(1) + torch.rand(8, 1, 1, dtype=y.dtype) + torch.empty_like(y).uniform_(-1, 1) + torch.bernoulli(y.sigmoid())*0
+        y = (y*torch.rand_like(y) + torch.randn_like(y) + torch.randn(1) + torch.rand(8, 1, 1, dtype=y.dtype)
+            + torch.empty_like(y).uniform_(-1, 1) + torch.bernoulli(y.sigmoid())*0)
         return (y + y.new_empty(y.shape).normal_() + torch.randint(3, (8,1,1)) + random.random()).mean((2,3))
 
 def test_same_random_numbers_in_every_format_and_precision():
@@ -647,7 +717,8 @@ def test_same_random_numbers_in_every_format_and_precision():
     def run(*args, seed=3):
         with step.preserved(): return step.run(*args, seed=seed)
     ref = run('contiguous', torch.float64)
-    for fmt,dtype,tol in (('channels_last',torch.float64,1e-10), ('contiguous',None,1e-5), ('channels_last',None,1e-5), ('channels_last',torch.bfloat16,0.1)):
+    for fmt,dtype,tol in (('channels_last',torch.float64,1e-10), ('contiguous',None,1e-5), ('channels_last',None,1e-5),
+            ('channels_last',torch.bfloat16,0.1)):
         res = run(fmt, dtype)
         assert (res.outputs-ref.outputs).abs().max()<tol, (fmt, dtype)
         for n,g in res.grads.items(): assert (g-ref.grads[n]).abs().max()<tol, (fmt, dtype, n)
@@ -713,16 +784,21 @@ def test_keep():
 # ---- bad input ----
 
 @pytest.mark.parametrize('loss,error,text', [
-    (lambda o,t: 3., TypeError, 'the loss is a tensor with one number, received float'), (lambda o,t: o, ValueError, r'received the shape \(4, 4\): reduce it'),
-    (lambda o,t: o.sum()*float('inf'), ValueError, 'the loss is (inf|-inf): check learning rate, data and precision'), (lambda o,t: o.detach().sum(), ValueError, 'the loss has no gradient'),
+    (lambda o,t: 3., TypeError, 'the loss is a tensor with one number, received float'),
+    (lambda o,t: o, ValueError, r'received the shape \(4, 4\): reduce it'),
+    (lambda o,t: o.sum()*float('inf'), ValueError, 'the loss is (inf|-inf): check learning rate, data and precision'),
+    (lambda o,t: o.detach().sum(), ValueError, 'the loss has no gradient'),
     (lambda o,t: (o.sum()*0).log()-float('inf')+float('nan'), ValueError, 'the loss is nan')])
 def test_bad_loss(loss, error, text):
     step = plain()
     step.loss_func = loss
     with unchanged(step), pytest.raises(error, match=text), step.preserved(): step.run()
 
-@pytest.mark.parametrize('kwargs,error,text', [(dict(memory_format='nhwc'), ValueError, "memory_format is 'contiguous', 'channels_last' or None, received 'nhwc'"), (dict(dtype='fp16'), ValueError, "dtype is 'as is', None, .* received 'fp16'"),
-    (dict(dtype=torch.int8), ValueError, 'received torch.int8'), (dict(keep='all'), ValueError, "keep is 'loss', 'grads' or 'state', received 'all'")])
+@pytest.mark.parametrize('kwargs,error,text',
+    [(dict(memory_format='nhwc'), ValueError, "memory_format is 'contiguous', 'channels_last' or None, received 'nhwc'"),
+        (dict(dtype='fp16'), ValueError, "dtype is 'as is', None, .* received 'fp16'"),
+    (dict(dtype=torch.int8), ValueError, 'received torch.int8'),
+    (dict(keep='all'), ValueError, "keep is 'loss', 'grads' or 'state', received 'all'")])
 def test_bad_arguments(kwargs, error, text):
     step = make(warm=1)
     with unchanged(step), pytest.raises(error, match=text): step.run(**kwargs)
@@ -730,9 +806,12 @@ def test_bad_arguments(kwargs, error, text):
 def test_bad_parts():
     net,x,y = nn.Conv2d(3, 4, 3),torch.zeros(1, 3, 4, 4),torch.zeros(1)
     with pytest.raises(TypeError, match='a torch.nn.Module is needed, received function'): TrainingStep(conv2d, x, y, nn.MSELoss())
-    with pytest.raises(TypeError, match='loss_func is a function of the output and the targets, received NoneType'): TrainingStep(net, x, y, None)
-    with pytest.raises(TypeError, match='optimizer is an object with a `step`, or None, received str'): TrainingStep(net, x, y, nn.MSELoss(), 'adam')
-    with pytest.raises(ValueError, match="autocast is torch.float16, torch.bfloat16 or None, received 'bf16'"): TrainingStep(net, x, y, nn.MSELoss(), autocast='bf16')
+    with pytest.raises(TypeError, match='loss_func is a function of the output and the targets, received NoneType'):
+        TrainingStep(net, x, y, None)
+    with pytest.raises(TypeError, match='optimizer is an object with a `step`, or None, received str'):
+        TrainingStep(net, x, y, nn.MSELoss(), 'adam')
+    with pytest.raises(ValueError, match="autocast is torch.float16, torch.bfloat16 or None, received 'bf16'"):
+        TrainingStep(net, x, y, nn.MSELoss(), autocast='bf16')
     assert TrainingStep(net, x, y, nn.MSELoss()).inputs==(x,) and TrainingStep(net, [x], (y,), nn.MSELoss()).inputs==([x],)
 
 def test_no_autocast_on_this_device():
@@ -741,9 +820,12 @@ def test_no_autocast_on_this_device():
 
 def test_repr():
     step = plain(torch.bfloat16)
-    assert repr(step)==str(step)=='TrainingStep(Sequential on cpu, inputs (4, 3, 8, 8) float32 contiguous, targets (4,) int64, CrossEntropyLoss, SGD, autocast bfloat16)'
-    step = TrainingStep(step.model, (torch.zeros(1, 3, 4, 5).to(memory_format=torch.channels_last), None), (), lambda o: o.sum(), fo.Adam(step.model.parameters(), 1.))
-    assert repr(step)=='TrainingStep(Sequential on cpu, inputs (1, 3, 4, 5) float32 channels_last, NoneType, targets None, test_repr.<locals>.<lambda>, Optimizer, no autocast)'
+    assert (repr(step)==str(step)=='TrainingStep(Sequential on cpu, inputs (4, 3, 8, 8) float32 contiguous, '
+        'targets (4,) int64, CrossEntropyLoss, SGD, autocast bfloat16)')
+    step = TrainingStep(step.model, (torch.zeros(1, 3, 4, 5).to(memory_format=torch.channels_last), None), (),
+        lambda o: o.sum(), fo.Adam(step.model.parameters(), 1.))
+    assert (repr(step)=='TrainingStep(Sequential on cpu, inputs (1, 3, 4, 5) float32 channels_last, NoneType, '
+        'targets None, test_repr.<locals>.<lambda>, Optimizer, no autocast)')
 
 def test_needs_no_fastai(root):
     code = 'import sys, fastxtend_cl.step; assert not [m for m in sys.modules if m.split(".")[0]=="fastai"]'
@@ -756,10 +838,15 @@ def test_needs_no_fastai(root):
 def test_on_a_gpu(on):
     torch.manual_seed(0)
     net = conv2d().cuda()
-    step = TrainingStep(net, torch.randn(4, 3, 8, 8, device='cuda'), torch.randint(4, (4,), device='cuda'), nn.CrossEntropyLoss(), T.AdamW(net.parameters(), fused=True), torch.float16)
+    step = TrainingStep(net, torch.randn(4, 3, 8, 8, device='cuda'), torch.randint(4, (4,), device='cuda'),
+        nn.CrossEntropyLoss(), T.AdamW(net.parameters(), fused=True), torch.float16)
     step.run()
-    def state(): return deepcopy([net.state_dict(), step.optimizer.state_dict(), [p.grad for p in net.parameters()], torch.cuda.get_rng_state(), b.cuda.matmul.allow_tf32, b.cudnn.benchmark])
-    def flat(o): return [o.cpu()] if isinstance(o, Tensor) else [x for v in (o.values() if isinstance(o, dict) else o) for x in flat(v)] if isinstance(o, (dict, list)) else [o]
+    def state():
+        return deepcopy([net.state_dict(), step.optimizer.state_dict(), [p.grad for p in net.parameters()],
+            torch.cuda.get_rng_state(), b.cuda.matmul.allow_tf32, b.cudnn.benchmark])
+    def flat(o):
+        return ([o.cpu()] if isinstance(o, Tensor) else
+            [x for v in (o.values() if isinstance(o, dict) else o) for x in flat(v)] if isinstance(o, (dict, list)) else [o])
     before = flat(state())
     with pytest.raises(torch.OutOfMemoryError), step.preserved(on=on) as p:
         assert all(c.device.type==(on or 'cuda') for (s,_,_),c in p._copies if s.device.type=='cuda')
@@ -779,7 +866,8 @@ def label(i): return i%2
 
 def get_dls(workers=0, tfms=True, n=40, **kwargs):
     random.seed(0); np.random.seed(0); torch.manual_seed(0)
-    db = DataBlock((ImageBlock, CategoryBlock), get_x=image, get_y=label, splitter=RandomSplitter(seed=0), batch_tfms=aug_transforms() if tfms else None)
+    db = DataBlock((ImageBlock, CategoryBlock), get_x=image, get_y=label, splitter=RandomSplitter(seed=0),
+        batch_tfms=aug_transforms() if tfms else None)
     return db.dataloaders(range(n), bs=8, num_workers=workers, device='cpu', **kwargs)
 
 def get_learner(dls=None, **kwargs):
@@ -806,12 +894,15 @@ class Stream(torch.utils.data.IterableDataset):
 
 def torch_dls(workers=0, **kw):
     torch.manual_seed(0)
-    return DataLoaders(torch.utils.data.DataLoader(TorchData(), 4, shuffle=True, num_workers=workers, **kw), torch.utils.data.DataLoader(TorchData(), 4))
+    return DataLoaders(torch.utils.data.DataLoader(TorchData(), 4, shuffle=True, num_workers=workers, **kw),
+        torch.utils.data.DataLoader(TorchData(), 4))
 
 def own_generator(): return torch_dls(generator=torch.Generator().manual_seed(3))
 
-kinds = dict(plain=partial(get_dls, tfms=False), augmented=get_dls, workers=partial(get_dls, workers=2), torch=torch_dls, torch_workers=partial(torch_dls, 2), generator=own_generator,
-    stream=lambda: DataLoaders(DataLoader(Stream(), bs=4), DataLoader(Stream(), bs=4)), list=lambda: DataLoaders([(torch.ones(4, 3, 8, 8)*i, torch.tensor([0,1,0,1])) for i in range(3)], []))
+kinds = dict(plain=partial(get_dls, tfms=False), augmented=get_dls, workers=partial(get_dls, workers=2), torch=torch_dls,
+    torch_workers=partial(torch_dls, 2), generator=own_generator,
+    stream=lambda: DataLoaders(DataLoader(Stream(), bs=4), DataLoader(Stream(), bs=4)),
+    list=lambda: DataLoaders([(torch.ones(4, 3, 8, 8)*i, torch.tensor([0,1,0,1])) for i in range(3)], []))
 
 @pytest.mark.parametrize('kind', kinds)
 @pytest.mark.parametrize('past', ['fresh','exhausted','in the middle'])
@@ -862,9 +953,11 @@ class Draws(Callback):
     def __init__(self): self.seen,self.rng = [],np.random.default_rng(0)
     def before_batch(self): self.seen.append(self.rng.random()); self.learn.xb = (self.xb[0]+torch.rand(1),)
 
-def full_learner(**kwargs): return get_learner(cbs=[Draws(), before_batch_cb(lambda s,x,y: ((x[0]*2,), y))], **kwargs).to_channelslast(amp_mode='bf16')
+def full_learner(**kwargs):
+    return get_learner(cbs=[Draws(), before_batch_cb(lambda s,x,y: ((x[0]*2,), y))], **kwargs).to_channelslast(amp_mode='bf16')
 
-@pytest.mark.parametrize('opt_func', [fo.Adam, partial(fo.SGD, mom=0.9, lr=3.), partial(OptimWrapper, opt=T.AdamW)], ids=['adam','partial','wrapper'])
+@pytest.mark.parametrize('opt_func', [fo.Adam, partial(fo.SGD, mom=0.9, lr=3.), partial(OptimWrapper, opt=T.AdamW)],
+    ids=['adam','partial','wrapper'])
 def test_learner_is_as_before(opt_func):
     learn = full_learner(opt_func=opt_func)
     with unchanged(learn): step = TrainingStep.from_learner(learn)
@@ -901,7 +994,9 @@ class AtEvent(Callback):
         self.count += 1
         if self.count==2: self.f(self.learn)
 
-@pytest.mark.parametrize('event', ['before_fit','before_epoch','before_train','before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step','after_batch','after_train','before_validate','after_epoch'])
+@pytest.mark.parametrize('event',
+    ['before_fit','before_epoch','before_train','before_batch','after_pred','after_loss','before_backward',
+        'after_backward','before_step','after_step','after_batch','after_train','before_validate','after_epoch'])
 def test_in_the_middle_of_a_fit(event):
     "The same training as without, at each event of the loop"
     def train(take):
@@ -965,8 +1060,11 @@ def test_callbacks_that_change_batches():
     with unchanged(learn): step = TrainingStep.from_learner(learn)
     assert torch.equal(step.inputs[0], base*2) and step.inputs[0].is_contiguous(memory_format=torch.channels_last)
 
-@pytest.mark.parametrize('cb,dtype,scale', [(None,None,1024.), (lambda: MixedPrecision('bf16'),None,1024.), (lambda: DeviceMixedPrecision('bf16'),torch.bfloat16,1024.), (lambda: DeviceMixedPrecision('fp16'),torch.float16,1024.),
-    (lambda: DeviceMixedPrecision('fp16', init_scale=8.),torch.float16,8.), (lambda: DeviceMixedPrecision('fp16', enabled=False),torch.float16,1.)])
+@pytest.mark.parametrize('cb,dtype,scale',
+    [(None,None,1024.), (lambda: MixedPrecision('bf16'),None,1024.),
+        (lambda: DeviceMixedPrecision('bf16'),torch.bfloat16,1024.), (lambda: DeviceMixedPrecision('fp16'),torch.float16,1024.),
+    (lambda: DeviceMixedPrecision('fp16', init_scale=8.),torch.float16,8.),
+    (lambda: DeviceMixedPrecision('fp16', enabled=False),torch.float16,1.)])
 def test_precision(cb, dtype, scale):
     step = TrainingStep.from_learner(get_learner(cbs=cb and cb()))
     assert (step.autocast,step.loss_scale)==(dtype,scale)
@@ -985,10 +1083,15 @@ def test_learners_that_have_no_step():
     class Targetless(TorchData):
         def __getitem__(self, i): return (torch.zeros(3,8,8),)
     dl = lambda ds: torch.utils.data.DataLoader(ds, 4)
-    cases = [(get_learner(DataLoaders()), 'the Learner has no training data'), (get_learner(DataLoaders(DataLoader([], bs=4))), 'the Learner has no training data'), (get_learner(get_dls().new_empty()), 'the Learner has no training data'),
-        (get_learner(DataLoaders(dl(Targetless()), dl(Targetless()))), 'the training batch of the Learner has no target'), (get_learner(DataLoaders(iter([(1,2)]), [])), 'the training data is an iterator')]
+    cases = [(get_learner(DataLoaders()), 'the Learner has no training data'),
+        (get_learner(DataLoaders(DataLoader([], bs=4))), 'the Learner has no training data'),
+        (get_learner(get_dls().new_empty()), 'the Learner has no training data'),
+        (get_learner(DataLoaders(dl(Targetless()), dl(Targetless()))), 'the training batch of the Learner has no target'),
+        (get_learner(DataLoaders(iter([(1,2)]), [])), 'the training data is an iterator')]
     learn = get_learner(); learn.loss_func = None
-    cases += [(learn, 'the Learner has no loss: set `learn.loss_func`, which is None'), (get_learner(cbs=NonNativeMixedPrecision()), 'call `learn.to_non_native_fp32()` first'.replace('(', r'\(').replace(')', r'\)'))]
+    cases += [(learn, 'the Learner has no loss: set `learn.loss_func`, which is None'),
+        (get_learner(cbs=NonNativeMixedPrecision()),
+            'call `learn.to_non_native_fp32()` first'.replace('(', r'\(').replace(')', r'\)'))]
     learn = get_learner(); learn.dls = None
     for learn,text in cases + [(learn, 'the Learner has no training data')]:
         with unchanged(learn), pytest.raises(ValueError, match=text): TrainingStep.from_learner(learn)

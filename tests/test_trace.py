@@ -1,4 +1,5 @@
-"`trace_format` and `Learner.trace_channelslast`: planted losses are named with module, phase, kind and line; clean networks show none; nothing is left behind"
+"""`trace_format` and `Learner.trace_channelslast`: planted losses are named with module, phase, kind and line; clean
+networks show none; nothing is left behind"""
 import dataclasses, inspect, json
 import pytest, torch, torchvision
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw),
 
 def network(*middle, width=8):
     torch.manual_seed(0)
-    return nn.Sequential(block(3, width), *middle, block(width, width, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+    return nn.Sequential(block(3, width), *middle, block(width, width, stride=2), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(width, 4))
 
 def step_of(model, bs=4, size=16, channels=3, loss=F.cross_entropy, y=None, **kw):
     torch.manual_seed(1)
@@ -62,14 +64,16 @@ def test_a_clean_resnet_shows_none():
     res = trace(resnet(), size=64)
     assert res.ok and res and res.rows==[] and res.share==0 and res.bytes==0
     assert str(res).startswith('keeps channels last throughout') and res.kept['forward']==1 and res.kept['backward']>0.99
-    assert [(r.module, r.phase) for r in res.left]==[('avgpool', 'backward')], "the head's gradient comes back contiguous, and is told apart"
+    assert ([(r.module, r.phase) for r in res.left]
+        ==[('avgpool', 'backward')]), "the head's gradient comes back contiguous, and is told apart"
 
 def test_a_copy_in_a_resnet_is_named():
     res = trace(resnet(planted=True), size=64)
     assert [(r.module, r.cls, r.op, r.phase, r.kind, r.where) for r in res.rows]==[
         ('layer2.1', 'CopyingBlock', 'contiguous', 'forward', 'explicit', line_of(CopyingBlock.forward, 'out.contiguous()'))]
     r = res.rows[0]
-    assert (r.format_in, r.format_out, r.shape, r.dtype, r.code)==('channels_last', 'contiguous', (4, 128, 8, 8), 'float32', 'out = out.contiguous()')
+    assert (r.format_in, r.format_out, r.shape, r.dtype, r.code)==('channels_last', 'contiguous', (4, 128, 8, 8),
+        'float32', 'out = out.contiguous()')
     assert r.back==['layer2.1.conv2: convolution (forward)', 'layer2.1.conv2: convolution_backward (backward)']
     assert r.bytes==3*4*128*8*8*4, 'the copy, and two conversions back'
     assert str(res).startswith('1 place loses it, ') and '`layer2.1`' in str(res) and 'memory_format=torch.channels_last' in r.advice
@@ -77,7 +81,8 @@ def test_a_copy_in_a_resnet_is_named():
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16])
 def test_a_copy_in_a_custom_backward_is_named(autocast):
     res = trace(network(InBackward()), autocast=autocast)
-    assert [(r.module, r.phase, r.kind, r.where) for r in res.rows]==[('1', 'backward', 'explicit', line_of(CopiesBackward.backward, 'g.contiguous()'))]
+    assert ([(r.module, r.phase, r.kind, r.where) for r in res.rows]
+        ==[('1', 'backward', 'explicit', line_of(CopiesBackward.backward, 'g.contiguous()'))])
 
 # kinds
 
@@ -109,7 +114,8 @@ class Parts(nn.Module):
 def test_slices_are_named_forward_and_backward():
     rows = {(r.module, r.op, r.phase, r.kind):r for r in trace(network(Parts())).rows}
     assert set(rows)=={('1', 'split', 'forward', 'sliced'), ('1', 'cat', 'backward', 'sliced')}
-    assert rows['1', 'split', 'forward', 'sliced'].where==line_of(Parts.forward, 'chunk') and rows['1', 'cat', 'backward', 'sliced'].where==line_of(Parts.forward, 'cat(')
+    assert (rows['1', 'split', 'forward', 'sliced'].where==line_of(Parts.forward, 'chunk')
+        and rows['1', 'cat', 'backward', 'sliced'].where==line_of(Parts.forward, 'cat('))
 
 def test_slices_that_are_only_copied_cost_nothing():
     class Swap(nn.Module):
@@ -141,7 +147,8 @@ class Attention(nn.Module):
 
 def test_attention_in_the_middle_is_a_leak():
     rows = trace(network(Attention())).rows
-    assert ('1', 'view', 'forward', 'explicit', line_of(Attention.forward, 'o.view')) in [(r.module, r.op, r.phase, r.kind, r.where) for r in rows]
+    assert ('1', 'view', 'forward', 'explicit',
+        line_of(Attention.forward, 'o.view')) in [(r.module, r.op, r.phase, r.kind, r.where) for r in rows]
 
 def test_attention_at_the_end_has_left():
     class Last(Attention):
@@ -173,7 +180,8 @@ def test_the_loss_is_named(name):
     def rows(p, y): return F.cross_entropy(p.permute(0, 2, 3, 1).flatten(0, 2), y.flatten())
     loss = {'cross_entropy': F.cross_entropy, 'fastai': CrossEntropyLossFlat(axis=1), 'rows': rows}[name]
     res = trace(nn.Sequential(block(3, 8), nn.Conv2d(8, 4, 3, padding=1)), loss=loss, y=torch.randint(0, 4, (4, 16, 16)))
-    expected = {'cross_entropy': [('loss_func', '_log_softmax', 'forward', 'lost')], 'fastai': [('loss_func', 'view', 'backward', 'hidden')], 'rows': []}
+    expected = {'cross_entropy': [('loss_func', '_log_softmax', 'forward', 'lost')],
+        'fastai': [('loss_func', 'view', 'backward', 'hidden')], 'rows': []}
     assert [(r.module, r.op, r.phase, r.kind) for r in res.rows]==expected[name]
     assert all('permute(0, 2, 3, 1)' in r.advice for r in res.rows)
 
@@ -183,8 +191,11 @@ class NormLast(nn.LayerNorm):
     def forward(self, x): return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 @pytest.mark.skipif(device.type!='cpu', reason='says what kernels of the CPU keep')
-@pytest.mark.parametrize('middle', [lambda: NormLast(8), lambda: nn.Dropout2d(0.3), lambda: nn.MaxPool2d(2), lambda: nn.Upsample(scale_factor=2), lambda: nn.GELU(),
-    lambda: nn.AvgPool2d(2), lambda: nn.Conv2d(8, 8, 3, groups=8, padding=1), lambda: nn.ConvTranspose2d(8, 8, 2, 2), lambda: nn.GroupNorm(2, 8), lambda: nn.ReflectionPad2d(1)])
+@pytest.mark.parametrize('middle',
+    [lambda: NormLast(8), lambda: nn.Dropout2d(0.3), lambda: nn.MaxPool2d(2), lambda: nn.Upsample(scale_factor=2),
+        lambda: nn.GELU(),
+    lambda: nn.AvgPool2d(2), lambda: nn.Conv2d(8, 8, 3, groups=8, padding=1), lambda: nn.ConvTranspose2d(8, 8, 2, 2),
+    lambda: nn.GroupNorm(2, 8), lambda: nn.ReflectionPad2d(1)])
 def test_layers_that_keep_it(middle):
     res = trace(network(middle()))
     assert res.rows==[], str(res)
@@ -194,8 +205,10 @@ def test_layers_that_keep_it(middle):
 def test_sizes_of_one_are_no_loss(bs, c, hw, bias):
     "Whatever is ambiguous is not counted, also through a copy"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, c, 1, bias=bias), Copies() if c==1 or hw==(1, 1) else nn.Identity(), nn.Conv2d(c, 4, 1), nn.Flatten(), nn.Linear(4*hw[0]*hw[1], 4))
-    res = trace_format(TrainingStep(model.to(device), torch.randn(bs, 3, *hw, device=device), torch.randint(0, 4, (bs,), device=device), F.cross_entropy))
+    model = nn.Sequential(nn.Conv2d(3, c, 1, bias=bias), Copies() if c==1 or hw==(1, 1) else nn.Identity(),
+        nn.Conv2d(c, 4, 1), nn.Flatten(), nn.Linear(4*hw[0]*hw[1], 4))
+    res = trace_format(TrainingStep(model.to(device), torch.randn(bs, 3, *hw, device=device),
+        torch.randint(0, 4, (bs,), device=device), F.cross_entropy))
     assert res.rows==[], str(res)
 
 @settings(max_examples=15, deadline=None)
@@ -203,18 +216,21 @@ def test_sizes_of_one_are_no_loss(bs, c, hw, bias):
 def test_exactly_what_is_planted_is_found(plan):
     kinds = {'clean': nn.Identity, 'copy': Copies, 'backward': InBackward, 'shuffle': Shuffle}
     res = trace(network(*[nn.Sequential(kinds[k](), block(8, 8)) for k in plan]))
-    expected = {(f'{i+1}.0', p) for i,k in enumerate(plan) for p in {'clean': (), 'copy': ('forward',), 'backward': ('backward',), 'shuffle': ('forward', 'backward')}[k]}
+    expected = {(f'{i+1}.0', p) for i,k in enumerate(plan)
+        for p in {'clean': (), 'copy': ('forward',), 'backward': ('backward',), 'shuffle': ('forward', 'backward')}[k]}
     assert {(r.module, r.phase) for r in res.rows}==expected, str(res)
 
 def test_volumes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(1, 4, 3), Copies(), nn.Conv3d(4, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4))
-    res = trace_format(TrainingStep(model.to(device), torch.randn(2, 1, 8, 8, 8, device=device), torch.randint(0, 4, (2,), device=device), F.cross_entropy))
+    res = trace_format(TrainingStep(model.to(device), torch.randn(2, 1, 8, 8, 8, device=device),
+        torch.randint(0, 4, (2,), device=device), F.cross_entropy))
     assert [(r.module, r.shape) for r in res.rows]==[('1', (2, 4, 6, 6, 6))]
 
 def test_layout_of():
     x = torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last)
-    assert [layout_of(o) for o in (x, x[:, :3], x[:, :, ::2], x[:, :, 1:3, 1:3], x.contiguous()[:, :3], x.contiguous()[..., :2], x[:, ::2], x.mT, x[0], x[:, :1])]==[
+    assert [layout_of(o) for o in (x, x[:, :3], x[:, :, ::2], x[:, :, 1:3, 1:3], x.contiguous()[:, :3],
+        x.contiguous()[..., :2], x[:, ::2], x.mT, x[0], x[:, :1])]==[
         'channels_last', 'sliced', 'sliced', 'sliced', 'contiguous', 'contiguous', 'other', 'other', None, 'contiguous']
 
 # bookkeeping
@@ -255,7 +271,9 @@ def state(step):
     hooks = [len(m._forward_hooks)+len(m._forward_pre_hooks) for m in step.model.modules()]
     every = [len(getattr(nn.modules.module, n)) for n in ('_global_forward_hooks','_global_forward_pre_hooks')]
     opt = step.optimizer.state_dict()['state'] if step.optimizer else {}
-    return ps,[b.clone() for b in step.model.buffers()],torch.get_rng_state(),hooks,every,[m.training for m in step.model.modules()],{k:{n:(t.clone(),t.stride()) if t.ndim else t.clone() for n,t in v.items()} for k,v in opt.items()}
+    return (ps,[b.clone() for b in step.model.buffers()],torch.get_rng_state(),hooks,every,
+        [m.training for m in step.model.modules()],
+        {k:{n:(t.clone(),t.stride()) if t.ndim else t.clone() for n,t in v.items()} for k,v in opt.items()})
 
 def same(a, b):
     if isinstance(a, torch.Tensor): return torch.equal(a, b)
@@ -326,14 +344,18 @@ def test_a_short_budget_estimates(monkeypatch):
 def test_result():
     res = trace(network(Copies(), Parts()))
     d = json.loads(json.dumps(res.to_dict()))
-    assert d['ok'] is False and len(d['rows'])==len(res.rows) and d['rows'][0].keys()>={'module','op','phase','kind','bytes','seconds','where','advice'}
+    assert (d['ok'] is False and len(d['rows'])==len(res.rows)
+        and d['rows'][0].keys()>={'module','op','phase','kind','bytes','seconds','where','advice'})
     md = res._repr_markdown_()
     assert md.startswith('**') and '| of the step |' in md and md.count('\n|')==len(res.rows)+2, 'a row each, below two of the head'
 
 def test_long_tables_are_folded():
     row = trace(network(Copies())).rows[0]
-    def result(n): return FormatTrace('', [dataclasses.replace(row, where=f'model.py:{i}') for i in range(n)], conditions=dict(device='cpu', torch='', threads=1, shape=[1], autocast='', compiled=False))
-    assert '<details>' not in result(10)._repr_markdown_() and '<summary>3 more</summary>' in result(13)._repr_markdown_() and str(result(13)).splitlines()[-2]=='and 3 lines more in `rows`'
+    def result(n):
+        return FormatTrace('', [dataclasses.replace(row, where=f'model.py:{i}') for i in range(n)],
+            conditions=dict(device='cpu', torch='', threads=1, shape=[1], autocast='', compiled=False))
+    assert ('<details>' not in result(10)._repr_markdown_() and '<summary>3 more</summary>' in result(13)._repr_markdown_()
+        and str(result(13)).splitlines()[-2]=='and 3 lines more in `rows`')
 
 @pytest.mark.parametrize('n', [1, 20])
 def test_plot(n):
@@ -342,12 +364,16 @@ def test_plot(n):
     res = trace(network(Copies(), *[block(8, 8) for _ in range(n)]))
     ax = res.plot()
     marks = [l for l in ax.lines if l.get_marker() in ('v','^')]
-    assert len(marks)==sum(o['leak'] for o in res.ops)==1 and len(ax.collections)==len(res.ops) and [t.get_text() for t in ax.get_yticklabels()]==['forward', 'backward']
+    assert (len(marks)==sum(o['leak'] for o in res.ops)==1 and len(ax.collections)==len(res.ops)
+        and [t.get_text() for t in ax.get_yticklabels()]==['forward', 'backward'])
     plt.close('all')
 
 def test_errors():
-    with pytest.raises(ValueError, match='there is nothing to trace: Sequential has no convolution'): trace(nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 4)))
+    with pytest.raises(ValueError, match='there is nothing to trace: Sequential has no convolution'):
+        trace(nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 4)))
     class Viewed(nn.Module):
         def forward(self, x): return x.view(len(x), -1)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Viewed(), nn.Linear(8*14*14, 4))
-    with pytest.raises(ValueError, match=r'(?s)the step fails in channels last, at tests.test_trace.py:\d+: `def forward\(self, x\): return x.view\(len\(x\), -1\)`.*use `.flatten` or `.reshape`'): trace(model)
+    with pytest.raises(ValueError, match=r'(?s)the step fails in channels last, at tests.test_trace.py:\d+: '
+            r'`def forward\(self, x\): return x.view\(len\(x\), -1\)`.*use `.flatten` or `.reshape`'):
+        trace(model)

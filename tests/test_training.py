@@ -65,7 +65,8 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def image_dls(pictures):
-    return ImageDataLoaders.from_folder(pictures, valid_pct=0.33, seed=0, bs=8, num_workers=0, device=device, batch_tfms=aug_transforms(size=32))
+    return ImageDataLoaders.from_folder(pictures, valid_pct=0.33, seed=0, bs=8, num_workers=0, device=device,
+        batch_tfms=aug_transforms(size=32))
 
 @pytest.fixture
 def vision(image_dls, tmp_path):
@@ -135,7 +136,8 @@ def test_freeze_and_unfreeze_between_fits(vision):
 def dark_or_light(f): return (np.array(Image.open(f))[..., 0]>128).astype(np.uint8)
 
 def tiny_unet(pictures, path):
-    dls = SegmentationDataLoaders.from_label_func(pictures, sorted(pictures.rglob('*.png'))[::3], dark_or_light, codes=['dark', 'light'], bs=4, num_workers=0,
+    dls = SegmentationDataLoaders.from_label_func(pictures, sorted(pictures.rglob('*.png'))[::3], dark_or_light,
+        codes=['dark', 'light'], bs=4, num_workers=0,
         device=device, batch_tfms=aug_transforms(size=32))
     return unet_learner(dls, resnet18, pretrained=False, path=path, cbs=SeeBatch)
 
@@ -150,7 +152,8 @@ def test_xresnet_with_self_attention():
     assert is_channels_last(learn) and state_follows(learn.model, learn.opt)
 
 def test_3d_network_on_volumes():
-    model = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 4, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 4, 3, padding=1),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2))
     learn = fp32(tiny_learner(dls_of(random_images(8, (2, 4, 6, 8)), labels(8)), model, cbs=SeeBatch))
     fit(learn)
     assert learn.see_batch.x=={'nhwc'} and all(m.weight.is_contiguous(memory_format=torch.channels_last_3d) for m in (model[0], model[3]))
@@ -159,7 +162,8 @@ def test_3d_network_on_volumes():
 @pytest.mark.parametrize('cls', [TensorImage, TensorMask])
 def test_image_to_image_target_and_prediction_are_channels_last(cls):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
-    learn = fp32(tiny_learner(dls_of(random_images(), random_images(seed=1, cls=cls), n_inp=1), model, loss_func=MSELossFlat(), cbs=SeeBatch))
+    learn = fp32(tiny_learner(dls_of(random_images(), random_images(seed=1, cls=cls), n_inp=1), model,
+        loss_func=MSELossFlat(), cbs=SeeBatch))
     fit(learn)
     assert (learn.see_batch.x, learn.see_batch.y, learn.see_batch.pred_)==({'nhwc'}, {'nhwc'}, {'nhwc'})
 
@@ -214,7 +218,8 @@ def test_as_batch_transform():
     learn = fit(tiny_learner(tensor_dls(after_batch=[ChannelsLastTfm()]), cbs=SeeBatch))
     assert learn.see_batch.x=={'nhwc'} and is_contiguous(learn)
 
-@pytest.mark.parametrize('cb', [ChannelsLastCallback, ChannelsLastCallback(), [ChannelsLastCallback], [ChannelsLastCallback()]], ids=['class', 'instance', 'classes', 'instances'])
+@pytest.mark.parametrize('cb', [ChannelsLastCallback, ChannelsLastCallback(), [ChannelsLastCallback], [ChannelsLastCallback()]],
+    ids=['class', 'instance', 'classes', 'instances'])
 def test_callback_as_class_and_as_instance(cb):
     learn = tiny_learner(cbs=cb)
     assert is_channels_last(fit(learn)) and isinstance(learn.channels_last, ChannelsLast)
@@ -286,7 +291,9 @@ def test_save_model_callback_brings_back_the_best(tmp_path):
 
 @pytest.mark.parametrize('fails', [False, True])
 def test_less_random_repeats_and_restores(fails):
-    def state(): return random.getstate(),[str(o) for o in np.random.get_state()],torch.get_rng_state().tolist(),torch.backends.cudnn.benchmark,torch.backends.cudnn.deterministic
+    def state():
+        return (random.getstate(),[str(o) for o in np.random.get_state()],torch.get_rng_state().tolist(),
+            torch.backends.cudnn.benchmark,torch.backends.cudnn.deterministic)
     before,drawn = state(),[]
     for _ in range(2):
         with pytest.raises(ZeroDivisionError) if fails else nullcontext(), less_random(7):
@@ -313,7 +320,8 @@ def test_save_and_load_across_formats(one, other, opt, tmp_path):
 def test_saved_file_is_contiguous_and_plain(tmp_path):
     learn = fit(fp32(tiny_learner(path=tmp_path, opt_func=fused_adamw)))
     saved = torch.load(learn.save('a'), weights_only=False)
-    found = [format_of(t) for t in [*saved['model'].values(), *(t for s in saved['opt']['state'].values() for t in s.values())] if t.ndim==4]
+    found = [format_of(t)
+        for t in [*saved['model'].values(), *(t for s in saved['opt']['state'].values() for t in s.values())] if t.ndim==4]
     assert len(found)==6 and set(found)=={'contiguous'} and is_channels_last(learn) and state_follows(learn.model, learn.opt)
 
 def test_a_file_of_plain_fastai_loads_at_the_next_fit(tmp_path):
@@ -343,7 +351,8 @@ dl = learn.dls.test_dl([(x,) for x in random_images()])
 with learn.no_bar(): preds = learn.get_preds(dl=dl)[0]
 models = [learn.model, *(cb.averaged for cb in learn.cbs if hasattr(cb, 'averaged'))]
 formats = {(p.is_contiguous(), p.stride()==torch.empty(p.shape).stride()) for m in models for p in (*m.parameters(), *m.buffers())}
-torch.save(dict(preds=preds, formats=formats, models=len(models), tfms=[type(f).__name__ for f in learn.dls.after_batch.fs], cbs=[type(cb).__name__ for cb in learn.cbs]), 'found.pth')
+torch.save(dict(preds=preds, formats=formats, models=len(models),
+    tfms=[type(f).__name__ for f in learn.dls.after_batch.fs], cbs=[type(cb).__name__ for cb in learn.cbs]), 'found.pth')
 '''
 
 def load_elsewhere(folder):
@@ -356,7 +365,8 @@ def load_elsewhere(folder):
 def preds_of(learn):
     with quiet(learn): return learn.get_preds(dl=learn.dls.test_dl([(x,) for x in random_images()]))[0]
 
-@pytest.mark.parametrize('name,kwargs,amp,tfms', [('plain', {}, False, []), ('averaged', dict(cbs=AveragedCopy), False, []), ('tfm', {}, False, [ChannelsLastTfm]),
+@pytest.mark.parametrize('name,kwargs,amp,tfms',
+    [('plain', {}, False, []), ('averaged', dict(cbs=AveragedCopy), False, []), ('tfm', {}, False, [ChannelsLastTfm]),
     ('all', dict(cbs=AveragedCopy, opt_func=fused_adamw), 'bf16', [ChannelsLastTfm])], ids=lambda o: o if isinstance(o, str) else '')
 def test_export_loads_without_this_package(name, kwargs, amp, tfms, tmp_path):
     learn = fit(tiny_learner(tensor_dls(after_batch=[f() for f in tfms]), path=tmp_path, **kwargs).to_channelslast(amp_mode=amp))
@@ -365,7 +375,8 @@ def test_export_loads_without_this_package(name, kwargs, amp, tfms, tmp_path):
     found = load_elsewhere(tmp_path)
     torch.testing.assert_close(found['preds'], preds, rtol=1e-4, atol=1e-4 if not amp else 1e-2)
     assert found['formats']=={(True, True)} and found['models']==(2 if 'cbs' in kwargs else 1)
-    assert 'ChannelsLastTfm' not in found['tfms'] and not {'ChannelsLast', 'ChannelsLastCallback', 'DeviceMixedPrecision'} & set(found['cbs'])
+    assert ('ChannelsLastTfm' not in found['tfms']
+        and not {'ChannelsLast', 'ChannelsLastCallback', 'DeviceMixedPrecision'} & set(found['cbs']))
     assert b'fastxtend_cl' not in b''.join(f.read_bytes() for f in tmp_path.glob('export.pkl'))
 
 def test_the_loader_would_notice_this_package(tmp_path):
@@ -399,12 +410,14 @@ def test_export_of_a_unet_that_keeps_activations_is_contiguous(pictures, tmp_pat
 
 def state_of(learn):
     "All that an export must leave"
-    return [id(learn.dls), id(learn.opt), [id(cb) for cb in learn.cbs], [vars(cb).keys() for cb in learn.cbs], learn.channels_last, getattr(learn, 'mixed_precision', None),
+    return [id(learn.dls), id(learn.opt), [id(cb) for cb in learn.cbs], [vars(cb).keys() for cb in learn.cbs],
+        learn.channels_last, getattr(learn, 'mixed_precision', None),
         [[type(f) for f in dl.after_batch.fs] for dl in learn.dls], [cb.learn is learn for cb in learn.cbs]]
 
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
 def test_a_failed_export_leaves_the_learner(error, tmp_path, monkeypatch):
-    learn = fit(tiny_learner(tensor_dls(after_batch=[ChannelsLastTfm()]), path=tmp_path, opt_func=fused_adamw, cbs=AveragedCopy).to_channelslast(amp_mode='bf16'))
+    learn = fit(tiny_learner(tensor_dls(after_batch=[ChannelsLastTfm()]), path=tmp_path, opt_func=fused_adamw,
+        cbs=AveragedCopy).to_channelslast(amp_mode='bf16'))
     before,tensors,averaged = state_of(learn),snapshot(learn.model, learn.opt),snapshot(learn.averaged_copy.averaged)
     def fail(*args, **kwargs): raise error('planted')
     with monkeypatch.context() as m:
@@ -432,7 +445,8 @@ def test_an_export_that_runs_out_of_memory(tmp_path, monkeypatch):
             try: learn.export()
             except MemoryError: pass
             else: break
-        if not on_entry: # otherwise the file is written, and what failed is the way back: the Learner is whole, and the next fit converts it
+        # otherwise the file is written, and what failed is the way back: the Learner is whole, and the next fit converts it
+        if not on_entry:
             assert state_of(learn)==before
             assert_same_snapshot(tensors, snapshot(learn.model, learn.opt))
         assert all(torch.equal(a[2], t) for a,t in zip(tensors, learn.model.parameters()))
@@ -468,7 +482,8 @@ def test_copies_of_a_learner_train_on_and_apart(copied, amp):
     fit(other, 2)
     assert is_channels_last(other) and state_follows(other.model, other.opt)
     assert_same_snapshot(before, snapshot(learn.model, learn.opt))
-    assert other.to_channelslast(use_amp=False) is other and not hasattr(other, 'mixed_precision') and hasattr(learn, 'mixed_precision')==bool(amp)
+    assert (other.to_channelslast(use_amp=False) is other and not hasattr(other, 'mixed_precision')
+        and hasattr(learn, 'mixed_precision')==bool(amp))
     assert other.to_contiguous() is other and is_contiguous(other) and is_channels_last(learn)
 
 # torch.compile
@@ -516,7 +531,8 @@ def test_model_on_meta_is_said_once():
 
 def tabular(cbs=None):
     df = pd.DataFrame(dict(a=np.arange(32.)%7, b=list('xy')*16, c=list('pq')*16))
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['b'], cont_names=['a'], y_names='c', y_block=CategoryBlock(), bs=8, num_workers=0, device=device)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['b'], cont_names=['a'], y_names='c',
+        y_block=CategoryBlock(), bs=8, num_workers=0, device=device)
     return tabular_learner(dls, layers=[8], cbs=cbs)
 
 def text(cbs=None):
@@ -531,7 +547,8 @@ def test_other_data_is_said_once_and_trains(make, by_callback):
         learn = make(ChannelsLastCallback) if by_callback else make().to_channelslast(use_amp=False)
         with learn.no_bar(), learn.no_logging(): learn.fit(2); learn.validate(); learn.fit(1)
         if not by_callback: learn.to_channelslast(use_amp=False)
-    assert [str(w.message) for w in of_class(caught, FormatWarning)]==[f'channels last has no effect: {type(learn.model).__name__} has no convolution of two or three dimensions']
+    assert ([str(w.message) for w in of_class(caught, FormatWarning)]
+        ==[f'channels last has no effect: {type(learn.model).__name__} has no convolution of two or three dimensions'])
     assert of_class(caught, NoConvolutionWarning) and np.isfinite(learn.recorder.values[-1]).all()
 
 def autocasts(): return torch.is_autocast_enabled('cpu'),torch.is_autocast_enabled('cuda')
@@ -564,7 +581,8 @@ def with_amp(name):
     if name=='both': learn.add_cbs([ChannelsLast(), MixedPrecision('bf16')])
     return learn
 
-arguments = [{}, dict(use_amp=False), dict(amp_mode=False), dict(amp_mode='bf16'), dict(amp_mode=AMPMode.FP16), dict(to_fp16=True), dict(to_fp16=False),
+arguments = [{}, dict(use_amp=False), dict(amp_mode=False), dict(amp_mode='bf16'), dict(amp_mode=AMPMode.FP16),
+    dict(to_fp16=True), dict(to_fp16=False),
     dict(growth_interval=5), dict(amp_mode='fp16', init_scale=8., enabled=False)]
 
 def state(learn):
@@ -622,7 +640,8 @@ def test_to_bf16_added_to_ours_is_what_the_user_said_last():
 def test_fastais_callback_added_to_ours_leaves_one():
     learn = fp32(tiny_learner()).add_cb(ChannelsLast())
     fp32(learn)
-    assert [type(cb) for cb in learn._grab_cbs(ChannelsLast)]==[ChannelsLastCallback] and learn.channels_last is learn._grab_cbs(ChannelsLast)[0]
+    assert ([type(cb) for cb in learn._grab_cbs(ChannelsLast)]==[ChannelsLastCallback]
+        and learn.channels_last is learn._grab_cbs(ChannelsLast)[0])
 
 def test_the_learner_is_returned():
     learn = tiny_learner()
@@ -632,7 +651,8 @@ def test_the_learner_is_returned():
 def test_to_contiguous_takes_away_what_is_asked():
     learn = fit(tiny_learner(opt_func=fused_adamw).to_channelslast(amp_mode='bf16'))
     learn.to_contiguous()
-    assert is_contiguous(learn) and state_follows(learn.model, learn.opt) and not hasattr(learn, 'channels_last') and hasattr(learn, 'mixed_precision')
+    assert (is_contiguous(learn) and state_follows(learn.model, learn.opt) and not hasattr(learn, 'channels_last')
+        and hasattr(learn, 'mixed_precision'))
     fit(learn)
     assert is_contiguous(learn.to_contiguous(to_fp32=True)) and not hasattr(learn, 'mixed_precision')
 
@@ -643,14 +663,21 @@ def test_to_contiguous_undoes_fastais_own():
     assert is_contiguous(learn.to_contiguous()) and state_follows(learn.model, learn.opt) and not learn._grab_cbs(ChannelsLast)
 
 def everything(learn):
-    return [*learn.cbs, *(copy.copy({k:v for k,v in vars(cb).items() if k!='learn'}) for cb in learn.cbs), sorted(k for k in vars(learn)), [cb.learn for cb in learn.cbs]]
+    return [*learn.cbs, *(copy.copy({k:v for k,v in vars(cb).items() if k!='learn'}) for cb in learn.cbs),
+        sorted(k for k in vars(learn)), [cb.learn for cb in learn.cbs]]
 
-wrong = [(dict(growth=2), TypeError, "^GradScaler has no argument 'growth': it takes init_scale"), (dict(device='cpu'), TypeError, "GradScaler has no argument 'device'"),
-    (dict(init_scale='big'), TypeError, "GradScaler takes numbers, received init_scale='big'"), (dict(growth_factor=0.5), ValueError, 'The growth factor must be > 1.0'),
-    (dict(use_amp=1), TypeError, '^use_amp is True or False, received 1$'), (dict(use_amp=None), TypeError, '^use_amp is True or False, received None$'),
-    (dict(use_amp='bf16'), TypeError, "^use_amp is True or False, received 'bf16'$"), (dict(to_fp16='yes'), TypeError, "^to_fp16 is True or False, received 'yes'$"),
-    (dict(amp_mode='fp8'), ValueError, "^amp_mode is one of 'fp16', 'bf16', received 'fp8'$"), (dict(amp_mode=True), ValueError, 'amp_mode is one of'),
-    (dict(use_amp=False, amp_mode='bf16'), ValueError, "^amp_mode='bf16' asks for mixed precision, and use_amp=False for none: leave one of them out$"),
+wrong = [(dict(growth=2), TypeError, "^GradScaler has no argument 'growth': it takes init_scale"),
+    (dict(device='cpu'), TypeError, "GradScaler has no argument 'device'"),
+    (dict(init_scale='big'), TypeError, "GradScaler takes numbers, received init_scale='big'"),
+    (dict(growth_factor=0.5), ValueError, 'The growth factor must be > 1.0'),
+    (dict(use_amp=1), TypeError, '^use_amp is True or False, received 1$'),
+    (dict(use_amp=None), TypeError, '^use_amp is True or False, received None$'),
+    (dict(use_amp='bf16'), TypeError, "^use_amp is True or False, received 'bf16'$"),
+    (dict(to_fp16='yes'), TypeError, "^to_fp16 is True or False, received 'yes'$"),
+    (dict(amp_mode='fp8'), ValueError, "^amp_mode is one of 'fp16', 'bf16', received 'fp8'$"),
+    (dict(amp_mode=True), ValueError, 'amp_mode is one of'),
+    (dict(use_amp=False, amp_mode='bf16'), ValueError,
+        "^amp_mode='bf16' asks for mixed precision, and use_amp=False for none: leave one of them out$"),
     (dict(to_fp16=False, amp_mode='bf16'), ValueError, "^amp_mode='bf16' asks for mixed precision, and to_fp16=False for none"),
     (dict(to_fp16=True, amp_mode=False), ValueError, '^to_fp16=True asks for mixed precision, and amp_mode=False for none')]
 
@@ -667,7 +694,9 @@ def test_wrong_arguments_change_nothing(kwargs, error, match):
 def test_impossible_mode_changes_nothing(monkeypatch):
     learn = Learner(None, tiny_cnn().to('meta'), loss_func=CrossEntropyLossFlat())
     before = everything(learn)
-    with pytest.raises(ValueError, match='mixed precision in bf16 is not available on meta: it has none: train in fp32 with `use_amp=False`'): learn.to_channelslast(amp_mode='bf16')
+    with pytest.raises(ValueError, match='mixed precision in bf16 is not available on meta: it has none: '
+            'train in fp32 with `use_amp=False`'):
+        learn.to_channelslast(amp_mode='bf16')
     assert everything(learn)==before
 
 def test_non_native_mixed_precision():
@@ -675,8 +704,10 @@ def test_non_native_mixed_precision():
     with pytest.raises(ValueError, match='call `learn.to_non_native_fp32'): learn.to_channelslast(amp_mode='bf16')
     assert not learn.to_channelslast()._grab_cbs(MixedPrecision) and learn._grab_cbs(NonNativeMixedPrecision)
 
-warned = [('no convolution', text, {}), ('scaler without effect', tiny_learner, dict(amp_mode='bf16', growth_interval=3)), ('scaler off', tiny_learner, dict(use_amp=False, growth_interval=3)),
-    ('fastai on CPU', lambda: with_amp('bf16'), {}), ('meta', lambda: Learner(None, tiny_cnn().to('meta'), loss_func=CrossEntropyLossFlat()), {}),
+warned = [('no convolution', text, {}), ('scaler without effect', tiny_learner, dict(amp_mode='bf16', growth_interval=3)),
+    ('scaler off', tiny_learner, dict(use_amp=False, growth_interval=3)),
+    ('fastai on CPU', lambda: with_amp('bf16'), {}),
+    ('meta', lambda: Learner(None, tiny_cnn().to('meta'), loss_func=CrossEntropyLossFlat()), {}),
     ('after ours', lambda: tiny_learner().to_channelslast(amp_mode='fp16'), dict(amp_mode='bf16', growth_interval=3))]
 
 @pytest.mark.skipif(device.type!='cpu', reason='about processors')
@@ -690,7 +721,8 @@ def test_warnings_as_errors_leave_the_learner(name, make, kwargs):
             with pytest.raises(FormatWarning): learn.to_channelslast(**kwargs)
             assert everything(learn)==before
 
-@pytest.mark.parametrize('order', [('fastai.vision.all', 'fastxtend_cl.all'), ('fastxtend_cl.all', 'fastai.vision.all'), ('fastai.vision.all', 'fastxtend_cl.all', 'fastai.vision.all'),
+@pytest.mark.parametrize('order', [('fastai.vision.all', 'fastxtend_cl.all'), ('fastxtend_cl.all', 'fastai.vision.all'),
+    ('fastai.vision.all', 'fastxtend_cl.all', 'fastai.vision.all'),
     ('fastxtend_cl.channelslast', 'fastai.vision.all', 'fastai.text.all')], ids=' then '.join)
 def test_import_order_does_not_matter(order):
     code = '\n'.join(f'from {o} import *' for o in order) + textwrap.dedent('''
@@ -699,7 +731,9 @@ def test_import_order_does_not_matter(order):
         for n in ('to_channelslast', 'to_contiguous', 'save', 'load', 'export', 'one_batch'):
             module = inspect.unwrap(getattr(Learner, n)).__module__
             assert module.startswith('fastxtend_cl.'), (n, module)
-        assert 'to_fp16' in inspect.signature(Learner.to_channelslast).parameters and 'growth_interval' in inspect.signature(Learner.to_channelslast).parameters
+        assert ('to_fp16' in inspect.signature(Learner.to_channelslast).parameters
+            and 'growth_interval' in inspect.signature(Learner.to_channelslast).parameters)
     ''')
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True, timeout=600)
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'PYTHONPATH': str(root)},
+        capture_output=True, text=True, timeout=600)
     assert res.returncode==0, res.stderr
