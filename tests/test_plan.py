@@ -631,6 +631,15 @@ def test_arguments_that_contradict():
     with pytest.raises(ValueError, match='repair=True and a plan are two ways: a plan has remedies of its own'): learn.to_channelslast(repair=True, plan=a_plan())
     assert learn.cbs==cbs and planned(learn.model)=={}
 
+def test_what_is_left_open_is_as_the_output():
+    x = torch.randn(2, 3, 8, 8)
+    def grads(layer):
+        m = net()
+        _wrap(m, {'0': layer, '3': layer}, low)
+        with bf16(): m(x).square().mean().backward()
+        return [p.grad for p in m.parameters()]
+    torch.testing.assert_close(grads(LayerPlan('fp32')), grads(LayerPlan('fp32', 'fp32', 'fp32', output='fp32')), rtol=0, atol=0)
+
 def test_a_plan_for_a_repaired_model():
     "One after the other: both hold, train as the plain model does, and are taken away together"
     from torchvision.ops import SqueezeExcitation

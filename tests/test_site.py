@@ -1,0 +1,169 @@
+"What the site is made from: the navigation, the stand-in for Quarto, and the page of models that a script makes from the results"
+import base64, importlib.util, json, os, re, subprocess, sys
+from pathlib import Path
+import pytest
+import yaml
+from fastcore.nbio import mk_cell, new_nb, write_nb
+
+def test_sidebar_names_every_notebook(root):
+    def names(o):
+        if isinstance(o, str): yield o
+        elif isinstance(o, list):
+            for q in o: yield from names(q)
+        elif isinstance(o, dict): yield from ([o['href']] if 'href' in o else []) + [*names(o.get('contents', []))]
+    nbs = root/'nbs'
+    named = [*names(yaml.safe_load((nbs/'sidebar.yml').read_text())['website']['sidebar']['contents'])]
+    there = {p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if not any(o[0] in '_.' for o in p.relative_to(nbs).parts)}
+    assert len(named)==len(set(named))
+    assert there-set(named)==set(), 'add these to nbs/sidebar.yml'
+    assert {n for n in named if n not in there and (nbs/n).parent.exists()}==set(), 'in nbs/sidebar.yml, but not there'
+
+def test_quarto_reads_the_same_order(root):
+    "nbdev leaves sidebar.yml alone, Quarto reads it, and follows the reader's light or dark"
+    q = yaml.safe_load((root/'nbs/_quarto.yml').read_text())
+    assert 'sidebar.yml' in q['metadata-files'] and q['website']['navbar']['search']
+    assert set(q['format']['html']['theme'])=={'light','dark'} and q['format']['html']['respect-user-color-scheme']
+    from nbdev.config import get_config
+    assert get_config(root/'nbs').custom_sidebar
+
+def test_every_picture_has_a_text(root):
+    "Each cell whose output is a picture has a `fig-alt`; a picture in markdown has its own"
+    pictures,found = 0,[]
+    for p in (root/'nbs').rglob('*.ipynb'):
+        for c in json.loads(p.read_text())['cells']:
+            src = ''.join(c['source'])
+            n = sum(any(m.startswith('image/') for m in o.get('data', {})) for o in c.get('outputs', []))
+            pictures += n
+            if n and not re.search(r'^#\|\s*(fig-alt:\s*\S.{9,}|hide\b|include: false)', src, re.M): found.append(f'{p.name}: {src[:60]}')
+            if c['cell_type']=='markdown': found += [f'{p.name}: {m}' for m in re.findall(r'!\[\]\(.*?\)', src)]
+    assert pictures and found==[]
+
+png = base64.b64encode(base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==')).decode()
+
+def picture(src): return mk_cell(src, outputs=[dict(output_type='display_data', metadata={}, data={'image/png': png})])
+
+@pytest.fixture
+def build(root, tmp_path):
+    "Function that makes a site of notebooks, {path: cells}, with the stand-in"
+    def _build(contents=('index.ipynb',), **nbs):
+        src,out = tmp_path/'nbs',tmp_path/'out'
+        for name,cells in {'index': [], **nbs}.items():
+            p = src/f"{name.replace('__', '/')}.ipynb"
+            p.parent.mkdir(parents=True, exist_ok=True)
+            write_nb(new_nb([mk_cell(f'---\ntitle: Page {name}\n---', 'raw'), *cells]), p)
+        (src/'nbdev.yml').write_text(yaml.dump(dict(website={'title': 'tiny', 'repo-url': 'https://example.org'})))
+        (src/'sidebar.yml').write_text(yaml.dump(dict(website=dict(sidebar=dict(contents=list(contents))))))
+        r = subprocess.run([sys.executable, root/'.ci/bin/quarto', 'render', '--output-dir', out], cwd=src, capture_output=True, text=True)
+        return r,lambda name: (out/name).read_text()
+    return _build
+
+@pytest.mark.parametrize('said,alt', [('"A line: it rises [in m] -- 1. *a* _b_ $c$"', 'A line: it rises [in m] -- 1. *a* _b_ $c$'), ("'It is \"so\" & `x` * y'", 'It is &quot;so&quot; &amp; `x` * y'), ('\'It\'\'s\'', "It's"), ('no quotes here', 'no quotes here'),
+    ('a colon: without quotes', 'a colon: without quotes'), ('["a list"]', 'a list')])
+def test_alternative_text_is_what_fig_alt_says(build, said, alt):
+    r,page = build(index=[picture(f'#| fig-alt: {said}\nplot()')])
+    assert r.returncode==0, r.stderr
+    tags = re.findall(r'<img\b[^>]*>', page('index.html'))
+    assert len(tags)==1 and f'alt="{alt}"' in tags[0].replace('&#39;', "'"), tags
+    assert '<figcaption' not in page('index.html') and 'fig-alt' not in page('index.html')
+
+@pytest.mark.parametrize('said', ['', '#| fig-alt:\n', '#| fig-alt: ""\n', '#| echo: false\n'])
+def test_a_picture_without_a_text_stops_the_build(build, said):
+    r,_ = build(index=[picture(f'{said}plot_of_this()')])
+    assert r.returncode!=0 and 'fig-alt' in r.stderr and 'plot_of_this' in r.stderr and 'index.ipynb' in r.stderr
+
+def test_navigation_has_sections_and_takes_in_what_is_new(build):
+    contents = [dict(text='Home', href='index.ipynb'), dict(section='Lessons', contents=['lessons/b.ipynb', 'lessons/not_yet.ipynb']), dict(section='Later', contents=['later/c.ipynb'])]
+    r,page = build(contents, lessons__b=[], lessons__a=[], deep__er__d=[])
+    assert r.returncode==0 and 'lessons/a.ipynb is not in sidebar.yml' in r.stderr and 'b.ipynb is not' not in r.stderr
+    nav = re.search(r'<nav id="site".*?</nav>', page('lessons/b.html'), re.S)[0]
+    assert re.findall(r'<h2>(.*?)</h2>', nav)==['Lessons'], 'a section without a page is left out'
+    assert re.findall(r'<a href="(.*?)"', nav)==['../index.html', '../lessons/b.html', '../lessons/a.html', '../deep/er/d.html']
+    assert re.findall(r'<a href="(.*?)" aria-current="page"', nav)==['../lessons/b.html']
+    assert '"../../site.css"' in page('deep/er/d.html') and 'data-up="../../"' in page('deep/er/d.html')
+
+def test_links_between_folders(build):
+    r,page = build(a__x=[mk_cell('[up](../index.ipynb#top), [beside](y.ipynb), [over](../b/z.ipynb)', 'markdown')], a__y=[], b__z=[mk_cell('[back](../a/x.ipynb)', 'markdown')])
+    assert re.findall(r'<p>.*</p>', page('a/x.html'))==['<p><a href="../index.html#top">up</a>, <a href="y.html">beside</a>, <a href="../b/z.html">over</a></p>']
+    assert 'href="../a/x.html">back' in page('b/z.html')
+
+def test_index_of_search(build):
+    html = mk_cell('show()', outputs=[dict(output_type='display_data', metadata={}, data={'text/html': '<table><tr><td>in a table</td></tr></table><script>not_this()</script><style>nor_this {}</style>'})])
+    r,page = build(index=[mk_cell('Before.\n\n## A heading\n\nSome `text` here.', 'markdown'), html])
+    entries = json.loads(page('search-index.js').removeprefix('window.searchIndex = '))
+    assert entries[0][:4]==['index.html', 'Page index', '', ''] and 'Before.' in entries[0][4]
+    assert entries[1][:4]==['index.html', 'Page index', 'a-heading', 'A heading'] and 'Some text here.' in entries[1][4] and 'in a table' in entries[1][4]
+    assert 'not_this' not in str(entries) and 'nor_this' not in str(entries)
+
+def test_tables_scroll_by_themselves(build):
+    own = mk_cell('show()', outputs=[dict(output_type='display_data', metadata={}, data={'text/html': '<div class="scroll" tabindex="0">\n<table><tr><td>own</td></tr></table></div>'})])
+    _,page = build(index=[mk_cell('| a |\n|---|\n| 1 |', 'markdown'), own])
+    assert page('index.html').count('class="scroll"')==2
+
+def test_errors_and_folded_code_are_shown(build):
+    error = mk_cell('1/0', outputs=[dict(output_type='error', ename='ZeroDivisionError', evalue='', traceback=['Traceback', 'ZeroDivisionError: division'])])
+    _,page = build(index=[error, mk_cell('#| code-fold: true\n#| code-summary: "How"\nx = 1'), mk_cell('#| echo: false\nhidden()'), mk_cell('print("```")', outputs=[dict(output_type='stream', name='stdout', text='```\nx')])])
+    text = page('index.html')
+    assert 'ZeroDivisionError: division' in text and 'hidden()' not in text
+    assert re.search(r'<details>\s*<summary>\s*How\s*</summary>', text) and re.search(r'<pre class="output"><code>```\nx', text)
+
+@pytest.fixture(scope='module')
+def compatibility(root):
+    spec = importlib.util.spec_from_file_location('compatibility', root/'benchmarks/compatibility.py')
+    m = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(m)
+    return m
+
+def test_page_of_models_is_made_from_the_results(root, compatibility):
+    "If this fails, `python benchmarks/compatibility.py` writes the page anew"
+    from IPython.display import HTML, Markdown
+    made = 0
+    for c in json.loads((root/'nbs/compatibility.ipynb').read_text())['cells']:
+        src,outs = ''.join(c['source']),c.get('outputs', [])
+        if not (outs and src.startswith('#| echo: false\n')): continue
+        o = eval(src.removeprefix('#| echo: false\n'), vars(compatibility) | dict(HTML=HTML, Markdown=Markdown))
+        kept = ''.join(outs[0]['data']['text/html' if isinstance(o, HTML) else 'text/markdown'])
+        assert kept==o.data, src
+        made += 1
+    assert made==4
+
+zoo = dict(contiguous=dict(params=2e6, convolutions=3, shape=[2, 3, 8, 8]), ours=dict(guarded=[], kept=dict(forward=1., backward=0.5)), check=dict(ok=True, reason='fine', wrong=[]),
+    naive={}, naive_check=dict(ok=True, reason=''), times=dict(ratio=dict(ours=1.2, naive=1.1)))
+
+def rows(compatibility, monkeypatch, tmp_path, lines=(), **files):
+    monkeypatch.setattr(compatibility, 'results', tmp_path)
+    (tmp_path/'zoo-cpu.jsonl').write_text('\n'.join(json.dumps(l) for l in lines))
+    for n,d in files.items(): (tmp_path/f'{n}-cpu.json').write_text(json.dumps(d))
+    return compatibility.rows_of('cpu')
+
+def test_what_became_of_a_model_is_said(compatibility, monkeypatch, tmp_path):
+    some = {'torchvision/a': {}, 'timm/dies': dict(naive=dict(died=6), times=dict(ratio=dict(ours=0.9))), 'timm/raises': dict(naive=dict(raised='RuntimeError: no')), 'timm/hangs': dict(naive=dict(hung=300)),
+        'timm/wrong': dict(check=dict(ok=False, reason='weights', wrong=['w'])), 'timm/unclear': dict(check=dict(ok=None, reason='rounding', wrong=[])), 'timm/naive_wrong': dict(naive_check=dict(ok=False, reason='')),
+        'timm/ours_dies': dict(ours=dict(died=11), check={}), 'timm/linear': dict(contiguous=dict(params=1, convolutions=0, shape=[1])), 'timm/never': dict(contiguous=dict(raised='no')), 'timm/timing': dict(times=dict(died=6))}
+    found = rows(compatibility, monkeypatch, tmp_path, [dict(name=n, **{**zoo, **o}) for n,o in some.items()])
+    def get(n): r = found[n]; return r['right'],r.get('naive'),r.get('screened'),'; '.join(r['notes'])
+    assert get('torchvision/a')==('right', 1.1, 1.2, '') and found['torchvision/a']['kept']==[1., 0.5]
+    assert get('timm/dies')==('right', 'dies', 0.9, 'slower in channels last when screened; `model.to(memory_format=...)` kills the process')
+    assert get('timm/raises')[1:]==('raises', 1.2, '`model.to(memory_format=...)` raises: RuntimeError: no')
+    assert get('timm/hangs')[1]=='hangs' and get('timm/naive_wrong')[1]=='wrong'
+    assert get('timm/wrong')[0]=='wrong' and 'weights' in get('timm/wrong')[3] and get('timm/unclear')[0]=='cannot tell' and 'rounding' in get('timm/unclear')[3]
+    assert get('timm/ours_dies')[0]=='dies' and get('timm/linear')[0]=='no convolution' and get('timm/never')[0]=='raises contiguous, too'
+    assert get('timm/timing')[1:3]==(None, None) and 'died while' in get('timm/timing')[3]
+    text = compatibility.table()
+    assert text.count('<th scope="row">')==len(some) and 'Measured, with interval' not in text, 'a column without a number is left out'
+    assert 'kills the process of 1' in compatibility.summary() and '1 wrong' in compatibility.summary()
+
+def test_later_results_fill_their_columns(compatibility, monkeypatch, tmp_path):
+    "In the form that formats.py, peers.py, plan.py and traces.py write them"
+    def arm(model, arm, r): return dict(model=model, shape=[2, 3, 8, 8], arm=arm, ms=1., ratio=[r, r-0.1, r+0.1])
+    cond = dict(conditions=dict(cpu='a cpu', gpu=None, cores=2, torch='2', fastai='2', date='today'))
+    peers = [arm('a', 'contiguous fp32', 1.), arm('a', 'ours: to_channelslast(use_amp=False)', 1.2), arm('a', 'ours: to_channelslast()', 1.5), arm('a', 'torch.compile', 1.3), arm('a', 'ours: to_channelslast(), compiled', 1.7),
+        arm('a', 'bench: channels last bf16', 9.), dict(model='a', arm='pytorch-autotune', failed='RuntimeError'), arm('unet_resnet18', 'ours: to_channelslast()', 1.4)]
+    plan = dict(model='b', shape=[4, 3, 8, 8], chosen='plan', rows=[arm('b', n, r) for n,r in {'contiguous bf16': 1.1, 'channels last bf16': 1.6, 'plan': 1.9, 'plan, compiled': 2.2}.items()])
+    trace = [dict(model='vgg', kept=dict(forward=1., backward=0.999), places=dict(forward=0, backward=2), share=0.013), dict(model='unet resnet34 self-attention', kept=dict(forward=1., backward=1.), places=dict(forward=0, backward=0), share=0)]
+    found = rows(compatibility, monkeypatch, tmp_path, [dict(name='torchvision/a', **zoo)], formats=dict(rows=[arm('a', 'channels last bf16', 5.)], **cond), peers=dict(rows=peers, **cond), plan=dict(found=[plan], **cond), trace=dict(rows=trace, **cond))
+    assert set(found)=={'torchvision/a', 'fastai/unet+resnet18', 'timm/b', 'torchvision/vgg', 'fastai/unet+resnet34+sa'}
+    assert {k:v[0] for k,v in found['torchvision/a']['arms'].items()}=={'channels last fp32': 1.2, 'channels last mixed': 1.5, 'compiled': 1.7}
+    assert {k:v[0] for k,v in found['timm/b']['arms'].items()}=={'contiguous mixed': 1.1, 'channels last mixed': 1.6, 'plan': 1.9, 'compiled': 2.2} and 'the plan chose plan' in found['timm/b']['notes'][-1]
+    text = compatibility.table()
+    assert '1.90 (1.80 to 2.00)' in text and '9.00' not in text and '99.9 % †' in text and 'trace: 2 places lose it, 1.3 % of the step' in text and 'trace: keeps it throughout' in text
+    assert re.search(r'\[peers-cpu\].*\| a cpu \| 2 \|', compatibility.machines())
