@@ -32,18 +32,22 @@ from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes
 from .probe import kept_memory, tiled_weight_grad
 from .step import TrainingStep
 
-# %% ../nbs/08_plan.ipynb #57eb2f71
+# %% ../nbs/08_plan.ipynb #b4731b55
 @dataclass(frozen=True)
 class LayerPlan:
-    "How one layer computes; None leaves it to autocast"
+    "How one layer computes; without a `forward`, as autocast says"
     forward:str|None=None # Precision of its output's kernel: 'fp32', 'bf16' or 'fp16'
-    input:str|None=None # Of the gradient of its input
-    weight:str|None=None # Of the gradient of its weight
+    input:str|None=None # Of the gradient of its input; None: as `forward`
+    weight:str|None=None # Of the gradient of its weight; None: as `forward`
     tiled:bool=False # The gradient of its weight in tiles of 3x3 taps
-    output:str|None=None # Of what it hands on
+    output:str|None=None # Of what it hands on; None: as `forward`
     memory_format:str|None=None # 'contiguous' or 'channels_last'; None: that of the model
     dense:bool=False # Give the gradient of its output the strides of its output
     pooled:bool=False # Give the gradient of a mean over its input the strides of its input
+
+    def complete(self):
+        "The same, with nothing left open"
+        return replace(self, **{n: getattr(self, n) or self.forward for n in ('input', 'weight', 'output')})
 
     def __str__(self):
         kernels = (self.forward, self.input, self.weight)
@@ -108,7 +112,8 @@ class Planned(Guard):
     def __init__(self, module, layer, autocast):
         super().__init__(module, [n for n,h in hazards.items() if h.suspect(module)])
         if isinstance(self.instance_forward, Guard): self.instance_forward = self.instance_forward.instance_forward
-        self.layer,self.autocast,self.args = layer,autocast,conv_args(module) if isinstance(module, _ConvNd) else None
+        self.layer,self.complete,self.autocast = layer,layer.complete(),autocast
+        self.args = conv_args(module) if isinstance(module, _ConvNd) else None
 
     def __call__(self, *args, **kwargs):
         y = self.compute(*args) if self.applies(args, kwargs) else super().__call__(*args, **kwargs)
@@ -136,9 +141,9 @@ class Planned(Guard):
     def compute(self, x):
         m = self.module
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, m.weight, m.bias)):
-            return _Conv.apply(x, m.weight, m.bias, self.layer, self.args)
-        y = _run_forward(x, m.weight, m.bias, self.layer, self.args)[0]
-        return _back(y.to(_dtype(self.layer.output)), self.layer.memory_format)
+            return _Conv.apply(x, m.weight, m.bias, self.complete, self.args)
+        y = _run_forward(x, m.weight, m.bias, self.complete, self.args)[0]
+        return _back(y.to(_dtype(self.complete.output)), self.complete.memory_format)
 
 def _dense(stride, g):
     "`g` with the strides of the output it belongs to"
