@@ -7,20 +7,23 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/learner.html.md"""
 # %% auto #0
 __all__ = ['WrongStepError']
 
-# %% ../nbs/10_learner.ipynb #ee014dba
+# %% ../nbs/10_learner.ipynb #a0b2fdb3
 from collections.abc import Iterator
 from copy import copy
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.torch_core import to_device
+from fastai.torch_core import apply, to_device
 from fastcore.basics import first, patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from .amp import DeviceMixedPrecision, amp_dtypes, as_amp_mode, check_amp_mode, learner_device, native_amp_mode
 from .bench import Arm, FormatBench, bench_formats
 from .channelslast import ChannelsLastCallback
 from .check import FormatCheck, check_formats
+from .format import _tensors_in
 from .plan import FormatPlan, apply_plan, plan_formats
 from .step import Preserved, TrainingStep
 from .repair import FormatRepair, repair_format
@@ -62,19 +65,27 @@ def _changes_batch(cb):
     prepares = any(hasattr(cb, e) for e in ('before_fit','before_epoch','before_train'))
     return hasattr(cb, 'before_batch') and (not prepares or isinstance(cb, ChannelsLastCallback))
 
-def _give_batch(learn, b, device):
-    "Let `learn` have the batch `b`, as a model would get it"
+def _give_batch(learn, b, device, cbs=None):
+    "Let `learn` have the batch `b`, as a model would get it with `cbs`, or those that it has"
     learn._split(to_device(b, device))
     learn.iter,learn.training = 0,True
-    for cb in learn.cbs.sorted('order').filter(_changes_batch): cb('before_batch')
+    for cb in L(learn.cbs if cbs is None else cbs).sorted('order').filter(_changes_batch): cb('before_batch')
+
+def _strides_in_channels_last(learn, b, device):
+    "Shape and strides of each tensor of the batch `b`, as a model in channels last would get it"
+    cb = ChannelsLastCallback()
+    cb.learn = learn
+    _give_batch(learn, apply(torch.clone, b), device, [cb, *learn.cbs.filter(lambda o: not isinstance(o, ChannelsLast))])
+    return [(t.shape,t.stride()) for t in _tensors_in([learn.xb, learn.yb])]
 
 def _first_batch(learn, dl, device):
-    "Inputs and targets of the first batch of `dl`, as the model gets them; changes `learn`"
+    "Inputs and targets of the first batch of `dl`, as the model gets them, and their strides in channels last; changes `learn`"
     learn.dl,b = dl,first(dl)
     if b is None: raise ValueError(_no_data)
     _give_batch(learn, b, device)
     if not len(learn.yb): raise ValueError('the training batch of the Learner has no target, so there is no loss to compute')
-    return tuple(learn.xb),tuple(learn.yb)
+    inputs,targets = tuple(learn.xb),tuple(learn.yb)
+    return inputs,targets,_strides_in_channels_last(learn, b, device)
 
 # %% ../nbs/10_learner.ipynb #d303be47
 def _kept_transforms(dl):
@@ -116,9 +127,9 @@ def from_learner(cls:TrainingStep,
     device = learner_device(learn) if p is None else p.device
     precision = _autocast(learn, device)
     with Preserved(learn, *learn.cbs, dl, values=False), _kept_transforms(dl):
-        inputs,targets = _first_batch(learn, _alone(dl), device)
+        inputs,targets,strides = _first_batch(learn, _alone(dl), device)
         opt = _new_opt(learn) if learn.opt is None else learn.opt
-    return cls(learn.model, inputs, targets, learn.loss_func, opt, **precision)
+    return cls(learn.model, inputs, targets, learn.loss_func, opt, **precision, batch_strides=strides)
 
 # %% ../nbs/10_learner.ipynb #b6eb73d1
 class WrongStepError(RuntimeError): "A training step that is wrong in channels last; the message says where"

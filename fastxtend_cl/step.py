@@ -378,6 +378,7 @@ class TrainingStep:
     optimizer:object=None # torch's, fastai's, or None: a step without an update
     autocast:torch.dtype|None=None # `torch.float16`, `torch.bfloat16`, or None for the precision of the weights
     loss_scale:float=1024. # Factor of the loss in fp16, where small gradients would vanish; gradients are divided by it
+    batch_strides:list|None=None # Shape and strides of each tensor of the batch in channels last; None: images and volumes by their rank
 
     def __post_init__(self):
         _check_model(self.model)
@@ -455,7 +456,7 @@ class _AsDouble(TorchFunctionMode):
         torch.set_default_dtype(self.was)
         return super().__exit__(*error)
 
-# %% ../nbs/03_step.ipynb #be31cd50
+# %% ../nbs/03_step.ipynb #f8e4f509
 @patch
 def convert(self:TrainingStep,
     memory_format:str|None=None, # 'channels_last', 'contiguous', or None to leave it
@@ -464,7 +465,7 @@ def convert(self:TrainingStep,
     """Bring model and optimizer state, in place, and the batch to a memory format and to double precision; what is so
     already is not touched"""
     if memory_format is not None: convert_format(self.model, memory_format, [*_optimizers(self.optimizer)])
-    self._change_batch({'channels_last': as_channels_last, 'contiguous': as_contiguous}.get(memory_format))
+    self._change_batch({'channels_last': self._batch_to_channels_last(), 'contiguous': as_contiguous}.get(memory_format))
     if not double: return
     self._change_batch(lambda t: t.to(_double(t)) if t.is_floating_point() or t.is_complex() else t)
     self._zero_grad()
@@ -482,6 +483,16 @@ def _map(f, o):
         return res
     if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*[_map(f, v) for v in o])
     return type(o)(_map(f, v) for v in o) if isinstance(o, (list, tuple)) else o
+
+@patch
+def _batch_to_channels_last(self:TrainingStep):
+    "A function that lays out the tensors of the batch, one after the other, as training in channels last has them"
+    laid_out = iter(self.batch_strides or ())
+    def f(t):
+        shape,stride = next(laid_out, (None,None))
+        if self.batch_strides is None or shape!=t.shape: return as_channels_last(t)
+        return t if t.stride()==stride else torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+    return f
 
 @patch
 @torch.no_grad()
