@@ -432,8 +432,8 @@ class FormatPlan:
         if not self.changes: return f'what you have now ({now}) stays: nothing was proven to be faster'
         one = self.best_single
         beside = ''
-        if self.layers and one is not None and one.seconds and row.seconds:
-            beside = f', and {one.seconds/row.seconds:.2f} times as fast as the best single setting, {one.arm}'
+        if self.layers and one is not None:
+            beside = f', and {row.ratio/one.ratio:.2f} times as fast as the best single setting, {one.arm}'
         return (f'{self.arm} is {row.ratio:.2f} times as fast as what you have now ({now}), '
             f'{row.low:.2f} to {row.high:.2f}{beside}')
 
@@ -474,7 +474,7 @@ def _plan_notes(plan):
 def break_even(self:FormatPlan) -> int|None:
     "Steps after which the search has paid for itself, or None"
     if not self.changes or self.bench is None: return None
-    saved = self.bench.now.seconds-self.bench[self.arm].seconds
+    saved = self.bench.now.seconds*(1-1/self.bench[self.arm].ratio)
     return int(np.ceil(self.seconds/saved)) if saved>0 else None
 
 @patch
@@ -733,7 +733,7 @@ def _write_cache(file, key, plan):
         os.replace(new, file)
     except OSError as e: warnings.warn(FormatWarning(f'the plan is not kept: {e}'), stacklevel=2)
 
-# %% ../nbs/08_plan.ipynb #bbbdc008
+# %% ../nbs/08_plan.ipynb #5ef426ea
 def _flags_now():
     b,env = torch.backends,('DNNL_', 'ONEDNN_', 'OMP_', 'KMP_', 'MALLOC_', 'LD_PRELOAD')
     flags = ([getattr(b.cudnn, n) for n in ('enabled', 'benchmark', 'deterministic', 'allow_tf32')]
@@ -754,7 +754,7 @@ def plan_key(
     m,opt = step.model,getattr(step.optimizer, 'opt', step.optimizer)
     layers = [(n,type(o).__qualname__,o.training) for n,o in m.named_modules()]
     params = [(n,list(p.shape),p.stride(),str(p.dtype),p.requires_grad) for n,p in m.named_parameters()]
-    batch = [(list(t.shape),t.stride(),str(t.dtype)) for t in _tensors_in([*step.inputs, *step.targets])]
+    batch = [(list(t.shape),t.stride(),str(t.dtype)) for t in _tensors_in([*step.inputs, *step.targets])],step.batch_strides
     calls = [(n,[asdict(s) for s in c]) for n,c in rec.calls.items()]
     parts = [_cache_version, fastxtend_cl.__version__, layers, params, batch, calls, sorted(rec.edges()), str(step.autocast),
         type(opt).__qualname__, _machine_key(step.device), _driver(step.device), _flags_now(), *more]
@@ -843,13 +843,16 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     with kept_memory(): seconds,costs = _screen(step, arms, start+0.65*budget, 5, bar, clock)
     if 'now' not in seconds: step.run() # raises what is wrong with it
     by_name = {a.name: (a, next((c for c in plans if c.name==a.name), None)) for a in arms}
-    chosen = _best(seconds, [a.name for a in singles]) + _best(seconds, [c.name for c in plans])
+    def finalists(n): return _best(seconds, [a.name for a in singles], n) + _best(seconds, [c.name for c in plans], n)
+    def needed(names): return 5 + 1.5*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *names]) # fewer rounds would prove nothing
+    spare = start+budget-time.perf_counter()
+    short = max(_ranks(needed(finalists(2))-spare))>0
+    chosen = finalists(1 if short else 2)
     proven = [by_name[n][0] for n in chosen]
     if compile: # the best of each kind
         best = [n for kind in ([a.name for a in singles], [c.name for c in plans]) for n in _best(seconds, kind, 1)]
         proven += [replace(by_name[n][0], name=f'{n}, compiled', compile=True) for n in best]
-    least = 5 + 1.5*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *chosen]) # fewer rounds would prove nothing
-    limit = max(_ranks(max(least, start+budget-time.perf_counter())))
+    limit = max(_ranks(max(needed(chosen), spare)))
     bench = bench_formats(step, proven, limit=limit, block=3, now=now, bar=bar)
     if bench.interrupted: raise KeyboardInterrupt
     arm = winner(bench)
@@ -860,6 +863,8 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     plan.conditions = {**_conditions(step, now, False, bench.conditions['block']), 'precision': low}
     plan.notes = [f'{f.replace("_", " ")} {p} was not run as a whole: {why}' for (f,p),why in deadly.items()]
     if plan.compile: plan.notes.append(_compile_note(bench, arm))
+    if short and len(chosen)<len(finalists(2)):
+        plan.notes.append(f'In {budget:g} s there was time to prove the best single setting and the best plan only.')
     plan.predicted = {c.name: c.predicted for c in plans}
     plan.rows = _plan_rows(specs, times, plan, _format(step, now), _precision(step) if step.autocast is not None else 'fp32')
     if inference:

@@ -9,7 +9,7 @@ from torch import nn
 from helpers import AveragedCopy, caught_warnings, dls_of, fit, images, labels, mixed, quiet, random_images, tiny_learner
 import fastxtend_cl.all
 from fastxtend_cl import plan as module
-from fastxtend_cl.bench import Arm, BenchRow, FormatBench
+from fastxtend_cl.bench import Arm, BenchRow, FormatBench, least_pairs
 from fastxtend_cl.format import FormatWarning, NoEffectWarning, apply_contiguous
 from fastxtend_cl.hazards import Guard, guard, guarded
 from fastxtend_cl.plan import (FormatPlan, LayerPlan, PlanRow, _Costs, _wrap, apply_plan, cache_file, choose, kind_of,
@@ -450,6 +450,24 @@ def test_no_time_left(monkeypatch):
     assert set(p.left.values())=={'there was no time left to measure it'} and not p.layers
     assert '3 convolutions stay as they are: 0 (there was no time left to measure it) and others.' in str(p)
 
+real = module.bench_formats
+def test_little_time_for_the_proof(monkeypatch):
+    "Of equally fast finalists only one of each kind is proven, and said so"
+    monkeypatch.setattr(module, '_screen', lambda step, arms, *a: ({a.name: 0.01 for a in arms}, {a.name: 1e3 for a in arms}))
+    monkeypatch.setattr(module, 'bench_formats', lambda step, arms, **kw: real(step, arms, **{**kw, 'limit': 60., 'rounds': least_pairs}))
+    p = plan_formats(step_of(), low, budget=3, bar=False, cache=False)
+    assert len(p.bench.rows)==4, [r.arm for r in p.bench.rows]
+    assert 'In 3 s there was time to prove the best single setting and the best plan only.' in p.notes
+    monkeypatch.setattr(module, '_screen', lambda step, arms, *a: ({a.name: 0.01 for a in arms}, {a.name: 0. for a in arms}))
+    p = plan_formats(step_of(), low, budget=60, bar=False, cache=False)
+    assert len(p.bench.rows)==6 and not any('there was time' in n for n in p.notes)
+
+def test_the_verdict_agrees_with_its_table():
+    "The ratio to the best single setting is that of the two ratios, even where wall seconds say otherwise"
+    p = FormatPlan('plan', 'channels_last', layers={'0': LayerPlan('fp32')}, bench=proof(row('one', 0.7), row('plan', 0.6)))
+    p.bench['plan'].seconds *= 2
+    assert f'and {p.bench["plan"].ratio/p.bench["one"].ratio:.2f} times as fast as the best single setting, one' in p.reason
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match='there is nothing to plan: Linear has no convolution'):
         plan_formats(TrainingStep(nn.Linear(2, 2), torch.randn(2, 2), torch.tensor([0, 1]), nn.functional.cross_entropy))
@@ -712,7 +730,7 @@ def worker(folder):
     grads = [float(q.grad.double().norm()) for q in model.parameters()]
     p = plan_formats(step_of(), low, budget=5, bar=False)
     again = plan_formats(step_of(), low, budget=5, bar=False)
-    assert not p.left
+    assert {*p.left.values()}<={module._no_time} # on a busy machine
     (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(),
         kept=cache_file().exists(), grads=grads)))
     dist.destroy_process_group()

@@ -10,13 +10,16 @@ from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, Da
     DynamicUnet, ImageBlock, Learner,
     MixedPrecision, OptimWrapper, PILImage, RandomSplitter, TensorImage, Transform, aug_transforms, before_batch_cb, params, xresnet18)
 from fastai.callback.fp16 import NonNativeMixedPrecision
+from fastai.torch_core import TensorBase
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 import fastxtend_cl.channelslast, fastxtend_cl.learner
 from fastxtend_cl import step as step_module
 from fastxtend_cl.amp import DeviceMixedPrecision
+from fastxtend_cl.channelslast import ChannelsLastTfm
 from fastxtend_cl.step import Preserved, StepResult, TrainingStep
+from helpers import dls_of, labels, tiny_learner
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 device = 'cpu'
@@ -1078,6 +1081,30 @@ def test_learners_step_is_what_a_fit_does():
     with step.preserved(): res = step.run(keep='state')
     with learn.no_bar(): learn.fit(1)
     for n,p in learn.model.named_parameters(): assert torch.equal(p, res.weights[n]), n
+
+class Slabs(TensorBase): "A batch of stacks of images, five dimensions and no volume"
+
+class OfSlabs(nn.Module):
+    def __init__(self): super().__init__(); self.conv,self.head = nn.Conv2d(3, 8, 3),nn.Linear(8, 2)
+    def forward(self, x): return self.head(self.conv(x.flatten(0, 1)).mean((2, 3)).unflatten(0, x.shape[:2]).mean(1))
+
+def test_a_learners_batch_is_laid_out_as_in_training():
+    "A type that no transform knows stays as it is, whatever its rank; a patched one gets what was patched"
+    learn = tiny_learner(dls=dls_of([Slabs(torch.randn(4, 3, 8, 8)) for _ in range(4)], labels(4), bs=2), model=OfSlabs())
+    def strides():
+        step = TrainingStep.from_learner(learn)
+        with step.preserved():
+            step.convert('channels_last')
+            assert step.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+            return step.inputs[0].stride()
+    assert strides()==(768, 192, 64, 8, 1)
+    try:
+        @ChannelsLastTfm
+        def encodes(self, x:Slabs): return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+        assert strides()==(768, 192, 1, 24, 3)
+    finally:
+        @ChannelsLastTfm
+        def encodes(self, x:Slabs): return x
 
 def test_learners_that_have_no_step():
     class Targetless(TorchData):
