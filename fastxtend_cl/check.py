@@ -61,51 +61,64 @@ def _run(step, memory_format, dtype, *watches):
 def _leaves(model):
     return {n:m for n,m in model.named_modules() if not any(True for _ in m.children()) and not isinstance(m, LazyModuleMixin)}
 
-# %% ../nbs/04_check.ipynb #229039b3
+# %% ../nbs/04_check.ipynb #6f049e4f
 class _Noise:
     """Plant an error of relative size `size(call)` in the output of each call of a layer, and one of size `back` in the
-    gradient that reaches it"""
-    def __init__(self, size, back, seed): self.size,self.back,self.seed,self.handles = size,back,seed,[]
+    gradient that reaches it; and in both, errors that all pixels of a channel have in common, of sizes `common(call)`"""
+    def __init__(self, size, back, seed, common=lambda k: (0., 0.)):
+        self.size,self.back,self.seed,self.common,self.handles = size,back,seed,common,[]
     def attach(self, model):
         self.gen,self.count = torch.Generator().manual_seed(self.seed),Counter()
         for n,m in _leaves(model).items(): self.handles.append(m.register_forward_hook(self.hook(n)))
     def remove(self):
         for h in self.handles: h.remove()
-    def noisy(self, t, eps):
-        noise = (torch.randn(t.shape, generator=self.gen, dtype=torch.float64)
-            *(eps*t.detach().double().square().mean().sqrt().item()))
-        return t + noise.to(t)*(t!=0)
+    def noisy(self, t, eps, common=0.):
+        def draw(*shape): return torch.randn(shape, generator=self.gen, dtype=torch.float64)
+        noise = eps*draw(*t.shape)
+        if common and t.ndim>2: noise += common*draw(1, t.shape[1], *[1]*(t.ndim-2))
+        return t + (noise*t.detach().double().square().mean().sqrt().item()).to(t)*(t!=0)
     def hook(self, name):
         def plant(m, args, out):
             if not isinstance(out, Tensor) or not out.is_floating_point() or not out.numel(): return None
             k = (name, self.count[name])
             self.count[name] += 1
-            out = self.noisy(out, self.size(k))
-            if self.back and out.requires_grad: out.register_hook(partial(self.noisy, eps=self.back))
+            forward,backward = self.common(k)
+            out = self.noisy(out, self.size(k), forward)
+            if self.back and out.requires_grad: out.register_hook(partial(self.noisy, eps=self.back, common=backward))
             return out
         return plant
 
-# %% ../nbs/04_check.ipynb #6016b7aa
+# %% ../nbs/04_check.ipynb #ba84233a
 class _Watch:
-    "Samples of what each layer hands on and of the gradient that reaches it, in the order of calls"
-    def __init__(self, n=4096): self.n,self.handles,self.out,self.grad = n,[],{},{}
+    """Samples of what each layer hands on and of the gradient that reaches it, in the order of calls, and the mean over
+    the pixels of each channel"""
+    def __init__(self, n=4096): self.n,self.handles,self.out,self.grad,self.means = n,[],{},{},{}
     def attach(self, model):
         self.count = Counter()
         for n,m in _leaves(model).items(): self.handles.append(m.register_forward_hook(self.hook(n)))
     def remove(self):
         for h in self.handles: h.remove()
-    def sample(self, t):
-        t = t.detach().reshape(-1)
-        k = min(self.n, len(t))
-        return t[torch.arange(k, device=t.device)*(len(t)-1)//max(k-1, 1)].to('cpu', torch.float64)
+    def keep(self, kept, phase, k, t):
+        t = t.detach()
+        if t.ndim>2: self.means[phase,k] = t.mean([0, *range(2, t.ndim)], dtype=torch.float64).cpu()
+        t = t.reshape(-1)
+        n = min(self.n, len(t))
+        kept[k] = t[torch.arange(n, device=t.device)*(len(t)-1)//max(n-1, 1)].to('cpu', torch.float64)
     def hook(self, name):
         def note(m, args, out):
             if not isinstance(out, Tensor) or not out.is_floating_point(): return
             k = (name, self.count[name])
             self.count[name] += 1
-            self.out[k] = self.sample(out)
-            if out.requires_grad: out.register_hook(lambda g: self.grad.__setitem__(k, self.sample(g)))
+            self.keep(self.out, 'forward', k, out)
+            if out.requires_grad: out.register_hook(lambda g: self.keep(self.grad, 'backward', k, g))
         return note
+
+    def common(self, exact, phase, k):
+        "The error that all pixels of a channel have in common, relative to the values"
+        a,e,values = self.means.get((phase,k)),exact.means.get((phase,k)),(exact.out if phase=='forward' else exact.grad).get(k)
+        if a is None or e is None or a.shape!=e.shape: return 0.
+        d = ((a-e).square().mean().sqrt()/values.square().mean().sqrt().clamp_min(1e-30)).item()
+        return d if math.isfinite(d) else math.inf
 
 # %% ../nbs/04_check.ipynb #927b1f8e
 def _sensitivity(noisy, exact, key): return statistics.median(distance(o[key], exact[key]) for o in noisy)
@@ -229,11 +242,13 @@ class _Runs:
         return self.done[k]
 
     def noisy(self, dtype, seed):
-        "A run in double precision with planted errors: forwards as large as those measured in `dtype`"
-        eps,exact = epsilon[_names[dtype]],self('contiguous', torch.float64)[1].out
-        outs = [self(f, dtype)[1].out for f in ('channels_last', 'contiguous')]
-        def size(k): return min(eps, max((distance(o[k], exact[k]) for o in outs if k in o and k in exact), default=eps))
-        return self.watched('contiguous', torch.float64, _Noise(size, eps, seed))
+        "A run in double precision with planted errors: forwards, and in common, as large as those measured in `dtype`"
+        eps,exact = epsilon[_names[dtype]],self('contiguous', torch.float64)[1]
+        ws = [self(f, dtype)[1] for f in ('channels_last', 'contiguous')]
+        def size(k):
+            return min(eps, max((distance(w.out[k], exact.out[k]) for w in ws if k in w.out and k in exact.out), default=eps))
+        def common(k): return [min(epsilon['fp32'], max(w.common(exact, p, k) for w in ws)) for p in ('forward', 'backward')]
+        return self.watched('contiguous', torch.float64, _Noise(size, eps, seed, common))
 
 def _compare(runs, dtype):
     "Rows of one precision, and where a fault starts"
@@ -353,7 +368,7 @@ def check_formats(
     if need>have:
         ok,reason,failed = _by_layers(step, need, have, sample)
         return done(ok, reason, probes=failed)
-    runs,shifted = _Runs(step),_Runs(step, 0.01)
+    runs,others = _Runs(step),[_Runs(step, shift) for shift in (0.01, 0.02, 0.03)]
     again,_ = runs('contiguous', None)
     twice = max((distance(again[k], t) for k,t in contiguous.items()), default=0.)
     if twice>epsilon['fp32']:
@@ -364,10 +379,10 @@ def check_formats(
     dtypes = list(dict.fromkeys((None, step.autocast)))
     for dtype in dtypes:
         new,place = _compare(runs, dtype)
-        if place:
-            again,elsewhere = _compare(shifted, dtype)
-            new = _confirm(new, again)
-            if any(r.verdict=='wrong' for r in new):
-                first = first or (place if place['module'] is not None else elsewhere) or place
+        for other in others:
+            if not any(r.verdict=='wrong' for r in new): break
+            again,elsewhere = _compare(other, dtype)
+            new,place = _confirm(new, again),place if place['module'] is not None or elsewhere is None else elsewhere
+        if any(r.verdict=='wrong' for r in new): first = first or place
         rows += new
     return done(*_say(rows, first, probes, [_names[d] for d in dtypes]), rows=rows, first=first, probes=probes)
