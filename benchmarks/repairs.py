@@ -91,6 +91,6 @@ def main(
     for name in names.split(','):
         for precision,dtype in {'fp32': None, **({mode.value: amp_dtypes[mode]} if mode else {})}.items():
             if any((r['model'],r['precision'])==(name, precision) for r in rows): continue
-            rows += rows_of(name, precision, step_of(name, max(1, bs//4) if 'unet' in name else bs, size, device, dtype),
+            rows += rows_of(name, precision, step_of(name, max(2, bs//4) if 'unet' in name else bs, size, device, dtype),
                 device, rounds, block)
             if not tiny: save(f'repairs-{device.type}', rows=rows, **asked)
