@@ -94,7 +94,9 @@ def verdict_of(
     if low>1 and ratio>noise[1]: return 'faster'
     return 'slower' if high<1 and ratio<noise[0] else 'tie'
 
-# %% ../nbs/06_bench.ipynb #459927f3
+# %% ../nbs/06_bench.ipynb #15693bf5
+def _rounds(n): return f'{n} round{"" if n==1 else "s"}'
+
 @dataclass
 class BenchRow:
     "One arm"
@@ -159,7 +161,7 @@ def reason(self:FormatBench) -> str:
     if self.verdict=='tie': return f'no arm is faster than {present} by more than the noise{span}'
     if not self.rows[2:]: return f'there is no other arm to compare {present} with'
     if all(r.verdict=='failed' for r in self.rows[2:]): return 'no other arm could be measured: the rows say why'
-    return f'{self.now.pairs} rounds were measured, and a verdict takes {least_pairs}: give it more time with `limit`'
+    return f'{_rounds(self.now.pairs)} {"was" if self.now.pairs==1 else "were"} measured, and a verdict takes {least_pairs}: give it more time with `limit`'
 
 @patch
 def to_dict(self:FormatBench):
@@ -186,14 +188,14 @@ def cells(self:FormatBench) -> list: # Rows of text, the first the names of the 
     kept = [i for i in range(len(head)) if i<2 or any(r[i] for r in rows)]
     return [[r[i] for i in kept] for r in (head, *rows)]
 
-# %% ../nbs/06_bench.ipynb #9ea0f0fb
+# %% ../nbs/06_bench.ipynb #16bb7141
 def _about(b):
     c = b.conditions
     shape = 'x'.join(map(str, c['shape'])) if c.get('shape') else None
     words = [c.get('device_name'),
         f"{c['threads']} threads" if 'threads' in c and 'cuda' not in c.get('device', '') else None,
         f"torch {c['torch']}" if 'torch' in c else None, shape, c.get('optimizer'),
-        f"{b.now.pairs} rounds of {c['block']} steps, the first dropped" if 'block' in c else None,
+        f"{_rounds(b.now.pairs)} of {c['block']} steps, the first dropped" if 'block' in c else None,
         f'measured in {b.seconds:.0f} s']
     return ', '.join(str(w) for w in words if w)
 
@@ -202,7 +204,7 @@ def _lines(b):
     res = []
     if b.loader: res.append(b.loader['text'])
     if b.break_even: res.append(f'The measuring has paid for itself after {b.break_even:,} steps of {b.best.arm}.')
-    return res + b.notes + ([f'Interrupted after {b.now.pairs} rounds.'] if b.interrupted else [])
+    return res + b.notes + ([f'Interrupted after {_rounds(b.now.pairs)}.'] if b.interrupted else [])
 
 @patch
 def __str__(self:FormatBench):
@@ -359,7 +361,7 @@ def _race(lanes, clock, end, rounds, block, width, seed, bar):
         bar.at((now-start)/max(end-start, 1e-9))
         if max(_ranks(now+0.5*longest-end))>0: break
 
-# %% ../nbs/06_bench.ipynb #c352b346
+# %% ../nbs/06_bench.ipynb #82dd48ad
 def _row(lane, base, noise):
     row = BenchRow(lane.name, 'failed', lane.failed or '', first_seconds=lane.warm[0] if lane.warm else None,
         blocks=dict(lane.seconds))
@@ -373,7 +375,7 @@ def _row(lane, base, noise):
     row.seconds,row.cpu_seconds = float(np.median([*lane.seconds.values()])),float(np.median([*lane.cpu.values()]))
     row.ratio,row.low,row.high = interval(pairs)
     row.verdict = verdict_of(row.ratio, row.low, row.high, noise) if noise and len(pairs)>=least_pairs else 'tie'
-    if len(pairs)<least_pairs or not noise: row.low,row.high,row.reason = None,None,f'only {len(pairs)} rounds: too few to tell'
+    if len(pairs)<least_pairs or not noise: row.low,row.high,row.reason = None,None,f'only {_rounds(len(pairs))}: too few to tell'
     return row
 
 def _rows(lanes):

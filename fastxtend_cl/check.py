@@ -270,7 +270,7 @@ def _confirm(rows, again):
     return [min(r, a, key=lambda o: (('right', 'cannot tell', 'wrong').index(o.verdict), o.channels_last/o.allowed))
         for r,a in zip(rows, again)]
 
-# %% ../nbs/04_check.ipynb #ef7d3108
+# %% ../nbs/04_check.ipynb #dc47a53b
 def _conditions(step):
     x = next(_tensors_in(step.inputs), None)
     return dict(device=str(step.device), torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
@@ -290,7 +290,8 @@ def _say(rows, first, probes, names):
         return False,'; '.join(words)
     if len(unclear)>len(rows)/2:
         return None,f'rounding alone moves {len(unclear)} of {len(rows)} results by half their size or more: try a larger batch'
-    more = f'; {len(unclear)} more cannot be judged, since rounding alone moves them by half their size' if unclear else ''
+    more = (f'; {len(unclear)} more cannot be judged, since rounding alone moves {"it" if len(unclear)==1 else "them"} by half '
+        f'{"its" if len(unclear)==1 else "their"} size' if unclear else '')
     return (True,f'{len(rows)-len(unclear)} results in {" and ".join(names)} are as near to '
         f'double precision as rounding explains{more}')
 
