@@ -7,36 +7,39 @@ from xml.sax.saxutils import escape
 from common import geometric, results
 
 root = Path(__file__).resolve().parent.parent
-peers = {"fastai's": "fastai's to_channelslast()", "fastxtend's": "fastxtend's to_channelslast()", "Composer's": "Composer's channels last",
-    'torch.compile': 'torch.compile', 'ours': 'ours: to_channelslast()'}
-planned,compiled = "ours, plan='auto'",'ours, plan and compile'
+peers = {'fastai': "fastai's to_channelslast()", 'fastxtend': "fastxtend's to_channelslast()",
+    'Composer': "Composer's channels last", 'torch.compile': 'torch.compile', 'ours': 'ours: to_channelslast()'}
+planned,compiled = 'ours, plan','ours, plan and compile'
 
 def read(name): return json.loads((results/f'{name}.json').read_text())
 
 def rows():
     "For each network its name and batch, and the ratio to contiguous fp32 of each column"
-    by_peer,res = {(r['model'],r['arm']): r['ratio'][0] for r in read('peers-cpu')['rows'] if 'ratio' in r},[]
+    res,found = [],read('peers-cpu')['rows']
+    by_peer = {(r['model'],r['arm']): r['ratio'][0] if 'ratio' in r else 'fails' for r in found}
     for f in read('plan-cpu')['found']:
         arms = {r['arm']: r['ratio'][0] for r in f['rows']}
-        cols = {k: by_peer.get((f['model'],arm)) for k,arm in peers.items()} | {planned: arms['plan'], compiled: arms[f['allowed']['arm']]}
-        res.append((f['model'], 'x'.join(map(str, f['shape'])), cols))
+        cols = {k: by_peer.get((f['model'],arm)) for k,arm in peers.items()}
+        res.append((f['model'], 'x'.join(map(str, f['shape'])), cols | {planned: arms['plan'], compiled: arms[f['allowed']['arm']]}))
     return res
 
 def means(found):
-    "Geometric mean of each column that every network has"
-    return {k: geometric([c[k] for *_,c in found]) for k in found[0][2] if all(c[k] for *_,c in found)}
+    "Geometric mean of each column that has a figure for every network"
+    return {k: geometric([c[k] for *_,c in found]) for k in found[0][2] if all(isinstance(c[k], float) for *_,c in found)}
 
 def table(found):
     "Markdown, the fastest of each row in bold"
     def line(name, cols):
-        best = max(f'{v:.2f}' for v in cols.values() if v)
-        return f"| {name} | {' | '.join('' if not v else f'**{v:.2f}**' if f'{v:.2f}'==best else f'{v:.2f}' for v in cols.values())} |"
+        best = max(f'{v:.2f}' for v in cols.values() if isinstance(v, float))
+        def cell(v): return v or '' if not isinstance(v, float) else f'**{v:.2f}**' if f'{v:.2f}'==best else f'{v:.2f}'
+        return f"| {name} | {' | '.join(map(cell, cols.values()))} |"
     names = [*found[0][2]]
-    lines = [f"| network, batch | {' | '.join(names)} |", '|---|'+'--:|'*len(names), *[line(f'{n}, {shape}', c) for n,shape,c in found]]
+    lines = [f"| network, batch | {' | '.join(names)} |", '|---|'+'--:|'*len(names)]
+    lines += [line(f'{n}, {shape}', c) for n,shape,c in found]
     m = means(found)
     return '\n'.join([*lines, line('geometric mean', {k: m.get(k) for k in names})])
 
-colors = {"fastai's": '#8b97a3', 'ours': '#3b78b5', planned: '#d9541e'}
+colors = {'fastai': '#8b97a3', 'ours': '#3b78b5', planned: '#d9541e'}
 
 def text(x, y, s, **kw):
     attrs = ' '.join(f'{k.replace("_", "-")}="{v}"' for k,v in kw.items())
@@ -45,21 +48,31 @@ def text(x, y, s, **kw):
 def svg(found, width=400, left=134, bar=9, row=37, top=66):
     "Bars for each network, as wide as a phone"
     shown = [*[(n, c) for n,_,c in found], ('geometric mean', means(found))]
-    most,height = max(v for _,c in shown for k,v in c.items() if k in colors),top+row*len(shown)+8
+    drawn = [(n, {k: c[k] for k in colors if k in c}) for n,c in shown]
+    most,height = max(v for _,c in drawn for v in c.values() if isinstance(v, float)),top+row*len(drawn)+8
+    def say(v): return f'{v:.2f}' if isinstance(v, float) else v
     unit = (width-left-36)/most
-    about = 'Training speed as a multiple of contiguous fp32: ' + '; '.join(f'{n} ' + ', '.join(f'{k} {c[k]:.2f}' for k in colors if c.get(k)) for n,c in shown)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" font-family="sans-serif" font-size="12" fill="#1d2733">',
-        f'<title>{escape(about)}</title>', f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>', text(10, 20, 'Training speed, contiguous fp32 = 1 (longer is faster)', font_weight='bold')]
+    figures = '; '.join(f'{n} ' + ', '.join(f'{k} {say(v)}' for k,v in c.items()) for n,c in drawn)
+    about = f'Training speed as a multiple of contiguous fp32: {figures}'
+    head = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {head} font-family="sans-serif" font-size="12" fill="#1d2733">',
+        f'<title>{escape(about)}</title>', f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>',
+        text(10, 20, 'Training speed, contiguous fp32 = 1 (longer is faster)', font_weight='bold')]
     x = 10
     for k,color in colors.items():
         out += [f'<rect x="{x}" y="33" width="11" height="11" fill="{color}"/>', text(x+16, 43, k)]
         x += 40+7*len(k)
-    out.append(f'<line x1="{left+unit:.1f}" x2="{left+unit:.1f}" y1="{top-8}" y2="{height-8}" stroke="#1d2733" stroke-width="1" stroke-dasharray="3 3"/>')
-    for i,(n,c) in enumerate(shown):
+    one = f'{left+unit:.1f}'
+    out.append(f'<line x1="{one}" x2="{one}" y1="{top-8}" y2="{height-8}" stroke="#1d2733" stroke-width="1" stroke-dasharray="3 3"/>')
+    halo = dict(font_size=10, stroke='#ffffff', stroke_width=3, paint_order='stroke')
+    for i,(n,c) in enumerate(drawn):
         y = top+i*row
         out.append(text(left-8, y+18, n, text_anchor='end', **({'font_weight': 'bold'} if n=='geometric mean' else {})))
-        for j,(k,color) in enumerate((k,o) for k,o in colors.items() if c.get(k)):
-            out += [f'<rect x="{left}" y="{y+j*(bar+1)}" width="{c[k]*unit:.1f}" height="{bar}" fill="{color}"/>', text(f'{left+c[k]*unit+4:.1f}', y+j*(bar+1)+bar-0.5, f'{c[k]:.2f}', font_size=10, stroke='#ffffff', stroke_width=3, paint_order='stroke')]
+        for j,(k,color) in enumerate(colors.items()):
+            if k not in c: continue
+            wide,at = c[k]*unit if isinstance(c[k], float) else 0.,y+j*(bar+1)
+            out += [f'<rect x="{left}" y="{at}" width="{wide:.1f}" height="{bar}" fill="{color}"/>',
+                text(f'{left+wide+4:.1f}', at+bar-0.5, say(c[k]), **halo)]
     return '\n'.join([*out, '</svg>'])+'\n'
 
 if __name__=='__main__':
