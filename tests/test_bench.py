@@ -227,7 +227,8 @@ def test_verdict(ratio, a, b, c, d):
 glibc = pytest.mark.skipif(_glibc() is None, reason='not the allocator of glibc, or told otherwise by the environment')
 
 program = """
-import resource, torch
+import ctypes, resource, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) # PR_SET_THP_DISABLE: how many huge pages there are changes from one second to the next
 from fastxtend_cl.bench import compare
 from fastxtend_cl.probe import kept_memory
 def faults(n=10):
@@ -239,20 +240,22 @@ if usual<100_000: raise SystemExit(77) # huge pages: a tensor is faulted in at o
 with kept_memory() as told:
     faults(20)
     assert told and faults()<usual/4
-assert faults()>usual/2
+assert faults(1)>usual/20
 seen = []
 def f():
     if len(seen)<4: seen.append(faults())
 res = compare({'now': f}, bar=False, limit=0.5)
-assert res.conditions['kept_memory'] and seen[3]<usual/4 and faults()>usual/2
+assert res.conditions['kept_memory'] and seen[3]<usual/4 and faults(1)>usual/20
 try: compare({'now': lambda: 1/0}, bar=False)
 except ValueError: pass
-assert faults()>usual/2
+assert faults(1)>usual/20
 """
 
 @glibc
 def test_memory_is_kept_while_measured_and_given_back_afterwards():
-    "In a process of its own: here a hole in the heap might serve as well"
+    """In a process of its own: here a hole in the heap might serve as well
+
+    Given back is what was free at the end; a hole that lies between other pieces of the heap is faulted in once more and then serves again"""
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'THP_MEM_ALLOC_ENABLE': '0'}
     r = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=600)
     if r.returncode==77: pytest.skip('the kernel gives huge pages')
