@@ -5,7 +5,7 @@ Each network is planned as a user would, without the cache, and then measured an
 common.py, paired, in blocks.
 Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew,
 `--tiny` tries the script.
-`--robust_times 5` plans each network five times while another process keeps one core busy, measures what was chosen
+`--robust-times 5` plans each network five times while another process keeps one core busy, measures what was chosen
 when all is quiet, and writes results/plan-robust-DEVICE.json."""
 import contextlib, gc, json, statistics, subprocess, sys, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
