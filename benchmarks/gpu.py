@@ -28,6 +28,7 @@ from fastxtend_cl.plan import plan_formats
 from fastxtend_cl.step import TrainingStep
 import peers
 from common import conditions, results, save
+from traces import supported # the models for which PyTorch's tutorial gives 8 to 35 %
 
 optimizers = {'Adam': {}, 'AdamW': {}, 'AdamW amsgrad': dict(amsgrad=True), 'SGD momentum': dict(momentum=0.9),
     'Adagrad': {}, 'RMSprop momentum': dict(momentum=0.9)}
@@ -136,12 +137,6 @@ def run_scripts(device, tiny):
     return {' '.join(s): subprocess.run([sys.executable, s[0], *s[1:], '--device', str(device), *more], cwd=here).returncode
         for s in scripts}
 
-# The models of https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html, for which it gives 8 to 35 %
-published = [*[f'mnasnet{o}' for o in ('0_5', '0_75', '1_0', '1_3')], 'alexnet', 'mobilenet_v2',
-    *[f'resnet{o}' for o in (18, 34, 50, 101, 152)], 'resnext50_32x4d',
-    *[f'shufflenet_v2_x{o}' for o in ('0_5', '1_0', '1_5', '2_0')], 'squeezenet1_0', 'squeezenet1_1',
-    *[f'vgg{o}{b}' for o in (11, 13, 16, 19) for b in ('', '_bn')], 'wide_resnet50_2', 'wide_resnet101_2']
-
 def published_row(name, bs, size, device, amp, limit):
     "Mixed precision, contiguous against channels last"
     try:
@@ -154,7 +149,7 @@ def published_row(name, bs, size, device, amp, limit):
 
 def run_published(device, tiny, limit):
     amp = 'fp16' if device.type=='cuda' else 'bf16'
-    cases = [('resnet50', 2, 32), ('squeezenet1_0', 2, 64)] if tiny else [('resnet50', 200, 224), *[(n, 64, 224) for n in published]]
+    cases = [('resnet50', 2, 32), ('squeezenet1_0', 2, 64)] if tiny else [('resnet50', 200, 224), *[(n, 64, 224) for n in supported]]
     rows = []
     for i,(name,bs,size) in enumerate(cases):
         rows.append(r := published_row(name, bs, size, device, amp, limit if i else 5*limit))
@@ -194,7 +189,7 @@ def main(
 ):
     "Measure and write benchmarks/results/gpu-DEVICE.json"
     device,res = torch.device(device),{}
-    if wrong := set(parts.split(','))-{'right', 'fast', 'plan'}: sys.exit(f'--parts takes right, fast and plan, received {parts}')
+    if set(parts.split(','))-{'right', 'fast', 'plan'}: sys.exit(f'--parts takes right, fast and plan, received {parts}')
     if 'fast' in parts: run_published(device, tiny, limit); run_peers(device, tiny, limit)
     if 'plan' in parts:
         rows = plan_rows(device, tiny)

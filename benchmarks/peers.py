@@ -15,6 +15,7 @@ from fastai.vision.all import (AMPMode, Callback, CrossEntropyLossFlat, DataLoad
     TensorCategory, TensorImage, TensorMask, create_unet_model, to_device)
 from fastcore.script import call_parse
 import fastxtend_cl.all
+from fastxtend_cl import cli
 from fastxtend_cl.amp import native_amp_mode
 from fastxtend_cl.probe import kept_memory # of the harness, the one thing that is ours: else page faults decide
 from common import conditions, geometric, interleave, interval, results, save
@@ -28,10 +29,7 @@ base,again,ours,ours_fp32 = 'contiguous fp32','contiguous fp32, again','ours: to
 
 def model_of(name, shape):
     if name=='unet_resnet18': return create_unet_model(torchvision.models.resnet18, 10, shape[-2:], pretrained=False)
-    if name in torchvision.models.list_models(torchvision.models): return torchvision.models.get_model(name)
-    if name in torchvision.models.list_models(): return torchvision.models.get_model(name, weights=None)
-    import timm
-    return timm.create_model(name, pretrained=False)
+    return cli.model_of(name, 1000)
 
 def learner(name, shape, device):
     torch.manual_seed(0)

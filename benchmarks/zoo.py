@@ -7,7 +7,6 @@ Rows go to results/zoo-DEVICE.jsonl as they come; a second run goes on where the
 `python benchmarks/zoo.py` measures and prints the summary; `--tiny` tries the script on three models."""
 import contextlib, json, multiprocessing, statistics, time, warnings
 from collections import Counter
-from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.script import call_parse

@@ -161,7 +161,8 @@ def reason(self:FormatBench) -> str:
     if self.verdict=='tie': return f'no arm is faster than {present} by more than the noise{span}'
     if not self.rows[2:]: return f'there is no other arm to compare {present} with'
     if all(r.verdict=='failed' for r in self.rows[2:]): return 'no other arm could be measured: the rows say why'
-    return f'{_rounds(self.now.pairs)} {"was" if self.now.pairs==1 else "were"} measured, and a verdict takes {least_pairs}: give it more time with `limit`'
+    return (f'{_rounds(self.now.pairs)} {"was" if self.now.pairs==1 else "were"} measured, '
+        f'and a verdict takes {least_pairs}: give it more time with `limit`')
 
 @patch
 def to_dict(self:FormatBench):

@@ -102,7 +102,7 @@ def _autocast(learn, device):
     cb = first(learn._grab_cbs(MixedPrecision))
     if cb is None: return {}
     mode = cb.mode_on(device) if isinstance(cb, DeviceMixedPrecision) else cb.amp_mode if device.type=='cuda' else None
-    scale = (cb.kwargs.get('init_scale', TrainingStep.loss_scale) 
+    scale = (cb.kwargs.get('init_scale', TrainingStep.loss_scale)
         if cb.kwargs.get('enabled', True) or not isinstance(cb, DeviceMixedPrecision) else 1.)
     return dict(autocast=amp_dtypes.get(mode), loss_scale=scale)
 

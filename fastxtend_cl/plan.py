@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from .bench import Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, least_pairs
 from .bench import _block, _conditions, _format, _label, _machine, _precision, _ranks, _step_lane, _world
 from .format import FormatWarning, _tensors_in, as_channels_last, as_contiguous
-from .format import channels_last_formats, convert_format, format_of
+from .format import channels_last_formats, convert_format
 from .hazards import Guard, hazards, restore_forward
 from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled
 from .probe import kept_memory, tiled_weight_grad

@@ -10,7 +10,7 @@ __all__ = ['margin', 'floors', 'dtypes', 'kernel_names', 'aten', 'LayerSpec', 'l
 
 # %% ../nbs/07_probe.ipynb #9b6469b9
 import ctypes, json, os, platform, random, selectors, signal, subprocess, sys, threading, time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 import torch
@@ -71,7 +71,7 @@ def layer_specs(
 ) -> dict: # `LayerSpec` to the list of dotted paths that it stands for
     """The distinct convolutions of `model`, as they are called for `inputs`; call it with the model's state preserved,
     for the forward pass may change it"""
-    res,frozen = {},{id(m) for m in convolutions(model).values() if not any(p.requires_grad for p in m.parameters())}
+    res = {}
     first = [True] # the first layer's input is the data, which needs no gradient
     def hook(path):
         def note(m, args, out):

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode

@@ -378,7 +378,7 @@ class TrainingStep:
     optimizer:object=None # torch's, fastai's, or None: a step without an update
     autocast:torch.dtype|None=None # `torch.float16`, `torch.bfloat16`, or None for the precision of the weights
     loss_scale:float=1024. # Factor of the loss in fp16, where small gradients would vanish; gradients are divided by it
-    batch_strides:list|None=None # Shape and strides of each tensor of the batch in channels last; None: images and volumes by their rank
+    batch_strides:list|None=None # Shape and strides of each tensor of the batch in channels last; None: by their rank
 
     def __post_init__(self):
         _check_model(self.model)
@@ -490,7 +490,7 @@ def _batch_to_channels_last(self:TrainingStep):
     laid_out = iter(self.batch_strides or ())
     def f(t):
         shape,stride = next(laid_out, (None,None))
-        if self.batch_strides is None or shape!=t.shape: return as_channels_last(t)
+        if shape!=t.shape: return as_channels_last(t)
         return t if t.stride()==stride else torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
     return f
 

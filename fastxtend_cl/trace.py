@@ -468,7 +468,8 @@ def _names(g, n=2):
 
 def _pair(r):
     "What a row does, with what converts back"
-    what = f'{r.format_in} to {r.format_out}' if r.format_in and r.kind!='sliced' else f'{"an" if r.format_out[0] in "aeiou" else "a"} {r.format_out} tensor'
+    article = 'an' if r.format_out[0] in 'aeiou' else 'a'
+    what = f'{r.format_in} to {r.format_out}' if r.format_in and r.kind!='sliced' else f'{article} {r.format_out} tensor'
     return what + (f', back in {r.back[0]}' if r.back else '')
 
 # %% ../nbs/05_trace.ipynb #f9eb4ecd
