@@ -233,6 +233,22 @@ def test_result_is_a_value():
     assert d['ok'] is False and d['wrong']==res.wrong and len(d['rows'])==len(res.rows) and d['conditions']['device']=='cpu'
     assert res._repr_markdown_().startswith('**wrong**: ') and '<details>' in res._repr_markdown_()
 
+class Shifted(nn.Module):
+    "In fp32 and channels last all pixels of a channel are off alike, as from a mean that was summed in single precision"
+    def forward(self, x):
+        off = x.dtype==torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return x + 1e-5*torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)[:,None,None] if off else x*1
+
+def test_errors_that_pixels_share_are_measured_and_planted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Shifted(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    runs,k = check._Runs(step_of(model)),('1', 0)
+    exact = runs('contiguous', torch.float64)[1]
+    measured,base = (runs(f, None)[1].common(exact, 'forward', k) for f in ('channels_last', 'contiguous'))
+    planted = runs.noisy(None, 0)[1].common(exact, 'forward', k)
+    assert base<1e-6<3e-6<measured<1e-4 and measured/4<planted<4*measured
+    assert check_formats(step_of(model)).ok
+
 def test_distance():
     x = torch.randn(5).double()
     assert check.distance(x, x)==0 and math.isclose(check.distance(1.1*x, x), 0.1, rel_tol=1e-9)
