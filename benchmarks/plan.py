@@ -5,8 +5,8 @@ Each network is planned as a user would, without the cache, and then measured an
 common.py, paired, in blocks.
 Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew,
 `--tiny` tries the script.
-`--robust-times 5` plans each network five times while another process keeps one core busy, measures what was chosen
-when all is quiet, and writes results/plan-robust-DEVICE.json."""
+`--robust-times 5` plans each network five times while another process keeps its core busy (pin this one to a core, and
+the other shares it), measures what was chosen when all is quiet, and writes results/plan-robust-DEVICE.json."""
 import contextlib, gc, json, statistics, subprocess, sys, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch
@@ -103,7 +103,7 @@ def table(found):
 
 @contextlib.contextmanager
 def busy_core():
-    "Another process computes meanwhile"
+    "Another process computes meanwhile, on the cores that this one may use"
     p = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
     try: yield
     finally: p.kill(); p.wait()
@@ -118,16 +118,19 @@ def robust(name, shape, device, budget, times, rounds, block):
     with kept_memory(): seconds = interleave({a: stepper(name, shape, device, *v) for a,v in args.items()}, rounds, block)
     best = min((a for a in seconds if not a.startswith('plan')), key=lambda a: statistics.median(seconds[a]))
     ratios = [interval([b/a for a,b in zip(seconds[f'plan {i}'], seconds[best])]) for i in range(times)]
-    return dict(model=name, shape=list(shape), chosen=[p.arm for p in plans], best_single=best, over_single=ratios,
-        slower=[r[2]<0.98 for r in ratios])
+    return dict(model=name, shape=list(shape), chosen=[p.arm for p in plans], seconds=[p.seconds for p in plans],
+        best_single=best, over_single=ratios, slower=[r[2]<0.98 for r in ratios])
 
-def robust_main(names, device, budget, times, rounds, block, tiny):
-    rows = []
+def robust_main(names, device, budget, times, rounds, block, refresh, tiny):
+    settings,file = dict(budget=budget, times=times, rounds=rounds, block=block),results/f'plan-robust-{device}.json'
+    kept = json.loads(file.read_text()) if file.exists() and not refresh and not tiny else {}
+    rows = kept['rows'] if all(kept.get(k)==v for k,v in settings.items()) else []
     for name in names.split(','):
+        if name in [r['model'] for r in rows]: continue
         rows.append(robust(name, (2, *models[name][1:]) if tiny else models[name], device, 10. if tiny else budget,
             times, 2 if tiny else rounds, 3 if tiny else block))
         print(rows[-1], flush=True)
-        if not tiny: save(f'plan-robust-{device}', rows=rows, budget=budget, times=times, rounds=rounds, block=block)
+        if not tiny: save(file.stem, rows=rows, **settings)
     print('slower than the best single setting by more than 2 %:', sum(map(sum, (r['slower'] for r in rows))), 'of', times*len(rows))
 
 @call_parse
@@ -143,7 +146,7 @@ def main(
     tiny:bool=False, # Small batches and few rounds, to try the script; writes nothing
 ):
     "Measure and write benchmarks/results/plan-DEVICE.json and .md"
-    if robust_times: return robust_main(names, torch.device(device), budget, robust_times, rounds, block, tiny)
+    if robust_times: return robust_main(names, torch.device(device), budget, robust_times, rounds, block, refresh, tiny)
     device,file = torch.device(device),results/f'plan-{device}.json'
     found = {} if refresh or tiny or not file.exists() else {f['model']: f for f in json.loads(file.read_text())['found']}
     for name in names.split(','):
