@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 from .bench import Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, least_pairs
 from .bench import _block, _conditions, _format, _label, _machine, _precision, _ranks, _step_lane, _world
-from .format import FormatWarning, _tensors_in, as_channels_last, as_contiguous
+from .format import FormatWarning, _tensors_in
 from .format import channels_last_formats, convert_format
 from .hazards import Guard, hazards, restore_forward
 from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled
@@ -58,12 +58,13 @@ class LayerPlan:
         words += ['weight gradient tiled']*self.tiled + ['dense gradient']*self.dense + ['dense gradient of its mean']*self.pooled
         return ', '.join(words) or 'as it is'
 
-# %% ../nbs/08_plan.ipynb #997634f6
+# %% ../nbs/08_plan.ipynb #a819d688
 def _dtype(name): return dtypes[name] or torch.float32
 
 def _in_format(t, memory_format):
-    if memory_format is None: return t
-    return as_channels_last(t) if memory_format=='channels_last' else as_contiguous(t)
+    if memory_format is None: return t # what follows, unlike `as_channels_last`, can be compiled in a backward pass
+    last = channels_last_formats.get(t.ndim, torch.contiguous_format)
+    return t.contiguous(memory_format=last if memory_format=='channels_last' else torch.contiguous_format)
 
 def _back(t, like): return t if like is None else _in_format(t, 'contiguous' if like=='channels_last' else 'channels_last')
 

@@ -8,7 +8,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/probe.html.md"""
 __all__ = ['margin', 'floors', 'dtypes', 'kernel_names', 'aten', 'LayerSpec', 'layer_specs', 'run_layer', 'conv_args', 'is_tiled',
            'tiled_weight_grad', 'kept_memory', 'time_layer', 'ProbeResult', 'Probe', 'LayerTimes']
 
-# %% ../nbs/07_probe.ipynb #9b6469b9
+# %% ../nbs/07_probe.ipynb #3eaace3a
 import ctypes, json, os, platform, random, selectors, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .format import as_channels_last, apply_channels_last, convolutions, format_of
+from .format import as_channels_last, apply_channels_last, convolutions
 from .hazards import guard, unguard
 
 # %% ../nbs/07_probe.ipynb #29cef839
@@ -147,7 +147,7 @@ def conv_args(
     transposed = m.transposed if hasattr(m, 'transposed') else 'Transpose' in kind
     return list(m.stride),list(padding),list(m.dilation),transposed,list(m.output_padding),m.groups
 
-# %% ../nbs/07_probe.ipynb #408abd33
+# %% ../nbs/07_probe.ipynb #fed72b99
 aten = torch.ops.aten
 
 def is_tiled(
@@ -166,7 +166,8 @@ def tiled_weight_grad(
 ): # Gradient of the weight
     "The weight gradient of a convolution in tiles of 3x3 taps"
     stride,(ph,pw),dilation,_,out,groups = args
-    fmt = torch.channels_last if 'channels_last' in (format_of(x), format_of(g)) else torch.contiguous_format
+    def is_last(t): return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    fmt = torch.channels_last if is_last(x) or is_last(g) else torch.contiguous_format # not by `format_of`: this is compiled
     g,x,res = (g.contiguous(memory_format=fmt),F.pad(x.contiguous(memory_format=fmt), (pw, pw, ph, ph)),
         torch.empty_like(w, dtype=g.dtype))
     (kh,kw),(ho,wo) = (min(k, 3) for k in w.shape[2:]),g.shape[2:]

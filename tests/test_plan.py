@@ -232,6 +232,26 @@ def test_compiled():
         model(x).float().sum().backward()
     for a,p in zip(grads, model.parameters()): torch.testing.assert_close(p.grad, a, rtol=0.1, atol=0.1)
 
+every_kind = [*plans.values(), LayerPlan('fp32', tiled=True), LayerPlan('bf16', tiled=True), LayerPlan('fp32', weight='bf16'),
+    LayerPlan('bf16', memory_format='contiguous'), LayerPlan('fp32', output='bf16', memory_format='channels_last'),
+    LayerPlan(dense=True, pooled=True)]
+
+@pytest.mark.parametrize('layer', every_kind, ids=str)
+def test_compiled_in_one_graph(layer):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.ReLU())
+    apply_plan(model, a_plan(layers={'1': layer}))
+    x,g = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last),torch.randn(2, 8, 16, 16)
+    def run():
+        model.zero_grad()
+        with bf16(): y = model(x)
+        y.backward(g.to(y.dtype))
+        return [y.detach(), *[p.grad.clone() for p in model.parameters()]]
+    want = run()
+    model.compile(backend='aot_eager', fullgraph=True) # which raises where a graph would break
+    for a,b in zip(want, run()): torch.testing.assert_close(b, a, rtol=0.02, atol=0.02*float(a.abs().max()))
+
 # The record
 
 def test_where_inputs_come_from():
