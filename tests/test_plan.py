@@ -701,7 +701,7 @@ def test_a_new_input_size_is_noticed_once():
     assert len([o for o in w if 'the plan was made for inputs of 3x16x16 and holds for these of 3x20x20, too' in str(o.message)])==1
 
 def test_training_converges_the_same():
-    "Losses of a plan that computes in bf16 are within those of different seeds"
+    "Training losses of a plan that computes in bf16 differ less than those of different seeds"
     from fastxtend_cl.cli import digits_dls
     from fastxtend_cl.channelslast import less_random
     def loss(plan, seed):
@@ -712,11 +712,10 @@ def test_training_converges_the_same():
             learn = tiny_learner(dls=digits_dls(16, 64), model=model, loss_func=CrossEntropyLossFlat(), seed=seed)
             learn.to_channelslast(plan=plan) if plan else learn.to_channelslast(amp_mode=False)
             fit(learn, 3, 1e-2)
-            return learn.recorder.values[-1][1]
-    plain = [loss(None, s) for s in range(3)]
-    ours = [loss(a_plan(), s) for s in range(3)]
-    assert abs(np.mean(ours)-np.mean(plain))<=max(3*np.std([*plain], ddof=1), 0.25*np.mean(plain)), (plain, ours)
-    assert max(ours)<2, 'it has learned nothing'
+            return learn.recorder.values[-1][0] # of validation depend on what batch norms have seen last, and jump
+    plain,ours = [loss(None, s) for s in range(4)],[loss(a_plan(), s) for s in range(4)]
+    assert max(abs(a-b) for a,b in zip(ours, plain))<=max(plain)-min(plain), (plain, ours)
+    assert max(ours)<1.8, 'it has learned nothing' # 2.3 is chance
 
 # The command line
 
