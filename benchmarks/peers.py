@@ -17,7 +17,7 @@ from fastcore.script import call_parse
 import fastxtend_cl.all
 from fastxtend_cl import cli
 from fastxtend_cl.amp import native_amp_mode
-from fastxtend_cl.probe import kept_memory # of the harness, the one thing that is ours: else page faults decide
+from fastxtend_cl.memory import kept_memory # of the harness, the one thing that is ours: else page faults decide
 from common import conditions, geometric, interleave, interval, results, save
 
 models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128),

@@ -12,7 +12,7 @@ warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision
 import torch
 from fastcore.script import call_parse
 from fastxtend_cl.amp import amp_dtypes, native_amp_mode
-from fastxtend_cl.probe import kept_memory
+from fastxtend_cl.memory import kept_memory
 from fastxtend_cl.plan import apply_plan, plan_formats
 from fastxtend_cl.step import TrainingStep
 from common import geometric, interleave, interval, results, save

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .check import check_formats
 from .format import _tensors_in, as_channels_last, as_contiguous, conv_params, format_of
 from .hazards import Guard, guard
-from .probe import kept_memory
+from .memory import kept_memory
 from .step import StepResult, TrainingStep
 
 # %% ../nbs/06_bench.ipynb #6f7b3d41
@@ -476,6 +476,7 @@ class Arm:
     compile:bool=False # Compile the model, in place
     # Called with the step before each block; changes it as it likes, or returns a function to be timed in its place
     setup:Callable|None=None
+    keep_memory:bool=True # On a CPU, keep freed memory from step to step; False: as the allocator does by itself
 
     def __post_init__(self):
         if self.memory_format not in (None, 'contiguous', 'channels_last'):
@@ -612,7 +613,7 @@ def _first(step, kept, present, f):
 def _step_lane(step, arm, inference, present, on):
     kept = present if arm.name=='now' else {}
     def run(body):
-        with step.preserved(on=on): return body(_attempt(_prepare, step, arm, inference, kept))
+        with kept_memory(arm.keep_memory), step.preserved(on=on): return body(_attempt(_prepare, step, arm, inference, kept))
     lane = _Lane(arm.name, run, partial(_first, step, kept, present))
     lane.kept,lane.arm = kept,arm
     return lane

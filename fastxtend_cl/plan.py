@@ -25,11 +25,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 from .bench import Arm, BenchRow, FormatBench, bench_formats, device_clock, format_arms, interval, least_pairs
 from .bench import _block, _conditions, _format, _label, _machine, _precision, _ranks, _step_lane, _world
-from .format import FormatWarning, _tensors_in
-from .format import channels_last_formats, convert_format
+from .format import FormatWarning, _tensors_in, channels_last_formats, convert_format
 from .hazards import Guard, hazards, restore_forward
-from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled
-from .probe import kept_memory, tiled_weight_grad
+from .memory import can_keep_memory, kept_memory
+from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, tiled_weight_grad
 from .step import TrainingStep
 
 # %% ../nbs/08_plan.ipynb #b4731b55
@@ -410,8 +409,10 @@ class FormatPlan:
     autocast:str|None=None # 'bf16', 'fp16', or None for fp32; if `arm` is 'now', as it is now
     layers:dict=field(default_factory=dict, repr=False) # Path to `LayerPlan`; empty where one setting is best for all
     compile:bool=False # The model is compiled
+    keep_memory:bool=False # Training keeps freed memory, which is proven to be faster; CPU only
     bench:FormatBench|None=field(default=None, repr=False) # The proof, on the whole step
     inference:FormatBench|None=field(default=None, repr=False) # The same for the forward pass without gradients
+    memory:FormatBench|None=field(default=None, repr=False) # What won, with memory kept, against itself as the allocator does
     rows:list=field(default_factory=list, repr=False) # `PlanRow`s
     left:dict=field(default_factory=dict) # Path to why a convolution has no plan
     predicted:dict=field(default_factory=dict) # Arm to what single layers say of its convolutions, in seconds
@@ -516,11 +517,13 @@ def plot(self:FormatPlan,
     ax.set_ylabel('ms')
     return ax
 
-# %% ../nbs/08_plan.ipynb #a91bc787
+# %% ../nbs/08_plan.ipynb #b04bf372
+_benches = 'bench', 'inference', 'memory'
+
 @patch
 def to_dict(self:FormatPlan):
     "Plain data for JSON"
-    benches = {n: None if b is None else b.to_dict() for n,b in (('bench', self.bench), ('inference', self.inference))}
+    benches = {n: None if (b := getattr(self, n)) is None else b.to_dict() for n in _benches}
     layers,rows = {n:asdict(o) for n,o in self.layers.items()},[asdict(r) for r in self.rows]
     return {**vars(self), 'layers': layers, 'rows': rows, **benches, 'reason': self.reason}
 
@@ -537,9 +540,10 @@ def from_dict(cls:FormatPlan,
     "The plan that `d` is plain data of"
     rows = [PlanRow(**{**r, 'layer': LayerPlan(**r['layer'])}) for r in d['rows']]
     layers = {n:LayerPlan(**o) for n,o in d['layers'].items()}
-    names = ('arm', 'memory_format', 'autocast', 'compile', 'left', 'predicted', 'conditions', 'seconds', 'cached', 'notes')
+    names = ('arm', 'memory_format', 'autocast', 'compile', 'keep_memory', 'left', 'predicted', 'conditions', 'seconds', 'cached',
+        'notes')
     kept = {k:d[k] for k in names}
-    return cls(**kept, layers=layers, rows=rows, bench=_bench_from(d['bench']), inference=_bench_from(d['inference']))
+    return cls(**kept, layers=layers, rows=rows, **{n: _bench_from(d[n]) for n in _benches})
 
 # %% ../nbs/08_plan.ipynb #a6d7aef2
 def apply_plan(
@@ -709,7 +713,7 @@ def cache_file() -> Path:
     home = home or os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     return Path(home).expanduser()/'fastxtend_cl'/'plans.json'
 
-_cache_version = 1
+_cache_version = 2
 
 def _read_cache(file):
     "Key to plan as plain data; a file that cannot be read is none, with a warning"
@@ -777,6 +781,7 @@ def plan_formats(
     formats:bool=False, # Try for each layer the other format too
     compile:bool=False, # A compiled model is allowed, too
     inference:bool=False, # Measure the forward pass without gradients, too
+    memory:bool=True, # On a CPU, measure whether keeping freed memory pays, too
     cache:bool|str=True, # Take a plan that was found earlier, and keep a new one; 'refresh': find a new one in any case
     now:Arm|None=None, # How the step is made now; None: as it is
     bar:bool=True, # Show progress bars
@@ -794,7 +799,7 @@ def plan_formats(
     low,now = _name_of(dtype) if dtype is not None else None,replace(now or Arm('now'), name='now')
     rec = record_step(step, now.memory_format, 'as is') # nothing new is run here before it was tried in a child
     present = _label(_format(step, now), _precision(step)),planned(step.model),now.setup is None
-    key = plan_key(step, rec, low, formats, compile, inference, *present) if cache else None
+    key = plan_key(step, rec, low, formats, compile, inference, memory, *present) if cache else None
     if cache is True and (kept := _share(lambda: _read_cache(cache_file()).get(key))):
         return replace(FormatPlan.from_dict(kept), cached=True)
     specs,left = _sort_out(rec, step.model)
@@ -804,7 +809,8 @@ def plan_formats(
     deadly = _deadly(times)
     extras = _extras(step, dtype) if ('channels_last',low or 'fp32') not in deadly else {}
     plans = _candidates(specs, times, rec.edges(), extras, step.model, low, formats)
-    found = _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar)
+    found = _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference,
+        memory, bar)
     plan = FormatPlan.from_dict(_share(found.to_dict))
     if cache and _first_rank() and _is_final(plan): _write_cache(cache_file(), key, plan)
     return plan
@@ -836,7 +842,24 @@ def _compile_note(bench, arm):
     return (f'Compiling takes {cost:.0f} s'
         + (f', and has paid for itself after {int(np.ceil(cost/saved)):,} steps.' if saved>0 else '.'))
 
-def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, bar):
+_kept_arm = 'memory kept'
+
+def _prove_memory(step, arm, least, limit, bar):
+    "What keeping memory makes of an arm"
+    usual = replace(arm, name='now', keep_memory=False)
+    kept,limit = replace(arm, name=_kept_arm, keep_memory=True),max(_ranks(max(least, limit)))
+    bench = bench_formats(step, [kept], limit=limit, block=3, now=usual, bar=bar)
+    if bench.interrupted: raise KeyboardInterrupt
+    return bench
+
+def _memory_note(bench):
+    row = bench[_kept_arm]
+    if row.verdict=='faster':
+        return (f'Keeping freed memory makes it {row.ratio:.2f} times as fast again, {row.low:.2f} to {row.high:.2f}; '
+            'training does so.')
+    return 'Keeping freed memory was not proven to be faster.'
+
+def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, memory, bar):
     "Race the candidates, prove the best, and say what came of it"
     clock,singles = (device_clock(step.device),
         [a for a in _single_arms(step, low, now) if (a.memory_format,_name_of(a.dtype)) not in deadly])
@@ -846,7 +869,8 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     by_name = {a.name: (a, next((c for c in plans if c.name==a.name), None)) for a in arms}
     def finalists(n): return _best(seconds, [a.name for a in singles], n) + _best(seconds, [c.name for c in plans], n)
     def needed(names): return 5 + 1.5*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *names]) # fewer rounds would prove nothing
-    spare = start+budget-time.perf_counter()
+    memory = memory and all(_ranks(step.device.type=='cpu' and can_keep_memory()))
+    spare = start+(0.9 if memory else 1)*budget-time.perf_counter()
     short = max(_ranks(needed(finalists(2))-spare))>0
     chosen = finalists(1 if short else 2)
     proven = [by_name[n][0] for n in chosen]
@@ -860,7 +884,7 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     base,c = by_name[arm.removesuffix(', compiled')]
     name = None if arm=='now' or c is None and base.dtype is None else low
     layers,memory_format = dict(c.layers) if c else {},None if arm=='now' else base.memory_format
-    plan = FormatPlan(arm, memory_format, name, layers, arm.endswith(', compiled'), bench, left=left)
+    plan = FormatPlan(arm, memory_format, name, layers, arm.endswith(', compiled'), bench=bench, left=left)
     plan.conditions = {**_conditions(step, now, False, bench.conditions['block']), 'precision': low}
     plan.notes = [f'{f.replace("_", " ")} {p} was not run as a whole: {why}' for (f,p),why in deadly.items()]
     if plan.compile: plan.notes.append(_compile_note(bench, arm))
@@ -868,6 +892,11 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
         plan.notes.append(f'In {budget:g} s there was time to prove the best single setting and the best plan only.')
     plan.predicted = {c.name: c.predicted for c in plans}
     plan.rows = _plan_rows(specs, times, plan, _format(step, now), _precision(step) if step.autocast is not None else 'fp32')
+    if memory:
+        winning = replace(now if arm=='now' else base, compile=plan.compile)
+        plan.memory = _prove_memory(step, winning, needed([winning.name]), 0.1*budget, bar)
+        plan.keep_memory = plan.memory[_kept_arm].verdict=='faster'
+        plan.notes.append(_memory_note(plan.memory))
     if inference:
         plan.inference = bench_formats(step, [by_name[n][0] for n in chosen], limit=budget/4, inference=True, now=now, bar=bar)
     plan.seconds = time.perf_counter()-start

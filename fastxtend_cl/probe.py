@@ -6,11 +6,11 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/probe.html.md"""
 
 # %% auto #0
 __all__ = ['margin', 'floors', 'dtypes', 'kernel_names', 'aten', 'LayerSpec', 'layer_specs', 'run_layer', 'conv_args', 'is_tiled',
-           'tiled_weight_grad', 'kept_memory', 'time_layer', 'ProbeResult', 'Probe', 'LayerTimes']
+           'tiled_weight_grad', 'time_layer', 'ProbeResult', 'Probe', 'LayerTimes']
 
-# %% ../nbs/07_probe.ipynb #3eaace3a
-import ctypes, json, os, platform, random, selectors, signal, subprocess, sys, threading, time
-from contextlib import contextmanager, suppress
+# %% ../nbs/07_probe.ipynb #e371fa51
+import json, os, random, selectors, signal, subprocess, sys, time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 import torch
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from .format import as_channels_last, apply_channels_last, convolutions
 from .hazards import guard, unguard
+from .memory import kept_memory
 
 # %% ../nbs/07_probe.ipynb #29cef839
 @dataclass(frozen=True)
@@ -200,24 +201,6 @@ def _norm_chain(y):
     return run
 
 def _other(memory_format): return 'contiguous' if memory_format=='channels_last' else 'channels_last'
-
-# %% ../nbs/07_probe.ipynb #7b2ad4f5
-def _glibc():
-    if platform.libc_ver()[0]!='glibc' or any(o.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for o in os.environ): return None
-    return ctypes.CDLL(None)
-
-@contextmanager
-def kept_memory():
-    "A context in which the allocator of the CPU gives no memory back; yields whether that is so"
-    libc = _glibc()
-    if libc is None: yield False; return
-    trim,mmap,mmaps = -1,-3,-4 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
-    libc.mallopt(mmaps, 0)
-    libc.mallopt(trim, -1)
-    try: yield threading.current_thread() is threading.main_thread() # in another, this holds for tensors below 64 MiB only
-    finally:
-        for what,value in ((mmaps, 65536), (mmap, 32<<20), (trim, 64<<20)): libc.mallopt(what, value)
-        libc.malloc_trim(0)
 
 # %% ../nbs/07_probe.ipynb #32cfdd4a
 def _candidates(spec, x, layer, g, formats, precisions):

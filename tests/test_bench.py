@@ -14,7 +14,6 @@ from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _block_size, _ra
     ceiling, compare, count_flops, device_clock, format_arms, interval, least_pairs, precisions, verdict_of)
 from fastxtend_cl.format import apply_channels_last
 from fastxtend_cl.hazards import guarded
-from fastxtend_cl.probe import _glibc, kept_memory
 from fastxtend_cl.step import TrainingStep
 
 root = Path(__file__).resolve().parent.parent
@@ -221,51 +220,6 @@ def test_verdict(ratio, a, b, c, d):
     assert v!='faster' or low>1 and ratio>noise[1]
     assert v!='slower' or high<1 and ratio<noise[0]
     if low<=1<=high or noise[0]<=ratio<=noise[1]: assert v=='tie'
-
-# the allocator
-
-glibc = pytest.mark.skipif(_glibc() is None, reason='not the allocator of glibc, or told otherwise by the environment')
-
-program = """
-import ctypes, resource, torch
-ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) # PR_SET_THP_DISABLE: how many huge pages there are changes from one second to the next
-from fastxtend_cl.bench import compare
-from fastxtend_cl.probe import kept_memory
-def faults(n=10):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(n): torch.ones(1<<25)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before
-usual = faults()
-if usual<100_000: raise SystemExit(77) # huge pages: a tensor is faulted in at once
-with kept_memory() as told:
-    faults(20)
-    assert told and faults()<usual/4
-assert faults(1)>usual/20
-seen = []
-def f():
-    if len(seen)<4: seen.append(faults())
-res = compare({'now': f}, bar=False, limit=0.5)
-assert res.conditions['kept_memory'] and seen[3]<usual/4 and faults(1)>usual/20
-try: compare({'now': lambda: 1/0}, bar=False)
-except ValueError: pass
-assert faults(1)>usual/20
-"""
-
-@glibc
-def test_memory_is_kept_while_measured_and_given_back_afterwards():
-    """In a process of its own: here a hole in the heap might serve as well
-
-    Given back is what was free at the end; a hole that lies between other pieces of the heap is faulted in once more and then serves again"""
-    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'THP_MEM_ALLOC_ENABLE': '0'}
-    r = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=600)
-    if r.returncode==77: pytest.skip('the kernel gives huge pages')
-    assert r.returncode==0, r.stderr
-
-@glibc
-def test_environment_has_the_last_word(monkeypatch):
-    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '100')
-    with kept_memory() as told: assert told is False
-    assert compare({'now': lambda: None}, bar=False, limit=0.1).conditions['kept_memory'] is False
 
 # operations
 

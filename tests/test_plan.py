@@ -525,7 +525,7 @@ def test_a_plan_is_found_once(monkeypatch):
     assert not first.cached and plan_formats(step).cached and plan_formats(step).layers==plans and len(calls)==1
     plan_formats(step, cache='refresh'); plan_formats(step, cache=False)
     assert len(calls)==3
-    assert json.loads(cache_file().read_text())['version']==1
+    assert json.loads(cache_file().read_text())['version']==module._cache_version
 
 def test_what_is_not_final_is_not_kept(monkeypatch):
     calls = fake_search(monkeypatch, a_plan(left={'0': 'there was no time left to measure it'}))
@@ -555,7 +555,7 @@ def test_what_changes_the_key(monkeypatch):
     monkeypatch.setattr(torch, '__version__', '9.9'); keys.append(key(step_of()))
     assert len({base, *keys})==len(keys)+1
 
-@pytest.mark.parametrize('text', ['{', '[]', '{"version": 99, "plans": {}}', '{"version": 1, "plans": 3}', ''])
+@pytest.mark.parametrize('text', ['{', '[]', '{"version": 99, "plans": {}}', '{"version": 2, "plans": 3}', ''])
 def test_a_damaged_or_foreign_file(monkeypatch, text):
     fake_search(monkeypatch, a_plan())
     cache_file().parent.mkdir(parents=True)
