@@ -1,13 +1,13 @@
 """The twelve networks of peers.py by the plan, against contiguous, fastai's, the best single setting and compiled
 models: `python benchmarks/plan.py`
 
-Each network is planned as a user would, without the cache, and then measured anew with the independent harness of
-common.py, paired, in blocks.
+Each network is planned as a user would, whatever was found earlier, and then measured anew with the independent harness
+of common.py, paired, in blocks, with memory kept for all arms; memory.py measures what that is worth.
 Writes results/plan-DEVICE.json after each network and goes on where it was interrupted; `--refresh` starts anew,
 `--tiny` tries the script.
 `--robust-times 5` plans each network five times while another process keeps its core busy (pin this one to a core, and
 the other shares it), measures what was chosen when all is quiet, and writes results/plan-robust-DEVICE.json."""
-import contextlib, gc, json, statistics, subprocess, sys, warnings
+import contextlib, gc, itertools, json, statistics, subprocess, sys, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch
 from fastcore.script import call_parse
@@ -30,14 +30,18 @@ def step_of(name, shape, device):
     return TrainingStep(model, torch.randn(shape, device=device), y, torch.nn.functional.cross_entropy,
         torch.optim.AdamW(model.parameters(), lr=1e-6))
 
-def stepper(name, shape, device, memory_format, dtype, plan=None, compile=False, scale=1024.):
-    "A function that trains one step in a world of its own"
+def stepper(name, shape, device, memory_format, dtype, plan=None, compile=False, scale=1024., sizes=False):
+    "A function that trains one step in a world of its own; with `sizes`, on all, three quarters or half of the batch in turn"
     step = step_of(name, shape, device)
     step.loss_scale = scale
     step.convert(memory_format)
     if plan is not None: apply_plan(step.model, plan, step.optimizer)
     if compile: step.model.compile()
+    turn,whole = itertools.count(),(step.inputs,step.targets)
     def run():
+        if sizes:
+            n = max(1, shape[0]*(4-next(turn)%3)//4)
+            step.inputs,step.targets = (tuple(t[:n] for t in ts) for ts in whole)
         step.run(dtype=dtype, keep='loss')
         if device.type=='cuda': torch.cuda.synchronize(device)
     for _ in range(2): run() # compiling, and what else is done once
@@ -60,7 +64,7 @@ def amp_dtypes_of(plan): return {'fp16': torch.float16, 'bf16': torch.bfloat16}.
 def measure(name, shape, device, budget, rounds, block, compile):
     "Plan, and the rows of one network"
     mode = native_amp_mode(device)
-    plan = plan_formats(step_of(name, shape, device), amp_dtypes.get(mode), budget=budget, cache=False)
+    plan = plan_formats(step_of(name, shape, device), amp_dtypes.get(mode), budget=budget, cache='refresh')
     steps,failed = {},{}
     for arm,args in arms_of(plan, amp_dtypes.get(mode), mode and mode.value, compile).items():
         try: steps[arm] = stepper(name, shape, device, *args)
@@ -81,7 +85,7 @@ def measure(name, shape, device, budget, rounds, block, compile):
     del steps
     gc.collect()
     return dict(model=name, shape=list(shape), chosen=plan.arm, plan_seconds=plan.seconds, own_ratio=plan.ratio,
-        rows=rows, failed=failed, saved=saved,
+        rows=rows, failed=failed, saved=saved, keep_memory=plan.keep_memory,
         over_fastai=over('plan', [fastais]), over_single=over('plan', singles),
         allowed=dict(arm=allowed, over_fastai=over(allowed, [fastais])),
         layers=[[k, w, n] for (k,w),(n,*_) in plan.counts.items()])
