@@ -1,5 +1,5 @@
 "What the benchmarks share: paired, interleaved timing and the conditions that stand beside each figure"
-import json, math, platform, random, statistics, sys, time
+import contextlib, json, math, platform, random, statistics, subprocess, sys, time
 from pathlib import Path
 import torch
 
@@ -36,6 +36,22 @@ def interval(pairs, n=2000, seed=0):
     rng = random.Random(seed)
     meds = sorted(statistics.median(rng.choices(pairs, k=len(pairs))) for _ in range(n))
     return statistics.median(pairs), meds[int(n*0.025)], meds[int(n*0.975)]
+
+_busy = """
+import os, sys, time
+parent = os.getppid()
+while os.getppid()==parent: # it ends with who has started it
+    end = time.time()+3
+    while time.time()<end: pass
+    time.sleep(float(sys.argv[1]))
+"""
+
+@contextlib.contextmanager
+def busy(rest=0.):
+    "Another process computes meanwhile, on the cores that this one may use: for 3 seconds, then not for `rest` seconds"
+    p = subprocess.Popen([sys.executable, '-c', _busy, str(rest)])
+    try: yield
+    finally: p.kill(); p.wait()
 
 def geometric(ratios): return math.exp(statistics.fmean(map(math.log, ratios)))
 

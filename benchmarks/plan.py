@@ -7,7 +7,7 @@ Writes results/plan-DEVICE.json after each network and goes on where it was inte
 `--tiny` tries the script.
 `--robust-times 5` plans each network five times while another process keeps its core busy (pin this one to a core, and
 the other shares it), measures what was chosen when all is quiet, and writes results/plan-robust-DEVICE.json."""
-import contextlib, gc, itertools, json, statistics, subprocess, sys, warnings
+import gc, itertools, json, statistics, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch
 from fastcore.script import call_parse
@@ -15,7 +15,7 @@ from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.memory import kept_memory
 from fastxtend_cl.plan import apply_plan, plan_formats
 from fastxtend_cl.step import TrainingStep
-from common import geometric, interleave, interval, results, save
+from common import busy, geometric, interleave, interval, results, save
 from peers import model_of, models
 
 base,again,fastais = 'contiguous fp32','contiguous fp32, again','channels last fp32' # what fastai's own gives outside CUDA
@@ -105,18 +105,11 @@ def table(found):
         geometric([f['allowed']['over_fastai']['ratio'][0] for f in found])]
     return '\n'.join([*lines, f"| **geometric mean** | {' | '.join(f'**{m:.3f}**' for m in means)} | | | | |"])
 
-@contextlib.contextmanager
-def busy_core():
-    "Another process computes meanwhile, on the cores that this one may use"
-    p = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
-    try: yield
-    finally: p.kill(); p.wait()
-
 def robust(name, shape, device, budget, times, rounds, block):
     "What planning under load chooses, and how fast that is when all is quiet, against the best single setting"
     mode = native_amp_mode(device)
     native,precision = amp_dtypes.get(mode),mode and mode.value
-    with busy_core(): plans = [plan_formats(step_of(name, shape, device), native, budget=budget, cache=False) for _ in range(times)]
+    with busy(): plans = [plan_formats(step_of(name, shape, device), native, budget=budget, cache=False) for _ in range(times)]
     args = {k:v for k,v in arms_of(plans[0], native, precision, False).items() if k!='plan'}
     args |= {f'plan {i}': arms_of(p, native, precision, False)['plan'] for i,p in enumerate(plans)}
     with kept_memory(): seconds = interleave({a: stepper(name, shape, device, *v) for a,v in args.items()}, rounds, block)

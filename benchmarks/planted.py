@@ -2,12 +2,12 @@
 
 Whole networks. An arm that wastes 5 % of a step's time, and one that wastes nothing, are told from the present by `bench_formats`;
 quiet, and with a busy process on another core. Writes results/planted.json. `--tiny` tries the script."""
-import contextlib, statistics, subprocess, sys, time
+import contextlib, statistics, time
 import torch
 from fastcore.script import call_parse
 from fastxtend_cl.bench import bench_formats
 from fastxtend_cl.cli import model_step
-from common import interleave, save
+from common import busy, interleave, save
 
 def wasting(step, share, seconds):
     "An arm: the step, and `share` of `seconds` of CPU work before it"
@@ -17,15 +17,6 @@ def wasting(step, share, seconds):
         while time.thread_time()<end: a@a
         return step.run(keep='loss')
     return lambda step: f
-
-@contextlib.contextmanager
-def load(on):
-    "A process that keeps a core busy for 3 of 6 seconds"
-    code = 'import time\nwhile True:\n t=time.time()+3\n while time.time()<t: pass\n time.sleep(3)'
-    p = subprocess.Popen([sys.executable, '-c', code]) if on else None
-    try: yield
-    finally:
-        if p: p.kill(); p.wait()
 
 @call_parse
 def main(
@@ -41,13 +32,13 @@ def main(
     for name in names.split(','):
         step = model_step(name, bs, size, 10, 'cpu')
         with step.preserved(): seconds = statistics.median(interleave({'': lambda: step.run(keep='loss')}, 3, 4, progress=False)[''])
-        for busy in (False, True):
+        for load in (False, True):
             for i in range(repeats):
-                with load(busy):
+                with busy(rest=3.) if load else contextlib.nullcontext():
                     res = bench_formats(step, {'5 % more': wasting(step, 0.05, seconds), 'the same': wasting(step, 0, seconds)},
                         limit=limit, seed=i, bar=False)
-                rows.append(dict(model=name, load=busy, noise=res.noise,
+                rows.append(dict(model=name, load=load, noise=res.noise,
                     arms={r.arm:(r.verdict, r.ratio, r.low, r.high) for r in res.rows[2:]},
                     pairs=res.now.pairs, seconds=res.seconds))
-                print(name, 'load' if busy else 'quiet', rows[-1]['arms'], 'noise', res.noise, flush=True)
+                print(name, 'load' if load else 'quiet', rows[-1]['arms'], 'noise', res.noise, flush=True)
     if not tiny: save('planted', rows=rows, bs=bs, size=size, limit=limit)

@@ -868,16 +868,16 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     if 'now' not in seconds: step.run() # raises what is wrong with it
     by_name = {a.name: (a, next((c for c in plans if c.name==a.name), None)) for a in arms}
     def finalists(n): return _best(seconds, [a.name for a in singles], n) + _best(seconds, [c.name for c in plans], n)
-    def needed(names): return 5 + 1.5*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *names]) # fewer rounds would prove nothing
+    def needed(names): return 1.5*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *names]) # fewer rounds would prove nothing
     memory = memory and all(_ranks(step.device.type=='cpu' and can_keep_memory()))
     spare = start+(0.9 if memory else 1)*budget-time.perf_counter()
-    short = max(_ranks(needed(finalists(2))-spare))>0
+    short = max(_ranks(5+needed(finalists(2))-spare))>0
     chosen = finalists(1 if short else 2)
     proven = [by_name[n][0] for n in chosen]
     if compile: # the best of each kind
         best = [n for kind in ([a.name for a in singles], [c.name for c in plans]) for n in _best(seconds, kind, 1)]
         proven += [replace(by_name[n][0], name=f'{n}, compiled', compile=True) for n in best]
-    limit = max(_ranks(max(needed(chosen), spare)))
+    limit = max(_ranks(max(5+needed(chosen), spare)))
     bench = bench_formats(step, proven, limit=limit, block=3, now=now, bar=bar)
     if bench.interrupted: raise KeyboardInterrupt
     arm = winner(bench)
