@@ -479,12 +479,17 @@ def break_even(self:FormatPlan) -> int|None:
     saved = self.bench.now.seconds*(1-1/self.bench[self.arm].ratio)
     return int(np.ceil(self.seconds/saved)) if saved>0 else None
 
+def _headline(plan, mark=''):
+    "The verdict, which begins with the name of what won"
+    rest = plan.reason.removeprefix(plan.arm)
+    return f'{mark}{plan.arm}{mark}' + (f': {rest}' if rest==plan.reason else rest)
+
 @patch
 def __str__(self:FormatPlan):
     rows = [_plan_columns, *_plan_cells(self)] if self.rows else []
     width = [max(len(r[i]) for r in rows) for i in range(5)] if rows else []
     table = ['  '.join(o.ljust(w) if i in (1, 2) else o.rjust(w) for i,(o,w) in enumerate(zip(r, width))).rstrip() for r in rows]
-    return '\n'.join([f'{self.arm}: {self.reason}', *table, *_plan_notes(self),
+    return '\n'.join([_headline(self), *table, *_plan_notes(self),
         *([str(self.bench)] if self.bench is not None else [])])
 
 @patch
@@ -493,7 +498,7 @@ def _repr_markdown_(self:FormatPlan):
     table = ['\n'.join('| '+' | '.join(r)+' |' for r in rows)] if rows else []
     proof = ([f'<details><summary>The proof</summary>\n\n{self.bench._repr_markdown_()}\n\n</details>']
         if self.bench is not None else [])
-    return '\n\n'.join([f'**{self.arm}**: {self.reason}', *table, *_plan_notes(self), *proof])
+    return '\n\n'.join([_headline(self, '**'), *table, *_plan_notes(self), *proof])
 
 # %% ../nbs/08_plan.ipynb #c4f70144
 @patch

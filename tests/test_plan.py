@@ -433,7 +433,9 @@ def test_whole_search_leaves_no_trace_and_says_what_it_found(capsys):
         and {r.kind for r in p.rows}>={'3x3', '5x5 depthwise, stride 2', '1x1'})
     assert p.conditions['precision']=='bf16' and p.conditions['shape']==[4, 3, 16, 16] and p.predicted and p.seconds>0
     text = str(p).splitlines()
-    assert text[0]==f'{p.arm}: {p.reason}' and 'Found in' in str(p) and p._repr_markdown_().startswith(f'**{p.arm}**: ')
+    assert text[0]==(f'now: {p.reason}' if p.arm=='now' else p.reason) and 'Found in' in str(p)
+    rest = f': {p.reason}' if p.arm=='now' else p.reason.removeprefix(p.arm)
+    assert p._repr_markdown_().startswith(f'**{p.arm}**{rest}\n')
     again = FormatPlan.from_dict(json.loads(json.dumps(p.to_dict())))
     assert again==p and str(again)==str(p)
     import matplotlib
@@ -725,7 +727,7 @@ def test_command(capsys, monkeypatch):
         **kw: a_plan(bench=proof(row('plan', 0.5)), notes=[f'{dtype} {kw["budget"]} {kw["cache"]}']))
     assert cli.main(['plan', 'resnet18', '--bs', '2', '--size', '32', '--device', 'cpu', '--amp', 'bf16', '--budget', '7', '--refresh'])==0
     out = capsys.readouterr().out
-    assert out.startswith('plan: plan is 2.00 times as fast as what you have now (now)') and 'torch.bfloat16 7.0 refresh' in out
+    assert out.startswith('plan is 2.00 times as fast as what you have now (now)') and 'torch.bfloat16 7.0 refresh' in out
     assert cli.main(['plan', 'resnet18', '--bs', '2', '--size', '32', '--device', 'cpu', '--amp', 'none', '--json'])==0
     assert json.loads(capsys.readouterr().out)['notes']==['None 120.0 True']
     assert cli.main(['plan', 'resnet18', '--amp', 'int4'])==2
