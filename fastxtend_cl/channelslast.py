@@ -102,10 +102,10 @@ def _no_keep(learn):
     return [NoEffectWarning(f'keep_memory=True has no effect: {why}')]
 
 def _set_keep(learn, keep):
-    "Give `learn` a `KeepMemoryCallback`, or take it away; None leaves it"
+    "Give `learn` a `KeepMemoryCallback` if it can have an effect, or take it away; None leaves it"
     if keep is None: return
     learn.remove_cbs(learn._grab_cbs(KeepMemoryCallback))
-    if keep: learn.add_cb(KeepMemoryCallback())
+    if keep and not _no_keep(learn): learn.add_cb(KeepMemoryCallback())
 
 _fastai_fit = getattr(Learner.fit, '_wrapped', Learner.fit)
 

@@ -743,9 +743,9 @@ def _write_cache(file, key, plan):
         os.replace(new, file)
     except OSError as e: warnings.warn(FormatWarning(f'the plan is not kept: {e}'), stacklevel=2)
 
-# %% ../nbs/08_plan.ipynb #5ef426ea
+# %% ../nbs/08_plan.ipynb #e1964512
 def _flags_now():
-    b,env = torch.backends,('DNNL_', 'ONEDNN_', 'OMP_', 'KMP_', 'MALLOC_', 'LD_PRELOAD')
+    b,env = torch.backends,('DNNL_', 'ONEDNN_', 'OMP_', 'KMP_', 'MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD')
     flags = ([getattr(b.cudnn, n) for n in ('enabled', 'benchmark', 'deterministic', 'allow_tf32')]
         + [b.cuda.matmul.allow_tf32, b.mkldnn.enabled])
     settings = [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]

@@ -176,6 +176,7 @@ def test_without_effect_it_is_said(monkeypatch):
     monkeypatch.setenv('MALLOC_ARENA_MAX', '1')
     with pytest.warns(NoEffectWarning, match="keep_memory=True has no effect: this is for glibc's allocator, where the "
         r'environment does not set it \(MALLOC_..., GLIBC_TUNABLES\)'): learn.to_channelslast(use_amp=False, keep_memory=True)
+    assert learn._grab_cbs(ChannelsLastCallback) and not learn._grab_cbs(KeepMemoryCallback)
     monkeypatch.setattr(channelslast, 'learner_device', lambda learn: torch.device('cuda:1'))
     said = channelslast._no_keep(learn)
     assert str(said[0])=='keep_memory=True has no effect: the model is on cuda:1, whose allocator keeps memory by itself'
