@@ -213,7 +213,7 @@ def to_channelslast(self:Learner,
     # None: channels last for all
     plan:str|FormatPlan|None=None,
     compile:bool=False, # A compiled model is allowed for the plan, too
-    # On a CPU, keep freed memory while training: `KeepMemoryCallback`. None: where the plan has proven that it is faster
+    # On a CPU, keep freed memory while training: `KeepMemoryCallback`. None: as the plan says
     keep_memory:bool|None=None,
     **kwargs
 ) -> Learner: # The same `Learner`

@@ -409,7 +409,7 @@ class FormatPlan:
     autocast:str|None=None # 'bf16', 'fp16', or None for fp32; if `arm` is 'now', as it is now
     layers:dict=field(default_factory=dict, repr=False) # Path to `LayerPlan`; empty where one setting is best for all
     compile:bool=False # The model is compiled
-    keep_memory:bool=False # Training keeps freed memory, which is proven to be faster; CPU only
+    keep_memory:bool=False # Training keeps freed memory; CPU only
     bench:FormatBench|None=field(default=None, repr=False) # The proof, on the whole step
     inference:FormatBench|None=field(default=None, repr=False) # The same for the forward pass without gradients
     memory:FormatBench|None=field(default=None, repr=False) # What won, with memory kept, against itself as the allocator does
@@ -857,12 +857,16 @@ def _prove_memory(step, arm, least, limit, bar):
     if bench.interrupted: raise KeyboardInterrupt
     return bench
 
-def _memory_note(bench):
-    row = bench[_kept_arm]
-    if row.verdict=='faster':
-        return (f'Keeping freed memory makes it {row.ratio:.2f} times as fast again, {row.low:.2f} to {row.high:.2f}; '
-            'training does so.')
-    return 'Keeping freed memory was not proven to be faster.'
+def _keeps(memory, changes):
+    "Whether training keeps memory: unless that is slower, or, where nothing else changes, if it is faster"
+    return memory[_kept_arm].verdict in (('faster', 'tie') if changes else ('faster',))
+
+def _memory_note(memory, keeps):
+    row = memory[_kept_arm]
+    if row.verdict=='failed': return f'Keeping freed memory could not be measured: {row.reason}.'
+    span = '' if row.low is None else f', {row.low:.2f} to {row.high:.2f}'
+    return (f'Keeping freed memory makes it {row.ratio:.2f} times as fast again{span} ({row.verdict}); '
+        f'training {"does so" if keeps else "does not"}.')
 
 def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, memory, bar):
     "Race the candidates, prove the best, and say what came of it"
@@ -873,7 +877,7 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     if 'now' not in seconds: step.run() # raises what is wrong with it
     by_name = {a.name: (a, next((c for c in plans if c.name==a.name), None)) for a in arms}
     def finalists(n): return _best(seconds, [a.name for a in singles], n) + _best(seconds, [c.name for c in plans], n)
-    def needed(names): return 1.5*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *names]) # fewer rounds would prove nothing
+    def needed(names): return 1.2*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *names]) # fewer rounds would prove nothing
     memory = memory and all(_ranks(step.device.type=='cpu' and can_keep_memory()))
     spare = start+(0.9 if memory else 1)*budget-time.perf_counter()
     short = max(_ranks(5+needed(finalists(2))-spare))>0
@@ -900,8 +904,8 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     if memory:
         winning = replace(now if arm=='now' else base, compile=plan.compile)
         plan.memory = _prove_memory(step, winning, needed([winning.name]), 0.1*budget, bar)
-        plan.keep_memory = plan.memory[_kept_arm].verdict=='faster'
-        plan.notes.append(_memory_note(plan.memory))
+        plan.keep_memory = _keeps(plan.memory, plan.changes)
+        plan.notes.append(_memory_note(plan.memory, plan.keep_memory))
     if inference:
         plan.inference = bench_formats(step, [by_name[n][0] for n in chosen], limit=budget/4, inference=True, now=now, bar=bar)
     plan.seconds = time.perf_counter()-start

@@ -207,16 +207,27 @@ def planned_with(monkeypatch, verdict, **kwargs):
     return plan_formats(step, None, budget=3, bar=False, cache=False, **kwargs),seen
 
 @pytest.mark.parametrize('verdict', ['faster', 'tie', 'slower'])
-def test_a_plan_keeps_memory_where_that_is_proven(libc, monkeypatch, verdict):
+def test_a_plan_keeps_memory_unless_that_is_slower(libc, monkeypatch, verdict):
     p,((now,kept),) = planned_with(monkeypatch, verdict)
     assert (now.name,now.keep_memory,kept.name,kept.keep_memory)==('now', False, 'memory kept', True)
     assert (now.memory_format,now.dtype,now.setup,now.compile)==(kept.memory_format, kept.dtype, kept.setup, kept.compile)
     assert p.arm=='now' or now.memory_format==p.memory_format
-    assert p.keep_memory==(verdict=='faster') and p.memory.rows==proven(verdict).rows
-    says = 'Keeping freed memory makes it 1.20 times as fast again, 1.10 to 1.30; training does so.'
-    assert (says in str(p))==p.keep_memory and ('Keeping freed memory was not proven to be faster.' in str(p))!=p.keep_memory
+    keeps = verdict=='faster' or verdict=='tie' and p.changes
+    assert p.keep_memory==keeps and p.memory.rows==proven(verdict).rows
+    assert (f'Keeping freed memory makes it 1.20 times as fast again, 1.10 to 1.30 ({verdict}); '
+        f'training {"does so" if keeps else "does not"}.') in p.notes
     again = FormatPlan.from_dict(p.to_dict())
     assert again.keep_memory==p.keep_memory and again.memory==p.memory
+
+def test_what_changes_nothing_else_has_to_be_faster():
+    assert [plans._keeps(proven(v), True) for v in ('faster', 'tie', 'slower', 'failed')]==[True, True, False, False]
+    assert [plans._keeps(proven(v), False) for v in ('faster', 'tie', 'slower', 'failed')]==[True, False, False, False]
+    failed = proven('failed')
+    failed['memory kept'].reason = 'out of memory'
+    assert plans._memory_note(failed, False)=='Keeping freed memory could not be measured: out of memory.'
+    few = proven('tie')
+    few['memory kept'].low = few['memory kept'].high = None
+    assert plans._memory_note(few, True)=='Keeping freed memory makes it 1.20 times as fast again (tie); training does so.'
 
 def test_a_plan_does_not_measure_what_has_no_effect(libc, monkeypatch):
     p,seen = planned_with(monkeypatch, 'faster', memory=False)
