@@ -864,9 +864,10 @@ def _keeps(memory, changes):
 def _memory_note(memory, keeps):
     row = memory[_kept_arm]
     if row.verdict=='failed': return f'Keeping freed memory could not be measured: {row.reason}.'
-    span = '' if row.low is None else f', {row.low:.2f} to {row.high:.2f}'
-    return (f'Keeping freed memory makes it {row.ratio:.2f} times as fast again{span} ({row.verdict}); '
-        f'training {"does so" if keeps else "does not"}.')
+    does = f'training {"does so" if keeps else "does not"}'
+    if row.low is None: return f'What keeping freed memory gains could not be told ({row.reason}); {does}.'
+    span = f'{row.low:.2f} to {row.high:.2f} ({row.verdict})'
+    return f'Keeping freed memory makes it {row.ratio:.2f} times as fast again, {span}; {does}.'
 
 def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, memory, bar):
     "Race the candidates, prove the best, and say what came of it"
@@ -903,7 +904,7 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     plan.rows = _plan_rows(specs, times, plan, _format(step, now), _precision(step) if step.autocast is not None else 'fp32')
     if memory:
         winning = replace(now if arm=='now' else base, compile=plan.compile)
-        plan.memory = _prove_memory(step, winning, needed([winning.name]), 0.1*budget, bar)
+        plan.memory = _prove_memory(step, winning, 2+needed([winning.name]), 0.1*budget, bar)
         plan.keep_memory = _keeps(plan.memory, plan.changes)
         plan.notes.append(_memory_note(plan.memory, plan.keep_memory))
     if inference:
