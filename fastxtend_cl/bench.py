@@ -360,7 +360,8 @@ def _race(lanes, clock, end, rounds, block, width, seed, bar):
         now = clock.now()
         longest = max(longest, now-before)
         bar.at((now-start)/max(end-start, 1e-9))
-        if max(_ranks(now+0.5*longest-end))>0: break
+        late = end if i+1>=least_pairs else end+(end-start)/4 # a verdict may take a little more
+        if max(_ranks(now+0.5*longest-late))>0: break
 
 # %% ../nbs/06_bench.ipynb #82dd48ad
 def _row(lane, base, noise):
@@ -774,13 +775,13 @@ def _conditions(step, now, inference, block):
         shape=None if x is None else list(x.shape), model=type(step.model).__name__,
         optimizer='inference' if inference else type(opt).__name__ if opt is not None else 'no optimizer', block=block)
 
-# %% ../nbs/06_bench.ipynb #943f97c4
+# %% ../nbs/06_bench.ipynb #8501ba68
 def bench_formats(
     step:TrainingStep, # Afterwards as it was
     # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict;
     # None: all of `format_arms` but the present
     arms=None,
-    limit:float=60., # Seconds, without what compiling takes
+    limit:float=60., # Seconds, without what compiling takes; a quarter more where that allows a verdict
     compile:bool=False, # Measure compiled models too
     inference:bool=False, # Measure the forward pass in evaluation mode, without gradients
     check:bool=False, # Ask `check_formats` first; an arm that is wrong is not measured

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastxtend_cl import bench
-from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _block_size, _race, _rows, _warm, _whole, bench_formats,
+from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _Progress, _block_size, _race, _rows, _warm, _whole, bench_formats,
     ceiling, compare, count_flops, device_clock, format_arms, interval, least_pairs, precisions, verdict_of)
 from fastxtend_cl.format import apply_channels_last
 from fastxtend_cl.hazards import guarded
@@ -202,6 +202,14 @@ def test_warm_until_steady():
     endless = _Lane('b', lambda body: body(clock.arm('b', 1e3)))
     _warm(endless, clock)
     assert len(endless.warm)==2, 'the limit ends it'
+
+@pytest.mark.parametrize('seconds,rounds', [(0.7, least_pairs), (0.5, 6)])
+def test_a_verdict_that_is_near_may_take_a_quarter_more(seconds, rounds):
+    "A round takes 0.1 seconds: of 0.7, eight may be had; of 0.5, they would take too much more"
+    clock = Simulated(noise=0., switch=0.)
+    lanes = [_Lane(n, lambda body, n=n, c=c: body(clock.arm(n, c))) for n,c in (('now', 0.01), ('again', 0.01), ('other', 0.03))]
+    _race(lanes, clock, seconds, 200, 2, 1e-6, 0, _Progress(False))
+    assert len(lanes[0].seconds)==rounds
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=30), st.floats(0.1, 10))
