@@ -55,6 +55,20 @@ def busy(rest=0.):
 
 def geometric(ratios): return math.exp(statistics.fmean(map(math.log, ratios)))
 
+def read(name):
+    "What `save` has written to results/NAME.json; empty if there is none"
+    p = results/f'{name}.json'
+    return json.loads(p.read_text()) if p.exists() else {}
+
+def kept_rows(name, asked, anew=False):
+    "The rows of results/NAME.json, if they were measured as `asked` and with this torch; else none, or if they are wanted `anew`"
+    old = {} if anew else read(name)
+    return old['rows'] if {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
+
+def kept_found(name, anew=False):
+    "Network to what results/NAME.json has found of it; nothing if it is wanted `anew`"
+    return {} if anew else {f['model']: f for f in read(name).get('found', [])}
+
 def save(name, **data):
     "Write `data` with its conditions to results/NAME.json"
     results.mkdir(exist_ok=True)

@@ -2,17 +2,14 @@
 `python benchmarks/headline.py`
 
 Prints the table and a sentence, which nbs/index.ipynb shows, and writes the picture to images/ and nbs/images/: for the README, and for the site."""
-import json
 from pathlib import Path
 from xml.sax.saxutils import escape
-from common import geometric, results
+from common import geometric, read
 
 root = Path(__file__).resolve().parent.parent
 peers = {'fastai': "fastai's to_channelslast()", 'fastxtend': "fastxtend's to_channelslast()",
     'Composer': "Composer's channels last", 'torch.compile': 'torch.compile', 'ours': 'ours: to_channelslast()'}
 planned,compiled = 'ours, plan','ours, plan and compile'
-
-def read(name): return json.loads((results/f'{name}.json').read_text())
 
 def rows():
     "For each network its name and batch, and the ratio to contiguous fp32 of each column"

@@ -9,12 +9,11 @@ warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision
 import torch
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
-from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.memory import can_keep_memory, kept_memory
 from fastxtend_cl.plan import plan_formats
-from common import geometric, results, save
+from common import geometric, kept_found, results, save
 from peers import models
-from plan import arms_of, step_of, stepper
+from plan import arms_of, native_of, step_of, stepper
 
 arms = {'contiguous fp32': False, 'channels last fp32': False, 'channels last fp32, kept': True, 'plan': False, 'plan, kept': True,
     'plan, sizes': False, 'plan, sizes, kept': True}
@@ -24,9 +23,9 @@ def usage(): return resource.getrusage(resource.RUSAGE_SELF)
 
 def child(name, arm, steps, budget):
     "Train one arm in this process and print a line of JSON"
-    mode = native_amp_mode(device)
-    plan = plan_formats(step_of(name, models[name], device), amp_dtypes.get(mode), budget=budget, bar=False)
-    how = arms_of(plan, amp_dtypes.get(mode), mode and mode.value, False)[arm.split(',')[0]]
+    native,precision = native_of(device)
+    plan = plan_formats(step_of(name, models[name], device), native, budget=budget, bar=False)
+    how = arms_of(plan, native, precision, False)[arm.split(',')[0]]
     times,faults = [],[]
     with kept_memory() if arms[arm] else contextlib.nullcontext():
         run = stepper(name, models[name], device, *how, sizes='sizes' in arm)
@@ -75,12 +74,10 @@ def main(
     "Measure and write benchmarks/results/memory-cpu.json and .md"
     if arm: return child(names, arm, steps, budget)
     if not can_keep_memory(): raise SystemExit("nothing to measure: the allocator is not glibc's, or the environment sets it")
-    file = results/'memory-cpu.json'
-    found = {} if refresh or not file.exists() else {f['model']: f for f in json.loads(file.read_text())['found']}
+    found = kept_found('memory-cpu', refresh)
     for name in progress_bar(names.split(',')):
         if name in found: continue
         found[name] = measure(name, steps, turns, budget)
-        save(file.stem, found=[*found.values()], steps=steps, turns=turns)
-        text = table([*found.values()])
-        file.with_suffix('.md').write_text(text+'\n')
-    print(text)
+        save('memory-cpu', found=[*found.values()], steps=steps, turns=turns)
+        (results/'memory-cpu.md').write_text(table([*found.values()])+'\n')
+    print(table([*found.values()]))

@@ -5,7 +5,7 @@ harness of common.py.
 What `Learner.bench_channelslast` says of the same step is set beside it, and whether both agree.
 Peers whose packages are not installed are their published few lines; the rows say which. Writes
 results/peers-DEVICE.json and .md after each network and goes on where it was broken off. `--tiny` tries the script."""
-import gc, json, statistics, warnings
+import gc, statistics, warnings
 warnings.simplefilter("ignore", FutureWarning) # torch's own, when fastai.vision is imported
 from functools import partial
 import torch, torchvision
@@ -18,7 +18,7 @@ import fastxtend_cl.all
 from fastxtend_cl import cli
 from fastxtend_cl.amp import native_amp_mode
 from fastxtend_cl.memory import kept_memory # of the harness, the one thing that is ours: else page faults decide
-from common import conditions, geometric, interleave, interval, results, save
+from common import conditions, geometric, interleave, interval, kept_rows, results, save
 
 models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128),
     'mobilenet_v3_large': (16, 3, 128, 128), 'efficientnet_b0': (16, 3, 128, 128),
@@ -169,9 +169,8 @@ def main(
 ):
     "Measure and write benchmarks/results/peers-DEVICE.json and .md"
     device = torch.device(device)
-    path,asked = results/f'peers-{device.type}.json',dict(rounds=rounds, block=block)
-    old = json.loads(path.read_text()) if path.exists() and not tiny else {}
-    rows = old['rows'] if {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
+    asked = dict(rounds=rounds, block=block)
+    rows = kept_rows(f'peers-{device.type}', asked, tiny)
     for name in names.split(','):
         if any(r['model']==name for r in rows): continue
         shape = (2, 3, *((4, 32, 32) if name=='r3d_18' else (32, 32))) if tiny else models[name]

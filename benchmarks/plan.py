@@ -7,7 +7,7 @@ Writes results/plan-DEVICE.json after each network and goes on where it was inte
 `--tiny` tries the script.
 `--robust-times 5` plans each network five times while another process keeps its core busy (pin this one to a core, and
 the other shares it), measures what was chosen when all is quiet, and writes results/plan-robust-DEVICE.json."""
-import gc, itertools, json, statistics, warnings
+import gc, itertools, statistics, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch
 from fastcore.script import call_parse
@@ -15,7 +15,7 @@ from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.memory import kept_memory
 from fastxtend_cl.plan import apply_plan, plan_formats
 from fastxtend_cl.step import TrainingStep
-from common import busy, geometric, interleave, interval, results, save
+from common import busy, geometric, interleave, interval, kept_found, kept_rows, results, save
 from peers import model_of, models
 
 base,again,fastais = 'contiguous fp32','contiguous fp32, again','channels last fp32' # what fastai's own gives outside CUDA
@@ -47,6 +47,11 @@ def stepper(name, shape, device, memory_format, dtype, plan=None, compile=False,
     for _ in range(2): run() # compiling, and what else is done once
     return run
 
+def native_of(device):
+    "Dtype and name of the precision that `device` computes natively besides fp32, or None and None"
+    mode = native_amp_mode(device)
+    return amp_dtypes.get(mode),mode and mode.value
+
 def arms_of(plan, native, precision, compile):
     "Name to arguments of `stepper`"
     res = {base: ('contiguous', None), again: ('contiguous', None), fastais: ('channels_last', None)}
@@ -63,10 +68,10 @@ def amp_dtypes_of(plan): return {'fp16': torch.float16, 'bf16': torch.bfloat16}.
 
 def measure(name, shape, device, budget, rounds, block, compile):
     "Plan, and the rows of one network"
-    mode = native_amp_mode(device)
-    plan = plan_formats(step_of(name, shape, device), amp_dtypes.get(mode), budget=budget, cache='refresh')
+    native,precision = native_of(device)
+    plan = plan_formats(step_of(name, shape, device), native, budget=budget, cache='refresh')
     steps,failed = {},{}
-    hows = arms_of(plan, amp_dtypes.get(mode), mode and mode.value, compile)
+    hows = arms_of(plan, native, precision, compile)
     for arm,args in hows.items():
         try: steps[arm] = stepper(name, shape, device, *args)
         except Exception as e:
@@ -111,8 +116,7 @@ def table(found):
 
 def robust(name, shape, device, budget, times, rounds, block):
     "What planning under load chooses, and how fast that is when all is quiet, against the best single setting"
-    mode = native_amp_mode(device)
-    native,precision = amp_dtypes.get(mode),mode and mode.value
+    native,precision = native_of(device)
     with busy(): plans = [plan_formats(step_of(name, shape, device), native, budget=budget, cache=False) for _ in range(times)]
     args = {k:v for k,v in arms_of(plans[0], native, precision, False).items() if k!='plan'}
     args |= {f'plan {i}': arms_of(p, native, precision, False)['plan'] for i,p in enumerate(plans)}
@@ -123,15 +127,14 @@ def robust(name, shape, device, budget, times, rounds, block):
         best_single=best, over_single=ratios, slower=[r[2]<0.98 for r in ratios])
 
 def robust_main(names, device, budget, times, rounds, block, refresh, tiny):
-    settings,file = dict(budget=budget, times=times, rounds=rounds, block=block),results/f'plan-robust-{device}.json'
-    kept = json.loads(file.read_text()) if file.exists() and not refresh and not tiny else {}
-    rows = kept['rows'] if all(kept.get(k)==v for k,v in settings.items()) else []
+    file,asked = f'plan-robust-{device}',dict(budget=budget, times=times, rounds=rounds, block=block)
+    rows = kept_rows(file, asked, refresh or tiny)
     for name in names.split(','):
         if name in [r['model'] for r in rows]: continue
         rows.append(robust(name, (2, *models[name][1:]) if tiny else models[name], device, 10. if tiny else budget,
             times, 2 if tiny else rounds, 3 if tiny else block))
         print(rows[-1], flush=True)
-        if not tiny: save(file.stem, rows=rows, **settings)
+        if not tiny: save(file, rows=rows, **asked)
     print('slower than the best single setting by more than 2 %:', sum(map(sum, (r['slower'] for r in rows))), 'of', times*len(rows))
 
 @call_parse
@@ -148,14 +151,14 @@ def main(
 ):
     "Measure and write benchmarks/results/plan-DEVICE.json and .md"
     if robust_times: return robust_main(names, torch.device(device), budget, robust_times, rounds, block, refresh, tiny)
-    device,file = torch.device(device),results/f'plan-{device}.json'
-    found = {} if refresh or tiny or not file.exists() else {f['model']: f for f in json.loads(file.read_text())['found']}
+    device,file = torch.device(device),f'plan-{device}'
+    found = kept_found(file, refresh or tiny)
     for name in names.split(','):
         if name in found: continue
         shape = (2, *models[name][1:]) if tiny else models[name]
         found[name] = measure(name, shape, device, 10. if tiny else budget, 2 if tiny else rounds, 3 if tiny else block, compile)
         print(table([found[name]]), flush=True)
-        if not tiny: save(file.stem, found=[*found.values()], budget=budget, rounds=rounds, block=block)
+        if not tiny: save(file, found=[*found.values()], budget=budget, rounds=rounds, block=block)
     text = table([*found.values()])
     print(text)
-    if not tiny: file.with_suffix('.md').write_text(text+'\n')
+    if not tiny: (results/f'{file}.md').write_text(text+'\n')

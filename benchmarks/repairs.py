@@ -3,7 +3,7 @@ the layers that a trace names
 
 Writes results/repairs-DEVICE.json after each model, and goes on where it was broken off. Ratios above 1: the repaired
 step is faster."""
-import json, statistics, warnings
+import statistics, warnings
 import torch, torchvision
 from fastai.layers import NormType
 from fastai.losses import CrossEntropyLossFlat
@@ -14,7 +14,7 @@ from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.repair import candidates, repair_layer, unrepair_format
 from fastxtend_cl.step import TrainingStep
 from fastxtend_cl.trace import trace_format
-from common import interleave, interval, results, save
+from common import interleave, interval, kept_rows, save
 
 def circular(model):
     "Every padded convolution pads circularly, as for panoramas and textures"
@@ -85,9 +85,8 @@ def main(
     if tiny: bs,size,rounds,block = 2,96,2,2
     device = torch.device(device)
     mode = native_amp_mode(device)
-    path,asked = results/f'repairs-{device.type}.json',dict(bs=bs, size=size, rounds=rounds, block=block)
-    old = json.loads(path.read_text()) if path.exists() and not tiny else {}
-    rows = old['rows'] if {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
+    asked = dict(bs=bs, size=size, rounds=rounds, block=block)
+    rows = kept_rows(f'repairs-{device.type}', asked, tiny)
     for name in names.split(','):
         for precision,dtype in {'fp32': None, **({mode.value: amp_dtypes[mode]} if mode else {})}.items():
             if any((r['model'],r['precision'])==(name, precision) for r in rows): continue

@@ -3,7 +3,7 @@ lists as fully supported, and of fastai's unets
 
 Writes results/trace-DEVICE.json after each model, and goes on where it was broken off. The formats are facts; of the
 times only the share of the step is kept."""
-import gc, json, os, warnings
+import gc, os, warnings
 import torch, torchvision
 from fastai.layers import NormType
 from fastai.losses import CrossEntropyLossFlat
@@ -14,7 +14,7 @@ from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.amp import amp_dtypes
 from fastxtend_cl.step import TrainingStep
 from fastxtend_cl.trace import trace_format
-from common import results, save
+from common import kept_rows, save
 
 supported = ['alexnet', 'mnasnet0_5', 'mnasnet0_75', 'mnasnet1_0', 'mnasnet1_3', 'mobilenet_v2', 'resnet18', 'resnet34',
     'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'shufflenet_v2_x0_5', 'shufflenet_v2_x1_0',
@@ -62,9 +62,8 @@ def main(
     "Trace and write benchmarks/results/trace-DEVICE.json"
     if tiny: bs,size = 2,64
     name = '-'.join(['trace', device, *([autocast] if autocast else [])])
-    path,asked = results/f'{name}.json',dict(bs=bs, size=size, autocast=autocast)
-    old = json.loads(path.read_text()) if path.exists() and not tiny else {}
-    rows = old['rows'] if {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
+    asked = dict(bs=bs, size=size, autocast=autocast)
+    rows = kept_rows(name, asked, tiny)
     todo = [n for n in names.split(',') if n not in {r['model'] for r in rows}]
     if todo: trace_format(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
     for n in progress_bar(todo):

@@ -28,7 +28,7 @@ from .bench import _block, _conditions, _format, _label, _machine, _precision, _
 from .format import FormatWarning, _tensors_in, channels_last_formats, convert_format
 from .hazards import Guard, hazards, restore_forward
 from .memory import can_keep_memory, kept_memory
-from .probe import LayerSpec, LayerTimes, Probe, _other, aten, conv_args, dtypes, is_tiled, tiled_weight_grad
+from .probe import LayerSpec, LayerTimes, Probe, _formatted, _other, aten, conv_args, dtypes, is_tiled, tiled_weight_grad
 from .step import TrainingStep
 
 # %% ../nbs/08_plan.ipynb #b4731b55
@@ -57,13 +57,10 @@ class LayerPlan:
         words += ['weight gradient tiled']*self.tiled + ['dense gradient']*self.dense + ['dense gradient of its mean']*self.pooled
         return ', '.join(words) or 'as it is'
 
-# %% ../nbs/08_plan.ipynb #a819d688
+# %% ../nbs/08_plan.ipynb #4c5ba24a
 def _dtype(name): return dtypes[name] or torch.float32
 
-def _in_format(t, memory_format):
-    if memory_format is None: return t # what follows, unlike `as_channels_last`, can be compiled in a backward pass
-    last = channels_last_formats.get(t.ndim, torch.contiguous_format)
-    return t.contiguous(memory_format=last if memory_format=='channels_last' else torch.contiguous_format)
+def _in_format(t, memory_format): return t if memory_format is None else _formatted(t, memory_format)
 
 def _back(t, like): return t if like is None else _in_format(t, 'contiguous' if like=='channels_last' else 'channels_last')
 
@@ -814,8 +811,7 @@ def plan_formats(
     deadly = _deadly(times)
     extras = _extras(step, dtype) if ('channels_last',low or 'fp32') not in deadly else {}
     plans = _candidates(specs, times, rec.edges(), extras, step.model, low, formats)
-    found = _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference,
-        memory, bar)
+    found = _prove(step, plans, specs, times, left, deadly, low, now, start, budget, compile, inference, memory, bar)
     plan = FormatPlan.from_dict(_share(found.to_dict))
     if cache and _first_rank() and _is_final(plan): _write_cache(cache_file(), key, plan)
     return plan
@@ -880,7 +876,8 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     def finalists(n): return _best(seconds, [a.name for a in singles], n) + _best(seconds, [c.name for c in plans], n)
     def needed(names): return 1.2*(least_pairs+2)*sum(costs[n] for n in ['now', 'now', *names]) # fewer rounds would prove nothing
     memory = memory and all(_ranks(step.device.type=='cpu' and can_keep_memory()))
-    spare = start+(0.9 if memory else 1)*budget-time.perf_counter()
+    for_memory = 0.1*budget if memory else 0.
+    spare = start+budget-for_memory-time.perf_counter()
     short = max(_ranks(5+needed(finalists(2))-spare))>0
     chosen = finalists(1 if short else 2)
     proven = [by_name[n][0] for n in chosen]
@@ -904,7 +901,7 @@ def _prove(step, plans, specs, times, left, deadly, low, now, start, budget, com
     plan.rows = _plan_rows(specs, times, plan, _format(step, now), _precision(step) if step.autocast is not None else 'fp32')
     if memory:
         winning = replace(now if arm=='now' else base, compile=plan.compile)
-        plan.memory = _prove_memory(step, winning, 2+needed([winning.name]), 0.1*budget, bar)
+        plan.memory = _prove_memory(step, winning, 2+needed([winning.name]), for_memory, bar)
         plan.keep_memory = _keeps(plan.memory, plan.changes)
         plan.notes.append(_memory_note(plan.memory, plan.keep_memory))
     if inference:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .format import as_channels_last, apply_channels_last, convolutions
+from .format import apply_channels_last, channels_last_formats, convolutions
 from .hazards import guard, unguard
 from .memory import kept_memory
 
@@ -92,7 +92,9 @@ margin = 10. # a sum in another order rounds differently: errors up to this many
 floors = {'fp32': 1e-4, 'bf16': 0.05, 'fp16': 0.01} # relative errors below these are rounding in any order
 dtypes = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
-def _formatted(t, memory_format): return as_channels_last(t) if memory_format=='channels_last' else t.contiguous()
+def _formatted(t, memory_format): # unlike `as_channels_last`, this can be compiled in a backward pass
+    last = channels_last_formats.get(t.ndim) if memory_format=='channels_last' else None
+    return t.contiguous() if last is None else t.to(memory_format=last)
 
 def _once(layer, x, g, memory_format, precision, input_grad, exact=False):
     "Output and gradients of `layer`, by name"
