@@ -127,13 +127,15 @@ _add(Hazard('bf16 narrow',
     'found 2026-11-21',
     suspect=lambda m: _is_conv(m) and max(m.stride)>1 and any(_pads(m)), applies=_narrow, instead=_in_fp32))
 
-# %% ../nbs/00a_hazards.ipynb #9eb63d9a
+# %% ../nbs/00a_hazards.ipynb #e6dccfca
 def _shallow(m, x, *args, **kwargs):
-    ns = x.shape[-3:]
-    return _is_bf16(m, x) and any(n<d*(k-1)+1 for n,k,d in list(zip(ns, m.kernel_size, m.dilation))[:2])
+    if not _is_bf16(m, x): return False
+    sizes = [x.shape[-3:], *([out_sizes(m, x)] if isinstance(m, _ConvTransposeNd) else [])]
+    return any(n<d*(k-1)+1 for ns in sizes for n,k,d in list(zip(ns, m.kernel_size, m.dilation))[:2])
 
 _add(Hazard('bf16 shallow 3-D',
-    'the weight gradient in bf16 is wrong for a 3-D convolution on an input shallower or lower than its kernel',
+    'the weight gradient in bf16 is wrong for a 3-D convolution on an input, or of a transposed one an output, '
+    'shallower or lower than its kernel',
     'found 2026-11-21',
     suspect=lambda m: _is_conv(m, (3,)) and max(m.kernel_size)>1, applies=_shallow, instead=_in_fp32))
 

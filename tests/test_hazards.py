@@ -8,6 +8,7 @@ from torch import nn
 from hypothesis import given, settings, strategies as st
 from fastxtend_cl.amp import cpu_bf16
 from fastxtend_cl.format import apply_channels_last, apply_contiguous, format_of
+from fastxtend_cl.probe import LayerSpec, Probe
 from fastxtend_cl.hazards import Guard, guard, guarded, hazards, out_sizes, unguard
 
 avx512_bf16 = pytest.mark.skipif(cpu_bf16()!='AVX512-BF16', reason='seen with AVX512-BF16 only')
@@ -146,6 +147,13 @@ def test_conversion_guards_and_takes_away():
     assert (list(model.state_dict())==keys and apply_channels_last(model) is model
         and not isinstance(vars(model[0])['forward'].instance_forward, Guard))
     assert guarded(apply_contiguous(model))=={} and 'forward' not in vars(model[0])
+
+@avx
+@pytest.mark.parametrize('kernel,padding,depth', [(6, 3, 6), (5, 3, 6), (4, 3, 5), (6, 2, 4)])
+def test_a_transposed_layer_with_a_shallow_output_is_guarded(kernel, padding, depth):
+    spec = LayerSpec('ConvTranspose3d', 8, 8, (kernel, 1, 1), (1, 1, 1), (padding, 0, 0), (1, 1, 1), 1, (0, 0, 0), False, 'zeros',
+        (2, 8, depth, 6, 6), True)
+    with Probe() as p: assert p.run(spec, 'channels_last', 'bf16', rounds=3).ok
 
 def test_compiled_with_guards():
     model = apply_channels_last(nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.InstanceNorm2d(8), nn.Conv2d(8, 4, 3)))
