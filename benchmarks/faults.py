@@ -1,0 +1,133 @@
+"""Random convolutions through `tuned_kernels`, looking for kernels that compute wrong results or end the process:
+`python benchmarks/faults.py`
+
+One to three dimensions, transposed, grouped, dilated, strided, padded, in every dtype and in mixed formats. Each call is made in a
+forked child, in memory that holds no zeros, and all three results are compared with double precision; what torch's own kernel
+computes is compared too. A child that dies is replayed call by call. Writes results/faults-cpu.json: how many calls were made, which
+of torch's kernels were wrong, and whether one of ours was."""
+import json, math, os, random, sys, time
+from collections import Counter
+import torch
+from fastcore.script import call_parse
+from fastprogress.fastprogress import progress_bar
+from fastxtend_cl.kernels import Call, deadly, gradient_error, kernel_count, kernel_table, suspicious, tuned_kernels
+from fastxtend_cl.memory import poisoned_memory
+from common import save
+
+aten,dtypes = torch.ops.aten,{'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp64': torch.float64}
+formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+def draw(rng):
+    "A random convolution as plain data"
+    nd = rng.choices((1, 2, 3), (2, 5, 3))[0]
+    def each(values, weights=None): return rng.choices(values, weights, k=nd) if rng.random()<.5 else rng.choices(values, weights)*nd
+    groups = rng.choice((1, 1, 1, 2, 4, 0)) # 0: depthwise
+    if groups==0: groups = c = o = rng.choice((4, 8, 16, 24, 32, 40))
+    else: c,o = groups*rng.choice((1, 2, 3, 4, 5, 8, 12, 16, 24)),groups*rng.choice((1, 2, 4, 5, 8, 16, 24, 32))
+    transposed = rng.random()<.25
+    kernel,stride,dilation = each((1, 2, 3, 5, 7), (4, 2, 6, 2, 1)),each((1, 2, 3, 4), (5, 4, 1, 1)),each((1, 2, 3), (5, 2, 1))
+    padding = [rng.randint(0, d*(k-1)//2+(k>1)) for k,d in zip(kernel, dilation)]
+    output_padding = [rng.randrange(max(s, d)) if transposed and rng.random()<.3 else 0 for s,d in zip(stride, dilation)]
+    most = {1: 64, 2: 40, 3: 12}[nd]
+    size = [rng.choice((rng.randint(1, 8), rng.randint(4, most), most)) for _ in range(nd)]
+    return dict(x=[rng.choice((1, 2, 4, 5)), c, *size], w=[c, o//groups, *kernel] if transposed else [o, c//groups, *kernel],
+        args=[stride, padding, dilation, transposed, output_padding, groups], bias=rng.random()<.5,
+        dtype=rng.choices(list(dtypes), (4, 6, 2, 1))[0], formats=[rng.random()<.75 for _ in 'gxw'], seed=rng.randrange(1<<30))
+
+def out_size(c):
+    (stride,padding,dilation,transposed,extra,_),k = c['args'],c['w'][2:]
+    if transposed: return [(n-1)*s-2*p+d*(k-1)+e+1 for n,s,p,d,k,e in zip(c['x'][2:], stride, padding, dilation, k, extra)]
+    return [(n+2*p-d*(k-1)-1)//s+1 for n,s,p,d,k in zip(c['x'][2:], stride, padding, dilation, k)]
+
+def usable(c):
+    ns = out_size(c)
+    return min(ns)>0 and c['x'][0]*max(math.prod(c['x'][1:]), math.prod(ns)*c['w'][0 if not c['args'][3] else 1]*8)<4e6
+
+def tensors(c):
+    gen,nd = torch.Generator().manual_seed(c['seed']),len(c['x'])-2
+    out = c['w'][1]*c['args'][5] if c['args'][3] else c['w'][0]
+    def make(shape, last):
+        t = torch.randn(shape, generator=gen).to(dtypes[c['dtype']])
+        return t.contiguous(memory_format=formats[nd]) if last and nd in formats else t
+    return [make(s, f) for s,f in zip(([c['x'][0], out, *out_size(c)], c['x'], c['w']), c['formats'])]
+
+def tell(got, want, dtype): return max((gradient_error(a, b, dtype) for a,b in zip(got, want) if b is not None), default=0.)
+
+def run(c):
+    "Errors of torch's forward pass, torch's backward pass (None: not run) and ours, as multiples of what rounding explains"
+    g,x,w = tensors(c)
+    args,dtype,bias = c['args'],dtypes[c['dtype']],[g.shape[1]] if c['bias'] else None
+    mask = [True, True, c['bias']]
+    exact = [t.double().contiguous() for t in (g, x, w)]
+    want = aten.convolution_backward(*exact, bias, *args, mask)
+    forward = aten.convolution(x, w, None, *args)
+    res = dict(forward=tell([forward], [aten.convolution(*exact[1:], None, *args)], dtype), torch=None)
+    call = Call.of((g, x, w, bias, *args, mask))
+    if not deadly(call):
+        with poisoned_memory(): res['torch'] = tell(aten.convolution_backward(g, x, w, bias, *args, mask), want, dtype)
+    since,res['ours'] = kernel_count(),0.
+    for i in range(2): # as decided, and from memory
+        with poisoned_memory() if i else tuned_kernels(), tuned_kernels():
+            res['ours'] = max(res['ours'], tell(aten.convolution_backward(g, x, w, bias, *args, mask), want, dtype))
+    res['suspicious'],res['deadly'] = suspicious(call),deadly(call)
+    res['corrected'] = [k.kernel for _,k in kernel_table(since).rows if k.corrected]
+    return res
+
+def child(cases, write):
+    torch.set_num_threads(1)
+    for i,c in enumerate(cases):
+        os.write(write, f'{i}\n'.encode())
+        try: r = run(c)
+        except RuntimeError as e: r = dict(raised=(str(e).splitlines() or [''])[0][:120])
+        os.write(write, (json.dumps(r)+'\n').encode())
+
+def forked(cases, seconds=120):
+    "What a child answers, and its exit status"
+    read,write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(read)
+        try: child(cases, write)
+        finally: os._exit(0)
+    os.close(write)
+    out = b''
+    while chunk := os.read(read, 1<<16): out += chunk
+    os.close(read)
+    return [json.loads(l) for l in out.decode().splitlines() if l.startswith('{')],os.waitpid(pid, 0)[1]
+
+@call_parse
+def main(
+    n:int=20_000, # Calls
+    seed:int=0,
+    each:int=50, # Calls of a child
+    tiny:bool=False, # 100 calls; writes nothing
+):
+    "Look for faulty kernels and write results/faults-cpu.json"
+    os.environ['FASTXTEND_CL_CACHE'] = os.devnull # each child decides by itself
+    import warnings; warnings.simplefilter('ignore')
+    rng,cases,found,died,raised,start = random.Random(seed),[],[],[],Counter(),time.time()
+    while len(cases)<(100 if tiny else n):
+        if usable(c := draw(rng)): cases.append(c)
+    for i in progress_bar(range(0, len(cases), each), leave=False):
+        some = cases[i:i+each]
+        while some:
+            answers,status = forked(some)
+            found += zip(some, answers)
+            if not status and len(answers)==len(some): break
+            at = some[len(answers)]
+            died.append(dict(at, status=status, again=[forked([at])[1] for _ in range(10)]))
+            some = some[len(answers)+1:]
+    for _,r in found:
+        if 'raised' in r: raised[r['raised']] += 1
+    ok = [(c,r) for c,r in found if 'raised' not in r]
+    def bad(key): return [dict(c, **{k: v for k,v in r.items()}) for c,r in ok if r[key] is not None and not r[key]<=1]
+    wrong,ours,forward = bad('torch'),bad('ours'),bad('forward')
+    summary = dict(calls=len(cases), compared=len(ok), raised=dict(raised), died=len(died), never_run=sum(r['deadly'] for _,r in ok),
+        torch_wrong=len(wrong), torch_wrong_not_known_by_condition=sum(not w['suspicious'] for w in wrong), ours_wrong=len(ours),
+        forward_wrong=len(forward), corrected=dict(Counter(k for _,r in ok for k in r['corrected'])),
+        known_by_condition=sum(r['suspicious'] for _,r in ok), by_dtype=dict(Counter(c['dtype'] for c,_ in ok)),
+        wrong_by_dtype=dict(Counter(w['dtype'] for w in wrong)), seconds=round(time.time()-start))
+    print(json.dumps(summary, indent=1))
+    for o in (*died[:5], *ours[:5], *forward[:5]): print(o)
+    if not tiny: save('faults-cpu', summary=summary, died=died, ours_wrong=ours, forward_wrong=forward[:50],
+        not_known_by_condition=[w for w in wrong if not w['suspicious']][:50], torch_wrong=wrong[:200])

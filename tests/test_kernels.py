@@ -1,0 +1,668 @@
+"Each convolution in the fastest correct way: faults, decisions, cache, and that nothing else notices"
+import copy, io, json, os, pickle, subprocess, sys, threading, time, warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+import pytest, torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+import fastxtend_cl.kernels as K
+from fastxtend_cl.kernels import (Call, Way, as_is, deadly, deadly_layers, fixed_kernels, kernel_count, kernel_table, suspicious,
+    tuned_kernels, tuning_line)
+from fastxtend_cl.memory import poisoned_memory
+from helpers import caught_warnings
+
+aten,bf16 = torch.ops.aten,torch.bfloat16
+formats = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+native_bf16 = torch.cpu.get_capabilities().get('avx512_bf16') is True
+glibc = sys.platform=='linux'
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    "A cache and decisions of its own for each test"
+    monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path/'cache'))
+    fresh = K._Now()
+    monkeypatch.setattr(K, '_now', fresh)
+    yield fresh
+    assert fresh.mode is None and not fresh.stack and not fresh.fixed
+
+def rel(a, b): return ((a.double()-b.double()).norm()/b.double().norm().clamp_min(1e-30)).item()
+
+def inputs(x, w, args, dtype=bf16, last=True, seed=0):
+    "Gradient, input, weight of a convolution"
+    gen = torch.Generator().manual_seed(seed)
+    def make(shape):
+        t = torch.randn(shape, generator=gen).to(dtype)
+        return t.contiguous(memory_format=formats[len(shape)]) if last else t
+    x,w = make(x),make(w)
+    return make(aten.convolution(x.double().contiguous(), w.double().contiguous(), None, *args).shape),x,w
+
+def exact(g, x, w, args, mask=(True, True, True)):
+    return aten.convolution_backward(*(t.double().contiguous() for t in (g, x, w)), [g.shape[1]], *args, list(mask))
+
+def backward(g, x, w, args, mask=(True, True, True)):
+    return aten.convolution_backward(g, x, w, [g.shape[1]], *args, list(mask))
+
+# Name: input, weight; stride, padding, dilation, transposed, output padding, groups
+faults = {
+    'dilated': ((2,24,32,32), (24,24,3,3), ([1,1],[2,2],[2,2],False,[0,0],1)),
+    'dilated, stride in W': ((2,24,34,66), (24,24,3,3), ([1,2],[2,2],[2,2],False,[0,0],1)),
+    'dilated, transposed': ((2,24,32,32), (24,24,3,3), ([1,1],[2,2],[2,2],True,[0,0],1)),
+    'dilated, transposed 3-D': ((2,24,4,32,32), (24,24,3,3,3), ([1,1,1],[1,2,1],[1,2,1],True,[0,0,0],1)),
+    'narrow': ((2,16,32,2), (32,16,3,3), ([4,4],[1,1],[1,1],False,[0,0],1)),
+    'short 1-D': ((8,64,1), (64,64,7), ([2],[3],[1],False,[0],1)),
+    'shallow 3-D': ((2,16,2,12,12), (16,16,4,3,3), ([1,1,1],[1,1,1],[1,1,1],False,[0,0,0],1)),
+    'shallow transposed 3-D': ((2,8,1,8,8), (8,8,6,1,1), ([1,1,1],[2,0,0],[1,1,1],True,[0,0,0],1)),
+    'depthwise': ((2,32,12,12), (32,1,5,5), ([1,1],[2,2],[1,1],False,[0,0],32)),
+    'grouped, kernel 7, stride 2': ((2,16,15,13), (32,4,7,7), ([2,2],[3,3],[1,1],False,[0,0],4)),
+    'padding on one side': ((2,8,9,9), (8,8,3,1), ([1,1],[1,0],[1,1],False,[0,0],1)),
+}
+
+@pytest.mark.parametrize('mode', ['tuned', 'correct'])
+@pytest.mark.parametrize('dtype', [bf16, torch.float16, torch.float32])
+@pytest.mark.parametrize('name', faults)
+def test_gradients_are_right_whatever_memory_holds(name, dtype, mode):
+    "Over several steps and states of memory; the tolerances are a few times the rounding of each dtype"
+    x,w,args = faults[name]
+    tol = {bf16: 4e-3, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    for seed in range(3):
+        ts = inputs(x, w, args, dtype, seed=seed)
+        want = exact(*ts, args)
+        for poisoned in (False, True, False):
+            for shape in (x, w, ts[0].shape): torch.full(shape, float('nan')) # what is freed holds NaN
+            with tuned_kernels(mode):
+                if poisoned:
+                    with poisoned_memory(): got = backward(*ts, args)
+                else: got = backward(*ts, args)
+            for a,b,like in zip(got, want, (*ts[1:], None)):
+                assert rel(a, b)<tol and a.dtype==dtype
+                if like is not None: assert a.shape==like.shape
+
+@pytest.mark.skipif(not (native_bf16 and glibc), reason='the kernels of AVX512-BF16, and a memory that can be poisoned')
+@pytest.mark.parametrize('name', ['dilated', 'dilated, transposed', 'narrow', 'short 1-D'])
+def test_upstream_still_has_these_faults(name):
+    "If this fails, torch has been mended: shorten the table and `suspicious`"
+    x,w,args = faults[name]
+    ts = inputs(x, w, args)
+    with poisoned_memory(): got = backward(*ts, args)
+    assert not rel(got[1], exact(*ts, args)[1])<0.1
+
+def test_verification_alone_finds_the_faults(monkeypatch):
+    "Also where no condition is known"
+    monkeypatch.setattr(K, 'suspicious', lambda call: False)
+    for name in ('dilated', 'dilated, transposed', 'narrow', 'short 1-D'):
+        x,w,args = faults[name]
+        ts = inputs(x, w, args)
+        with tuned_kernels(): got = backward(*ts, args)
+        assert rel(got[1], exact(*ts, args)[1])<4e-3
+    if native_bf16 and glibc: assert sum(c.corrected for _,c in kernel_table().rows)>=4
+
+def test_known_conditions_hold_where_memory_cannot_be_poisoned(monkeypatch):
+    "The fault of the 1-D convolution shows by chance only; its condition does not"
+    x,w,args = faults['short 1-D']
+    monkeypatch.setattr(K._Bench, 'verify', lambda self, way: (1e-3, 0.)) # all seems right
+    with tuned_kernels(): backward(*inputs(x, w, args), args)
+    (_,c), = [r for r in kernel_table().rows if r[1].kernel=='wgrad']
+    assert c.way!=as_is and 'not trusted' in c.errors['as is'] and c.reason=='as is is wrong'
+
+# Planted faults
+
+plain_case = (2,16,12,12), (16,16,3,3), ([1,1],[1,1],[1,1],False,[0,0],1)
+
+def plant(monkeypatch, change, which=as_is):
+    "Let torch's own way return what `change` makes of it"
+    original = K._compute
+    def f(kernel, ks, way, args, mask):
+        res = original(kernel, ks, way, args, mask)
+        return tuple(None if t is None else change(t) for t in res) if way==which else res
+    monkeypatch.setattr(K, '_compute', f)
+
+def one_element(t):
+    t = t.clone(); t.view(-1)[t.numel()//2] += 1.*t.abs().max()
+    return t
+
+@pytest.mark.parametrize('change', [lambda t: 1.1*t, lambda t: t*float('nan'), one_element, lambda t: t.roll(1, 0), torch.zeros_like],
+    ids=['scaled', 'NaN', 'one element', 'shifted', 'zero'])
+@pytest.mark.parametrize('dtype', [bf16, torch.float32])
+def test_a_planted_fault_is_found(monkeypatch, change, dtype):
+    plant(monkeypatch, change)
+    x,w,args = plain_case
+    ts = inputs(x, w, args, dtype)
+    with tuned_kernels(): got = backward(*ts, args)
+    assert all(c.corrected and c.reason=='as is is wrong' for _,c in kernel_table().rows)
+    for a,b in zip(got, exact(*ts, args)): assert rel(a, b)<4e-3
+    assert '1 input gradient corrected' in tuning_line()
+
+def test_without_the_fault_nothing_is_corrected():
+    x,w,args = plain_case
+    with tuned_kernels(): backward(*inputs(x, w, args), args)
+    assert not any(c.corrected for _,c in kernel_table().rows)
+
+def test_a_faster_way_is_taken_only_by_a_clear_margin(monkeypatch):
+    x,w,args = plain_case
+    for t,taken in ((0.95, False), (0.5, True)):
+        monkeypatch.setattr(K, '_now', K._Now())
+        monkeypatch.setattr(K._Bench, 'race', lambda self, ways: {w: t if w.fp32 and not w.contiguous else 1. for w in ways})
+        with tuned_kernels(): backward(*inputs(x, w, args), args)
+        assert all((c.way==Way(fp32=True))==taken for _,c in kernel_table().rows)
+        K._now.known.clear()
+        K._cache_file().unlink()
+
+def test_a_way_that_raises_is_no_candidate(monkeypatch):
+    def fail(t): raise RuntimeError('could not create a primitive')
+    plant(monkeypatch, fail, Way(fp32=True))
+    x,w,args = plain_case
+    with tuned_kernels(): backward(*inputs(x, w, args), args)
+    assert all(c.errors['fp32']=='RuntimeError: could not create a primitive' for _,c in kernel_table().rows)
+
+def test_errors_of_the_user_stay_torchs_own():
+    g,x,w = inputs(*plain_case)
+    with tuned_kernels():
+        for bad in ((g[:,:5], x, w), (g, x[:,:3], w)):
+            with pytest.raises(RuntimeError): backward(*bad, plain_case[2])
+
+# Kernels that end the process
+
+dies = '''
+import torch, sys
+sys.path.insert(0, {path!r})
+from fastxtend_cl.kernels import tuned_kernels, deadly_layers
+torch.set_num_threads(1)
+for m,x in ((torch.nn.Conv2d(3, 8, 1, stride=2), torch.randn(2, 3, 256, 256)), (torch.nn.ConvTranspose2d(8, 3, 1, stride=2), torch.randn(2, 8, 128, 128))):
+    m,x = m.to(memory_format=torch.channels_last),x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert deadly_layers(m)==['']
+    for i in range(20):
+        with tuned_kernels({mode!r}), torch.autocast('cpu', torch.bfloat16, enabled={amp}): m(x).float().square().sum().backward()
+        junk = [torch.randn(n) for n in range(1, 400, 7)]
+    y = m.double().weight.grad
+    assert y.isfinite().all()
+print('alive')
+'''
+@pytest.mark.parametrize('mode,amp', [('tuned', False), ('tuned', True), ('correct', False), ('survive', False)])
+def test_kernels_that_end_the_process_are_never_run(root, mode, amp):
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', dies.format(path=str(root), mode=mode, amp=amp)], capture_output=True, text=True)
+    assert r.returncode==0 and r.stdout=='alive\n', (r.returncode, r.stderr[-1000:])
+
+def test_no_candidate_may_end_the_process():
+    for w,x,transposed in (((8,3,1,1), (2,3,16,16), False), ((8,3,1,1), (2,8,16,16), True)):
+        args = ([2,2],[0,0],[1,1],transposed,[0,0],1)
+        for dtype in (bf16, torch.float32):
+            g,xx,ww = inputs(x, w, args, dtype)
+            call = Call.of((g, xx, ww, None, *args, [True]*3))
+            assert deadly(call, Way(fp32=True)) and not deadly(call, K.trusted(call))
+            assert not any(deadly(call, o) for k in ('dgrad', 'wgrad') for o in K.candidates(call, k))
+
+def test_ambiguous_weights_are_made_contiguous_in_earnest():
+    "A 1x1 weight in channels last says that it is contiguous, and torch reads it as channels last"
+    w = torch.randn(8, 3, 1, 1).to(memory_format=torch.channels_last)
+    assert w.is_contiguous() and w.stride()!=K._contiguous(w).stride()==(3, 1, 1, 1)
+
+def test_a_cache_cannot_bring_a_deadly_way_back(tmp_path):
+    args = ([2,2],[0,0],[1,1],False,[0,0],1)
+    ts = inputs((2,3,16,16), (8,3,1,1), args, torch.float32)
+    call = Call.of((*ts, [8], *args, [True]*3))
+    with tuned_kernels(): machine = K._machine(K._now.now)
+    c = dict(way='as is', reason='as is', seconds={}, errors={})
+    K._write_cache(machine, {K._key(call): dict(dgrad=c, wgrad=c)})
+    with tuned_kernels(): backward(*ts, args)
+    assert all(c.way!=as_is for _,c in kernel_table().rows)
+
+# Modes
+
+def test_modes(monkeypatch):
+    x,w,args = plain_case
+    plant(monkeypatch, lambda t: 2*t)
+    ts = inputs(x, w, args)
+    with tuned_kernels('survive'): assert torch.equal(backward(*ts, args)[1], backward(*ts, args)[1]) and not kernel_count()
+    with tuned_kernels('correct'):
+        got = backward(*ts, args)
+        with tuned_kernels('survive'): pass
+        assert K._now.mode=='correct'
+    assert rel(got[1], exact(*ts, args)[1])<4e-3
+    assert all(not c.seconds for _,c in kernel_table().rows) and tuning_line().startswith('Checked 1 convolution in ')
+    assert K._now.mode is None
+
+@pytest.mark.parametrize('bad', ['fast', None, True])
+def test_another_mode_is_refused(bad):
+    with pytest.raises(ValueError, match=f"mode must be 'tuned', 'correct' or 'survive', got {bad!r}"):
+        with tuned_kernels(bad): pass
+    with pytest.raises(ValueError, match='benchmark_limit must be a number of shapes, 0 or more, got -1'):
+        with tuned_kernels(benchmark_limit=-1): pass
+
+def test_contexts_may_end_in_any_order_and_by_any_exception():
+    a,b = tuned_kernels(),tuned_kernels('survive')
+    a.__enter__(); b.__enter__(); a.__exit__(None, None, None)
+    assert K._now.mode=='survive'
+    b.__exit__(None, None, None)
+    for e in (KeyboardInterrupt, ValueError):
+        with pytest.raises(e):
+            with tuned_kernels(): raise e
+        assert K._now.mode is None
+
+def test_an_interrupt_while_deciding_leaves_nothing(monkeypatch):
+    x,w,args = plain_case
+    def interrupt(self, ways): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(K._Bench, 'race', interrupt)
+        with pytest.raises(KeyboardInterrupt), tuned_kernels(): backward(*inputs(x, w, args), args)
+    assert not kernel_count()
+    with tuned_kernels(): backward(*inputs(x, w, args), args)
+    assert kernel_count()==1
+
+# Repeatable
+
+def train(mode='tuned', steps=3):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 5, padding=2, groups=16),
+        nn.Conv2d(16, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).to(memory_format=torch.channels_last)
+    opt,x,y = torch.optim.SGD(m.parameters(), 0.1),torch.randn(4, 3, 24, 24).contiguous(memory_format=torch.channels_last),torch.arange(4)%2
+    for _ in range(steps):
+        with tuned_kernels(mode), torch.autocast('cpu', bf16): loss = F.cross_entropy(m(x).float(), y)
+        with tuned_kernels(mode): loss.backward()
+        opt.step(); opt.zero_grad()
+    return [p.detach() for p in m.parameters()]
+
+def test_fixed_kernels_time_nothing_and_repeat(monkeypatch):
+    def timed(*args): raise AssertionError('timed')
+    monkeypatch.setattr(K._Bench, 'race', timed)
+    with fixed_kernels(): first = train()
+    monkeypatch.undo()
+
+@pytest.mark.parametrize('how', ['fixed_kernels', 'use_deterministic_algorithms', 'cudnn.deterministic'])
+def test_two_repeatable_runs_are_equal_also_with_tuning_between(how, monkeypatch):
+    def run():
+        if how=='fixed_kernels':
+            with fixed_kernels(): return train()
+        flag = torch.backends.cudnn.deterministic
+        try:
+            if how=='cudnn.deterministic': torch.backends.cudnn.deterministic = True
+            else: torch.use_deterministic_algorithms(True)
+            return train()
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.backends.cudnn.deterministic = flag
+    races,race = [],K._Bench.race
+    monkeypatch.setattr(K._Bench, 'race', lambda self, ways: races.append(1) or race(self, ways))
+    first = run()
+    assert not races
+    train() # times all, and may choose others
+    assert races
+    races.clear()
+    assert all(map(torch.equal, first, run())) and not races
+
+# Shapes that vary
+
+def test_only_so_many_shapes_of_a_layer_are_timed(monkeypatch):
+    raced,race = [],K._Bench.race
+    monkeypatch.setattr(K._Bench, 'race', lambda self, ways: raced.append(self.call.x[0][2]) or race(self, ways))
+    (_,c,*_),w,args = plain_case
+    with tuned_kernels(benchmark_limit=3):
+        got = {n: backward(*inputs((2,c,n,n), w, args), args)[1] for n in range(8, 24)}
+    for n,g in got.items(): assert rel(g, exact(*inputs((2,c,n,n), w, args), args)[1])<4e-3
+    assert set(raced)=={8, 9, 10}
+    rest = [c for k,c in kernel_table().rows if k.x[0][2]>10]
+    assert len(rest)==26 and all(c.reason=='nearest shape' for c in rest)
+
+def test_the_nearest_shapes_choice_is_checked(monkeypatch):
+    "A way that is wrong for the new shape only"
+    (_,c,*_),w,args = plain_case
+    original = K._compute
+    def f(kernel, ks, way, a, mask):
+        res = original(kernel, ks, way, a, mask)
+        return tuple(None if t is None else t*2 for t in res) if way==as_is and a[1].shape[2]==20 else res
+    with tuned_kernels(benchmark_limit=1):
+        backward(*inputs((2,c,8,8), w, args), args)
+        monkeypatch.setattr(K, '_compute', f)
+        ts = inputs((2,c,20,20), w, args)
+        for a,b in zip(backward(*ts, args), exact(*ts, args)): assert rel(a, b)<4e-3
+    assert len([1 for _,c in kernel_table().rows if c.reason=='nearest shape' and c.way==Way(fp32=True, contiguous=True)])==2
+
+def test_shapes_without_end_are_trusted_in_the_end(monkeypatch):
+    "After ten times the limit, checks of a layer that were all right stop"
+    checked,verify = [],K._Bench.verify
+    monkeypatch.setattr(K._Bench, 'verify', lambda self, way: checked.append(self.call.x[0][2:]) or verify(self, way))
+    w,args = (4,4,3,3),plain_case[2]
+    with tuned_kernels(benchmark_limit=1):
+        for n in range(8, 8+13): backward(*inputs((1,4,n,5), w, args), args)
+    assert (18,5) in checked and (20,5) not in checked
+
+# Memory
+
+def test_large_layers_are_judged_on_a_few_samples():
+    call = Call(*[((64,8,512,512), (8*512*512,1,8*512,8), bf16)]*2, ((8,8,3,3), (72,1,24,8), bf16), *plain_case[2][:3], False, (0,0), 1, (True,)*3)
+    g,x,w,*_ = K.make_args(call)
+    assert g.shape==x.shape==(2,8,512,512) and g.stride()==(8*512*512,1,8*512,8) and w.shape==(8,8,3,3)
+
+def no_memory(*args, **kwargs): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+@pytest.mark.parametrize('where', ['make_args', 'verify', 'race'])
+def test_where_memory_runs_out_a_condition_decides(monkeypatch, where):
+    monkeypatch.setattr(*((K, where) if where=='make_args' else (K._Bench, where)), no_memory)
+    for name,way in (('dilated', Way(fp32=True, contiguous=True)), ('depthwise', as_is)):
+        since = kernel_count()
+        x,w,args = faults[name]
+        ts = inputs(x, w, args)
+        with tuned_kernels(): got = backward(*ts, args)
+        (c,) = [c for _,c in kernel_table(since).rows if c.kernel=='wgrad']
+        assert c.way==way and c.reason=='not verified' and rel(got[1], exact(*ts, args)[1])<4e-3
+
+def test_decisions_do_not_depend_on_data():
+    "Gradients of zero, as behind a batch norm that starts at zero, and infinite ones, as of fp16, are no reason to trust or reject"
+    x,w,args = faults['dilated']
+    g,xx,ww = inputs(x, w, args)
+    for bad in (torch.zeros_like(g), g*float('inf'), g*float('nan')):
+        K._now.books.clear(); K._now.known.clear()
+        if K._cache_file().exists(): K._cache_file().unlink()
+        since = kernel_count()
+        with tuned_kernels(): backward(bad, xx, ww, args); got = backward(g, xx, ww, args)
+        (c,) = [c for _,c in kernel_table(since).rows if c.kernel=='wgrad']
+        assert c.way!=as_is and rel(got[1], exact(g, xx, ww, args)[1])<4e-3
+
+def test_the_random_generator_is_not_touched():
+    x,w,args = plain_case
+    ts = inputs(x, w, args)
+    torch.manual_seed(3); want = torch.rand(3); torch.manual_seed(3)
+    with tuned_kernels(): backward(*ts, args)
+    assert torch.equal(torch.rand(3), want)
+
+# What autograd and torch's other machinery make of it
+
+class User(nn.Module):
+    "A layer of a user's own, with a faulty convolution inside"
+    def __init__(self):
+        super().__init__()
+        self.weight,self.first = nn.Parameter(0.1*torch.randn(24, 24, 3, 3).contiguous(memory_format=torch.channels_last)),nn.Conv2d(3, 24, 3, padding=1)
+    def forward(self, x):
+        w = self.weight-self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(self.first(x), w, padding=2, dilation=2)
+
+def user_grads(m, x, dtype, run=None):
+    m = copy.deepcopy(m).to(dtype)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    (run or m)(x).square().mean().backward() if run is None else run(m, x)
+    return [x.grad,*(p.grad for p in m.parameters())]
+
+def user_case():
+    torch.manual_seed(0)
+    return User(),torch.randn(2, 3, 32, 32)
+
+def close(got, want, tol=0.02): # bf16 through two convolutions
+    for a,b in zip(got, want): assert rel(a, b)<tol
+
+def loss_backward(m, x): m(x).float().square().mean().backward()
+
+def test_a_users_own_layer():
+    m,x = user_case()
+    with tuned_kernels(): close(user_grads(m, x, bf16, loss_backward), user_grads(m, x, torch.float64))
+
+def test_compiled():
+    m,x = user_case()
+    with tuned_kernels(): got = user_grads(m, x, bf16, lambda m, x: loss_backward(torch.compile(m, backend='aot_eager'), x))
+    close(got, user_grads(m, x, torch.float64))
+    assert any(c.corrected for _,c in kernel_table().rows) or not native_bf16
+
+def test_compiled_by_inductor():
+    m,x = user_case()
+    with tuned_kernels(): got = user_grads(m, x, bf16, lambda m, x: loss_backward(torch.compile(m, fullgraph=True), x))
+    close(got, user_grads(m, x, torch.float64))
+    assert kernel_count()
+
+def test_scripted_and_symbolically_traced():
+    m,x = user_case()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        def scripted(m, x): loss_backward(torch.jit.trace(m, x), x)
+        def traced(m, x): loss_backward(torch.fx.symbolic_trace(m), x)
+        for run in (scripted, traced):
+            with tuned_kernels(): close(user_grads(m, x, bf16, run), user_grads(m, x, torch.float64))
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_checkpointed(reentrant):
+    m,x = user_case()
+    with tuned_kernels(): got = user_grads(m, x, bf16, lambda m, x: checkpoint(m, x, use_reentrant=reentrant).float().square().mean().backward())
+    close(got, user_grads(m, x, torch.float64))
+
+def test_double_backward():
+    m = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(3, 3, 5, padding=2, groups=3)).double().to(memory_format=torch.channels_last)
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    def f(x): return m(x).mean((2, 3))
+    with tuned_kernels():
+        assert torch.autograd.gradcheck(f, x) and torch.autograd.gradgradcheck(f, x)
+
+def test_functional_transforms():
+    m,x = user_case()
+    params = {n: p.detach() for n,p in m.named_parameters()}
+    def loss(params, x): return torch.func.functional_call(m, params, (x[None],)).square().mean()
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    with tuned_kernels(): got = per_sample(params, x)
+    want = per_sample({n: p.double() for n,p in params.items()}, x.double())
+    for n in params: assert rel(got[n], want[n])<1e-4
+    with tuned_kernels(): torch.func.jacfwd(lambda x: loss(params, x))(x[0])
+
+def test_hooks_run_once_and_the_model_is_not_touched():
+    m,x = user_case()
+    seen = []
+    hooks = [m.first.register_forward_hook(lambda *a: seen.append('forward')), m.first.register_full_backward_hook(lambda *a: seen.append('backward'))]
+    before = {n: {k: v for k,v in vars(o).items() if not k.startswith('_')} for n,o in m.named_modules()}
+    with tuned_kernels(): loss_backward(m, x)
+    assert seen==['forward', 'backward']
+    assert before=={n: {k: v for k,v in vars(o).items() if not k.startswith('_')} for n,o in m.named_modules()}
+    for h in hooks: h.remove()
+    file = io.BytesIO()
+    with tuned_kernels(): torch.save(m, file); pickle.loads(pickle.dumps(copy.deepcopy(nn.Conv2d(2, 2, 1))))
+    assert b'fastxtend' not in file.getvalue()
+
+def test_threads():
+    "Several that meet new calls at once; each call is decided once"
+    cases = [inputs((2,c,12,12), (c,c,3,3), plain_case[2], seed=i) for i,c in enumerate((4, 8, 12, 16)*4)]
+    with tuned_kernels(), ThreadPoolExecutor(8) as pool: got = list(pool.map(lambda ts: backward(*ts, plain_case[2]), cases))
+    for ts,g in zip(cases, got):
+        for a,b in zip(g, exact(*ts, plain_case[2])): assert rel(a, b)<4e-3
+    assert kernel_count()==4
+
+ranks = '''
+import os, sys, torch, torch.distributed as dist
+from torch import nn
+sys.path.insert(0, {path!r})
+from fastxtend_cl.kernels import tuned_kernels, kernel_count
+torch.set_num_threads(1); torch.manual_seed(0)
+dist.init_process_group('gloo', init_method='file://{file}', rank=int(sys.argv[1]), world_size=2)
+m = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3, padding=2, dilation=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 2)).to(memory_format=torch.channels_last))
+opt = torch.optim.SGD(m.parameters(), 0.1)
+x = torch.randn(4, 3, 34, 34, generator=torch.Generator().manual_seed(dist.get_rank())).contiguous(memory_format=torch.channels_last)
+for _ in range(3):
+    with tuned_kernels(), torch.autocast('cpu', torch.bfloat16): loss = nn.functional.cross_entropy(m(x).float(), torch.arange(4)%2)
+    with tuned_kernels(): loss.backward()
+    opt.step(); opt.zero_grad()
+assert kernel_count()==2 and all(p.isfinite().all() for p in m.parameters())
+print(sum(p.double().sum().item() for p in m.parameters()))
+'''
+def test_two_ranks(root, tmp_path):
+    code = ranks.format(path=str(root), file=tmp_path/'store')
+    procs = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    outs = [p.communicate(timeout=300) for p in procs]
+    assert [p.returncode for p in procs]==[0, 0], outs
+    assert outs[0][0]==outs[1][0]
+
+# The other operators
+
+def grads_of(f, x, g, mode):
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = f(x)
+    if mode is None: y.backward(g)
+    else:
+        with tuned_kernels(mode): y.backward(g)
+    return x.grad
+
+slow = {'relu': F.relu, 'hardtanh': F.relu6, 'hardswish': F.hardswish, 'hardsigmoid': F.hardsigmoid, 'silu': F.silu, 'gelu': F.gelu,
+    'gelu tanh': lambda x: F.gelu(x, approximate='tanh'), 'leaky': F.leaky_relu, 'mish': F.mish, 'sigmoid': torch.sigmoid, 'elu': F.elu,
+    'batch norm': lambda x: F.batch_norm(x, None, None, training=True), 'group norm': lambda x: F.group_norm(x, 2)}
+
+def arrivals(shape):
+    "The gradient as a slice of a larger one, an expanded view, and in the other format"
+    n,c,*hw = shape
+    big = torch.randn(n, c+4, *hw).contiguous(memory_format=formats[len(shape)])
+    return {'slice': big[:,2:2+c], 'expanded': torch.randn(n, c, *[1]*len(hw)).expand(shape), 'contiguous': torch.randn(shape)}
+
+@pytest.mark.parametrize('name', slow)
+@pytest.mark.parametrize('shape', [(2,8,6,6), (2,4,3,4,4)])
+def test_gradients_in_other_strides(name, shape):
+    x = torch.randn(shape).contiguous(memory_format=formats[len(shape)])
+    for kind,g in arrivals(shape).items():
+        got,want = grads_of(slow[name], x, g, 'tuned'),grads_of(slow[name], x.double().contiguous(), g.double().contiguous(), None)
+        assert rel(got, want)<1e-5, kind
+        assert got.is_contiguous(memory_format=formats[len(shape)]), kind
+
+def test_instance_norm_of_a_batch_of_one():
+    "Its input gradient is wrong in mixed formats"
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+    x,g = (torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    want = grads_of(copy.deepcopy(norm).double(), x.double().contiguous(), g.double().contiguous(), None)
+    for mode in ('tuned', 'correct'): assert rel(grads_of(norm, x, g, mode), want)<1e-5
+
+@pytest.mark.parametrize('f', [lambda x: x.mean((2, 3)), lambda x: x.mean((-1, -2), keepdim=True), lambda x: F.adaptive_avg_pool2d(x, 1),
+    lambda x: x.mean([2, 3]), lambda x: x.mean(1), lambda x: x.mean((2, 3), dtype=torch.float64), lambda x: x.mean((1, 2, 3)),
+    lambda x: x.mean(), lambda x: x.mean(2)])
+def test_the_gradient_of_a_mean(f):
+    x = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
+    def run(x, mode):
+        x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        def step(): y = f(x*1); y.sin().sum().backward(); return y.detach(),x.grad
+        if mode is None: return step()
+        with tuned_kernels(mode): return step()
+    got,want = run(x, 'tuned'),run(x.double().contiguous(), None)
+    for a,b in zip(got, want): assert a.shape==b.shape and (a-b).abs().max()<1e-6
+
+def test_a_mean_over_pixels_has_its_gradient_in_channels_last():
+    x = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    formats_seen = []
+    def run():
+        y = x*1
+        y.register_hook(lambda g: formats_seen.append(g.is_contiguous(memory_format=torch.channels_last)))
+        y.mean((2, 3)).square().sum().backward()
+    run()
+    with tuned_kernels(): run()
+    assert formats_seen==[False, True]
+
+def test_nll_loss_of_a_channels_last_output():
+    "Torch itself raises; `log_softmax` before it hides that"
+    torch.manual_seed(0)
+    x,y = torch.randn(2, 5, 4, 4),torch.randint(5, (2, 4, 4))
+    x.requires_grad_(); F.nll_loss(x, y).backward()
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with tuned_kernels('correct'): F.nll_loss(last, y).backward()
+    assert torch.equal(last.grad, x.grad)
+    with pytest.raises(RuntimeError, match='contiguous'): F.nll_loss(last, y).backward()
+
+# The cache
+
+def test_choices_are_kept_between_processes(monkeypatch):
+    x,w,args = faults['depthwise']
+    ts = inputs(x, w, args)
+    with tuned_kernels(): want = backward(*ts, args)
+    old = kernel_table()
+    monkeypatch.setattr(K, '_now', K._Now())
+    def judged(*args): raise AssertionError('decided again')
+    monkeypatch.setattr(K, '_decide', judged)
+    with tuned_kernels(): got = backward(*ts, args)
+    assert all(map(torch.equal, got, want)) and tuning_line() is None
+    assert [(str(k), c.way, c.seconds) for k,c in kernel_table().rows]==[(str(k), c.way, c.seconds) for k,c in old.rows]
+
+@pytest.mark.parametrize('what', ['threads', 'precision'])
+def test_another_setting_is_another_choice(what):
+    x,w,args = plain_case
+    ts,n,p = inputs(x, w, args),torch.get_num_threads(),torch.get_float32_matmul_precision()
+    with tuned_kernels(): backward(*ts, args)
+    try:
+        if what=='threads': torch.set_num_threads(n+1)
+        else: torch.set_float32_matmul_precision('medium')
+        with tuned_kernels(): backward(*ts, args)
+    finally: torch.set_num_threads(n); torch.set_float32_matmul_precision(p)
+    assert kernel_count()==2 and not any(d.cached for d in K._now.log)
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"version": 99}', '{"version": 1}', '{"version": 1, "machines": []}',
+    '{"version": 1, "machines": {"a": 3}}', '\0\1'])
+def test_a_damaged_cache_is_written_anew(text):
+    file = K._cache_file()
+    file.parent.mkdir(parents=True); file.write_text(text)
+    x,w,args = plain_case
+    with caught_warnings() as caught, tuned_kernels(): backward(*inputs(x, w, args), args)
+    assert [o.category for o in caught]==[K.KernelWarning] and 'cannot be used and will be measured again' in str(caught[0].message)
+    assert json.loads(file.read_text())['version']==1
+
+@pytest.mark.parametrize('change', [lambda c: {}, lambda c: {**c, 'way': 'magic'}, lambda c: {**c, 'way': 3}, lambda c: {**c, 'seconds': 'x'}, lambda c: None])
+def test_foreign_entries_are_decided_again(monkeypatch, change):
+    x,w,args = plain_case
+    with tuned_kernels(): backward(*inputs(x, w, args), args)
+    d = json.loads(K._cache_file().read_text())
+    for m in d['machines'].values():
+        for c in m['calls'].values(): c['dgrad'] = change(c['dgrad'])
+    K._cache_file().write_text(json.dumps(d))
+    monkeypatch.setattr(K, '_now', K._Now())
+    with tuned_kernels(): backward(*inputs(x, w, args), args)
+    assert not any(d.cached for d in K._now.log)
+
+def test_the_cache_does_not_grow_without_bound(monkeypatch):
+    monkeypatch.setattr(K, '_most_calls', 5)
+    for i in range(12): K._write_cache(f'machine {i}', {f'call {j}': {} for j in range(9)})
+    machines = json.loads(K._cache_file().read_text())['machines']
+    assert list(machines)==[f'machine {i}' for i in range(4, 12)] and all(len(m['calls'])==5 for m in machines.values())
+
+def test_concurrent_writers_leave_a_whole_file():
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda i: K._write_cache('machine', {f'call {i}': {}}), range(40)))
+    assert json.loads(K._cache_file().read_text())['machines']['machine']['calls']
+
+def test_a_cache_that_cannot_be_written_is_one_warning(monkeypatch, tmp_path):
+    (tmp_path/'file').write_text('')
+    monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path/'file'/'folder'))
+    x,w,args = plain_case
+    with caught_warnings() as caught, tuned_kernels(): backward(*inputs(x, w, args), args)
+    assert any('choices of kernels are not kept' in str(o.message) for o in caught)
+
+# What is said
+
+def test_table_and_line():
+    assert str(kernel_table())=='No convolution has been computed inside `tuned_kernels` yet' and tuning_line() is None
+    for name in ('dilated', 'depthwise'):
+        x,w,args = faults[name]
+        with tuned_kernels(): backward(*inputs(x, w, args), args)
+    t = kernel_table()
+    assert len(t.rows)==4 and max(map(len, str(t).splitlines()[1:]))<=100 and repr(t)==str(t)
+    assert '5x5 depthwise, 32, on 2x12x12 bf16' in str(t) and '| 3x3, 24 to 24, dilation 2, on 2x32x32 bf16 |' in t._repr_markdown_()
+    assert json.loads(json.dumps(t.to_dict()))['verdict']==t.verdict
+    line = tuning_line()
+    assert line.startswith('Tuned 2 convolutions in ') and '1 weight gradient corrected' in line and tuning_line(kernel_count()) is None
+    ax = t.plot()
+    assert len(ax.get_yticks())==4
+    assert K.KernelTable([]).plot().texts[0].get_text()==K.KernelTable([]).verdict
+
+# Random convolutions
+
+@st.composite
+def convolutions(draw):
+    nd = draw(st.integers(1, 3))
+    def each(lo, hi): return draw(st.lists(st.integers(lo, hi), min_size=nd, max_size=nd))
+    groups,transposed = draw(st.sampled_from((1, 1, 2, 8))),draw(st.booleans())
+    c,o = groups*draw(st.integers(1, 4)),groups*draw(st.integers(1, 4))
+    kernel,stride,dilation = each(1, 5),each(1, 3),each(1, 2)
+    padding = [draw(st.integers(0, d*(k-1)//2)) for k,d in zip(kernel, dilation)]
+    size = [draw(st.integers(max(1, d*(k-1)+1-2*p), 9)) if not transposed else draw(st.integers(1+(2*p>d*(k-1)), 6))
+        for k,d,p in zip(kernel, dilation, padding)]
+    args = (stride, padding, dilation, transposed, [0]*nd, groups)
+    w = (c, o//groups, *kernel) if transposed else (o, c//groups, *kernel)
+    return (draw(st.integers(1, 3)), c, *size),w,args,draw(st.sampled_from((bf16, torch.float32, torch.float16, torch.float64))),draw(st.booleans()),draw(st.booleans())
+
+@settings(max_examples=150, deadline=None)
+@given(convolutions())
+def test_random_convolutions_are_right(case):
+    x,w,args,dtype,last,sliced = case
+    ts = inputs(x, w, args, dtype, last)
+    if sliced: ts = (torch.cat([ts[0], ts[0]], 1)[:,:ts[0].shape[1]], *ts[1:])
+    want = exact(*ts, args)
+    for _ in range(2):
+        with tuned_kernels(): got = backward(*ts, args)
+        for a,b in zip(got, want): assert K.gradient_error(a, b, dtype)<=1
+    with tuned_kernels():
+        for mask in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):
+            for a,b,m in zip(backward(*ts, args, mask), want, mask): assert not m or K.gradient_error(a, b, dtype)<=1
