@@ -10,14 +10,14 @@ here = Path(__file__).resolve().parent
 results,page = here/'results',here.parent/'nbs/compatibility.ipynb'
 repo = 'https://github.com/fastxtend-cl/fastxtend_cl/blob/main/benchmarks/results'
 failures = {'died': 'dies', 'hung': 'hangs', 'raised': 'raises'}
-arms = {'channels last fp32': 'channels last fp32', 'contiguous mixed': 'contiguous, mixed precision', 'channels last mixed': 'channels last, mixed precision', 'plan': 'plan', 'compiled': 'compiled, the fastest'}
+arms = {'channels last fp32': 'channels last fp32', 'contiguous mixed': 'contiguous, mixed precision', 'channels last mixed': 'channels last, mixed precision', 'tuned fp32': 'tuned, fp32', 'tuned': '`to_channelslast()`: tuned, mixed precision', 'compiled': 'compiled, the fastest'}
 
 def read(name):
     p = results/name
     if not p.exists(): return [] if name.endswith('l') else {}
     return [json.loads(l) for l in p.read_text().splitlines()] if name.endswith('l') else json.loads(p.read_text())
 
-def devices(): return sorted({m[1] for p in results.iterdir() if (m := re.fullmatch(r'(?:zoo|trace|formats|peers|plan)-(cpu|cuda|mps|xpu)\.jsonl?', p.name))})
+def devices(): return sorted({m[1] for p in results.iterdir() if (m := re.fullmatch(r'(?:zoo|zoo-tuned|trace|formats|peers|kernels)-(cpu|cuda|mps|xpu)\.jsonl?', p.name))})
 
 def full_name(name, known, other):
     "`source/model` for the name that a benchmark uses; torchvision's where several have it, as the benchmarks take them"
@@ -45,18 +45,17 @@ def zoo_row(r):
     res['naive'] = failed(naive) or failed(chk) or ('wrong' if chk.get('ok') is False else ratio.get('naive'))
     if res['naive'] in failures.values(): res['notes'].append(f"`model.to(memory_format=...)` {dict(dies='kills the process', hangs='never ends', raises='raises: ')[res['naive']]}{naive.get('raised', chk.get('raised', ''))}")
     if word := failed(r.get('times', {})): res['notes'].append(f'the process {dict(dies="died", hangs="hung", raises="raised an error")[word]} while this conversion and a naive one were timed side by side; this one alone had passed its check')
-    if guarded := r.get('ours', {}).get('guarded'): res['notes'].append('guarded: '+', '.join(guarded))
     return res
 
 def arms_of(rows, name):
-    "Ratio and interval by column, for the rows of one model in formats, peers or plan; of compiled arms the fastest"
+    "Ratio and interval by column, for the rows of one model in formats, peers or kernels; of compiled arms the fastest"
     res = {}
     for r in rows:
         if 'ratio' not in r: continue
         if 'compile' in r['arm'] or r['arm']=='pytorch-autotune':
             if 'compile' in r['arm'] and ('compiled' not in res or r['ratio'][0]>res['compiled'][0]): res['compiled'] = [*r['ratio'], r['arm']]
             continue
-        k = {'ours: to_channelslast(use_amp=False)': 'channels last fp32', 'ours: to_channelslast()': 'channels last mixed'}.get(r['arm'], re.sub(' (bf16|fp16)$', ' mixed', r['arm']))
+        k = {"fastai's to_channelslast()": 'channels last fp32', 'tune=False': 'channels last mixed', 'use_amp=False': 'tuned fp32', 'to_channelslast()': 'tuned'}.get(r['arm'], re.sub(' (bf16|fp16)$', ' mixed', r['arm']))
         if k in arms: res[k] = [*r['ratio'], re.sub('^ours: ', '', r['arm'])]
     return res
 
@@ -68,15 +67,19 @@ def rows_of(device):
         r,places = at(t['model'], 'torchvision'),sum(t['places'].values())
         if 'kept' not in r: r['kept'],r['traced'] = [t['kept']['forward'], t['kept']['backward']],True
         r['notes'].append('trace: keeps it throughout' if not places else f"trace: {places} place{'s lose' if places>1 else ' loses'} it, {100*t['share']:.1f} % of the step")
-    for name in ('formats', 'peers', 'plan'): # a later one holds more arms
+    for r in read(f'zoo-tuned-{device}.jsonl'):
+        row = res.setdefault(r['name'], dict(name=r['name'], notes=[]))
+        row['tuned_right'] = zoo_row(r)['right']
+        if n := len(r.get('ours', {}).get('corrected', [])): row['notes'].append(f"{n} kernel{'s' if n>1 else ''} corrected")
+    for name in ('formats', 'peers', 'kernels'): # a later one replaces what both have
         d = read(f'{name}-{device}.json')
         found = {f['model']: f for f in d.get('found', [])}
         for r in d.get('rows', []): found.setdefault(r['model'], dict(rows=[], shape=r.get('shape')))['rows'].append(r)
         for n,f in found.items():
-            if a := arms_of(f['rows'], n): at(n, 'timm').update(arms=a, measured=(name, f['shape'] or next(r['shape'] for r in f['rows'] if 'shape' in r)), chosen=f.get('chosen'))
+            if a := arms_of(f['rows'], n): (row := at(n, 'timm')).update(arms={**row.get('arms', {}), **a}, measured=(name, f['shape'] or next(r['shape'] for r in f['rows'] if 'shape' in r)))
     for r in res.values():
         if r.get('screened', 1)<0.97: r['notes'].insert(0, 'slower in channels last when screened')
-        if m := r.get('measured'): r['notes'].append(f"measured with {'x'.join(map(str, m[1]))} ({m[0]}-{device}.json)" + (f", the plan chose {r['chosen']}" if r.get('chosen') else ''))
+        if m := r.get('measured'): r['notes'].append(f"measured with {'x'.join(map(str, m[1]))} ({m[0]}-{device}.json)")
     return dict(sorted(res.items(), key=lambda o: (o[0].partition('/')[2].lower(), o[0])))
 
 def number(v, text=None, title=''): return dict(text=f'{v:.2f}' if text is None else text, sort=v, title=title)
@@ -94,7 +97,7 @@ def columns(rows):
         v = r.get('naive')
         return v and (number(v) if isinstance(v, float) else dict(text=v, sort=-1))
     cols = [('', 'Source', lambda r: dict(text=r['name'].partition('/')[0])), ('', 'Parameters, millions', lambda r: r.get('params') and number(r['params']/1e6, f"{r['params']/1e6:.1f}")),
-        ('', 'Right?', lambda r: r.get('right') and dict(text=r['right'])), ('Format kept', 'forward', kept(0)), ('Format kept', 'backward', kept(1)),
+        ('Right?', 'fp32', lambda r: r.get('right') and dict(text=r['right'])), ('Right?', 'tuned bf16', lambda r: r.get('tuned_right') and dict(text=r['tuned_right'])), ('Format kept', 'forward', kept(0)), ('Format kept', 'backward', kept(1)),
         ('Screened', 'channels last fp32', lambda r: r.get('screened') and number(r['screened'], title=f"input {'x'.join(map(str, r['shape']))}")), ('Screened', 'naive conversion', naive),
         *(('Measured, with interval', h, ratio(k)) for k,h in arms.items()), ('', 'What to know', lambda r: r['notes'] and dict(text='; '.join(r['notes'])))]
     return [c for c in cols if any(c[2](r) for r in rows)]
@@ -102,7 +105,6 @@ def columns(rows):
 def cell_html(c):
     if not c: return '<td></td>'
     text = re.sub('`(.+?)`', r'<code>\1</code>', escape(c['text'], quote=False))
-    text = re.sub('guarded: ', '<a href="hazards.html">guarded</a>: ', text)
     value = ' data-v="{:.4f}"'.format(c['sort']) if 'sort' in c else ''
     title = ' title="{}"'.format(escape(c['title'])) if c.get('title') else ''
     return f'<td{value}{title}>{text}</td>'
@@ -188,7 +190,7 @@ def machines():
     "Markdown: under which conditions each file of results was made"
     lines = ['| results | what | machine | threads | torch | fastai | date |', '|---|---|---|--:|---|---|---|']
     what = dict(zoo='screened: CPU time, median of 3 rounds, a batch of 2 at 128 pixels or what the model takes; checked against double precision', trace='traced, a batch of 8 at 128 pixels',
-        formats='measured: formats and precisions', peers='measured: by the methods that there are', plan='measured: plans')
+        formats='measured: formats and precisions', peers='measured: by the methods that there are', kernels='measured: tuned kernels', **{'zoo-tuned': 'two training steps and a check of `to_channelslast()`, in bf16 with tuned kernels'})
     for device in devices():
         for name,text in what.items():
             if not (c := read(f'{name}-{device}.json').get('conditions')): continue

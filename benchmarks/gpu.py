@@ -2,30 +2,37 @@
 
 Right (`--parts right`): optimizers across a conversion; fp16 training through `to_channelslast` against fastai's own
 callbacks; the padded average pool whose backward was wrong in channels last (pytorch issue 188344) and families with
-grouped and depthwise convolutions under `check_formats`; the demo; traces, fake tensors and repairs, each with a
+grouped and depthwise convolutions under `check_formats`; the demo; traces and fake tensors, each with a
 result of its own; the tests.
 Fast (`--parts fast`, under ten minutes): the case that PyTorch publishes (ResNet-50, mixed precision, batches of 200,
 224 pixels: 22 % on a V100), the models of its list, and the peers.
+Kernels (`--parts kernels`, within two minutes): forward, dgrad and wgrad of the distinct convolutions of nine networks in both formats
+and in fp16, bf16 and fp32, each compared with fp32 and contiguous: convolutions-DEVICE.json.
 Plans (`--parts plan`) for networks with grouped and depthwise convolutions, where channels last is known to lose:
 plans-DEVICE.json.
 Writes results/gpu-DEVICE.json, published-DEVICE.json and .md, peers-DEVICE.json and .md. `--device cpu --tiny` tries
 the script without a GPU."""
-import contextlib, gc, io, itertools, json, os, subprocess, sys, warnings
+import contextlib, gc, io, itertools, json, os, subprocess, sys, time, warnings
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import Callback, Learner
 from fastcore.script import call_parse
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
-from fastxtend_cl.bench import bench_formats
+from fastxtend_cl.bench import bench_formats, device_clock
 from fastxtend_cl.check import check_formats
 from fastxtend_cl.cli import UsageError, demo, digits_dls, model_step
 from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.kernels import gradient_error, make_args
 from fastxtend_cl.plan import plan_formats
 from fastxtend_cl.step import TrainingStep
+from fastxtend_cl.ways import Call
 import peers
 from common import conditions, results, save
 from traces import supported # the models for which PyTorch's tutorial gives 8 to 35 %
@@ -122,17 +129,87 @@ def plan_rows(device, tiny):
         print(plan, flush=True)
     return rows
 
+networks = {'resnet50': 2, 'regnetx_032': 2, 'regnety_032': 2, 'resnest50d': 2, 'mobilenetv2_100': 2, 'efficientnet_b0': 2, 'convnext_tiny': 2,
+    'densenet121': 2, 'unet3d': 3}
+
+def block3d(i, o):
+    return nn.Sequential(*[m for c in (i, o) for m in (nn.Conv3d(c, o, 3, padding=1, bias=False), nn.BatchNorm3d(o), nn.ReLU())])
+
+class UNet3d(nn.Module):
+    "A small 3-D U-Net: two steps down, two up, with concatenations"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c,self.d,self.e = (block3d(i, o) for i,o in ((1, 32), (32, 64), (64, 128), (128, 64), (64, 32)))
+        self.up1,self.up2,self.head,self.pool = nn.ConvTranspose3d(128, 64, 2, 2),nn.ConvTranspose3d(64, 32, 2, 2),nn.Conv3d(32, 2, 1),nn.MaxPool3d(2)
+    def forward(self, x):
+        a = self.a(x); b = self.b(self.pool(a))
+        d = self.d(torch.cat([b, self.up1(self.c(self.pool(b)))], 1))
+        return self.head(self.e(torch.cat([a, self.up2(d)], 1)))
+
+def network(name):
+    if name=='unet3d': return UNet3d()
+    import timm
+    return timm.create_model(name)
+
+class Calls(TorchDispatchMode):
+    "The distinct calls of `aten::convolution_backward`, and how often each is made"
+    def __init__(self): super().__init__(); self.found = Counter()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default: self.found[replace(Call.of(args), mask=(True, True, False))] += 1
+        return func(*args, **(kwargs or {}))
+
+def convolutions_of(name, tiny):
+    "The distinct convolutions of a training step of a network, from a run without values"
+    shape = ((2, 3, 32, 32) if tiny else (64, 3, 224, 224)) if networks[name]==2 else ((1, 1, 8, 8, 8) if tiny else (2, 1, 64, 64, 64))
+    with torch.device('meta'), warnings.catch_warnings(), Calls() as calls:
+        warnings.simplefilter('ignore')
+        network(name)(torch.randn(shape)).sum().backward()
+    return calls.found
+
+def kernel_rows(args, last, dtype, exact):
+    "Milliseconds by the device's clock, and errors, of the three kernels of a call; `exact` keeps what the first setting computes"
+    def ready(t):
+        t,fmt = t.to(dtype),torch.contiguous_format if not last else torch.channels_last if t.ndim==4 else torch.channels_last_3d
+        return torch.empty(t.shape, dtype=dtype, device=t.device, memory_format=fmt).copy_(t)
+    (g,x,w),rest,res,aten = map(ready, args[:3]),args[4:10],{},torch.ops.aten
+    runs = {'forward': lambda: aten.convolution(x, w, None, *rest),
+        'dgrad': lambda: aten.convolution_backward(g, x, w, None, *rest, [True, False, False])[0],
+        'wgrad': lambda: aten.convolution_backward(g, x, w, None, *rest, [False, True, False])[1]}
+    for name,run in runs.items():
+        try:
+            ms = 1e3*min(device_clock(x.device).steps(run, 7)[0][2:])
+            res[name] = dict(ms=ms, error=gradient_error(run().float(), exact.setdefault(name, run().float()), dtype))
+        except RuntimeError as e: res[name] = dict(failed=str(e).splitlines()[0][:120])
+    return res
+
+def run_kernels(device, tiny, seconds=110):
+    "Time each distinct convolution of all networks once; written after each network"
+    start,seen,rows = time.time(),{},[]
+    settings = {f"{'channels last' if last else 'contiguous'} {str(d)[6:]}": (last, d)
+        for d in (torch.float32, torch.float16, torch.bfloat16) for last in (False, True)}
+    for name in list(networks)[:1 if tiny else None] + ['unet3d']*tiny:
+        for call,count in convolutions_of(name, tiny).items():
+            if time.time()-start>seconds: rows.append(dict(model=name, left_out=str(call))); continue
+            if call not in seen:
+                exact,args = {},make_args(call, device, 1<<28)
+                seen[call] = {n: kernel_rows(args, *o, exact) for n,o in settings.items()}
+            rows.append(dict(model=name, call=str(call), count=count, kernels=seen[call]))
+        print(f'{name:20}{sum(r["model"]==name for r in rows):4} distinct convolutions, {time.time()-start:.0f} s', flush=True)
+        if not tiny: save(f'convolutions-{device.type}', rows=rows, tf32=torch.backends.cudnn.allow_tf32, benchmark=torch.backends.cudnn.benchmark)
+    wrong = {(r['call'], s, k): v['error'] for r in rows if 'kernels' in r for s,ks in r['kernels'].items() for k,v in ks.items() if (v.get('error') or 0)>1}
+    print(f'{len(rows)} rows; {len(wrong)} kernels further from fp32 and contiguous than rounding explains', *list(wrong.items())[:5], sep='\n')
+
 def run_tests(device):
     r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_amp.py',
         'tests/test_format.py', 'tests/test_training.py', 'tests/test_step.py', 'tests/test_check.py',
-        'tests/test_trace.py', 'tests/test_repair.py'],
+        'tests/test_trace.py', 'tests/test_kernels.py'],
         env={**os.environ, 'FXCL_DEVICE': str(device)}, capture_output=True, text=True)
     return dict(status=r.returncode, tail=r.stdout.splitlines()[-15:])
 
 def run_scripts(device, tiny):
     "Scripts that write results of their own"
     more = ['--tiny'] if tiny else []
-    scripts = [['traces.py'], *([['traces.py', '--autocast', 'fp16']] if device.type=='cuda' else []), ['fake.py'], ['repairs.py']]
+    scripts = [['traces.py'], *([['traces.py', '--autocast', 'fp16']] if device.type=='cuda' else []), ['fake.py']]
     here = Path(__file__).parent
     return {' '.join(s): subprocess.run([sys.executable, s[0], *s[1:], '--device', str(device), *more], cwd=here).returncode
         for s in scripts}
@@ -184,12 +261,13 @@ def main(
     device:str='cuda', # Where to run
     tiny:bool=False, # Small and short, to try the script
     tests:bool=True, # Run the tests too
-    parts:str='right,fast,plan', # What to do: is it right, is it fast, what is the fastest
+    parts:str='kernels,right,fast,plan', # What to do: which kernels are fast, is it right, is it fast, what is the fastest
     limit:float=4., # Seconds for a network
 ):
     "Measure and write benchmarks/results/gpu-DEVICE.json"
     device,res = torch.device(device),{}
-    if set(parts.split(','))-{'right', 'fast', 'plan'}: sys.exit(f'--parts takes right, fast and plan, received {parts}')
+    if set(parts.split(','))-{'kernels', 'right', 'fast', 'plan'}: sys.exit(f'--parts takes kernels, right, fast and plan, got {parts}')
+    if 'kernels' in parts: run_kernels(device, tiny)
     if 'fast' in parts: run_published(device, tiny, limit); run_peers(device, tiny, limit)
     if 'plan' in parts:
         rows = plan_rows(device, tiny)

@@ -1,52 +1,39 @@
-"""The table and the picture at the top of the README, made from results/peers-cpu.json, plan-cpu.json and memory-cpu.json:
-`python benchmarks/headline.py`
+"""The table and the picture at the top of the README, made from results/kernels-cpu.json: `python benchmarks/headline.py`
 
-Prints the table and a sentence, which nbs/index.ipynb shows, and writes the picture to images/ and nbs/images/: for the README, and for the site."""
+Prints the table, which nbs/index.ipynb shows, and writes the picture to images/ and nbs/images/: for the README, and for the site."""
 from pathlib import Path
 from xml.sax.saxutils import escape
 from common import geometric, read
+from peers import models
 
 root = Path(__file__).resolve().parent.parent
-peers = {'fastai': "fastai's to_channelslast()", 'fastxtend': "fastxtend's to_channelslast()",
-    'Composer': "Composer's channels last", 'torch.compile': 'torch.compile', 'ours': 'ours: to_channelslast()'}
-planned,compiled = 'ours, plan','ours, plan and compile'
+columns = {'fastai': "fastai's to_channelslast()", 'ours, fp32': 'use_amp=False', 'ours, not tuned': 'tune=False', 'ours': 'to_channelslast()'}
 
 def rows():
-    "For each network its name and batch, and the ratio to contiguous fp32 of each column"
-    res,found = [],read('peers-cpu')['rows']
-    by_peer = {(r['model'],r['arm']): r['ratio'][0] if 'ratio' in r else 'fails' for r in found}
-    for f in read('plan-cpu')['found']:
+    "For each of the twelve networks its name and batch, the ratio to contiguous fp32 of each column, and the seconds of tuning"
+    res = []
+    for f in read('kernels-cpu')['found']:
+        if f['model'] not in models: continue
         arms = {r['arm']: r['ratio'][0] for r in f['rows']}
-        cols = {k: by_peer.get((f['model'],arm)) for k,arm in peers.items()}
-        res.append((f['model'], 'x'.join(map(str, f['shape'])), cols | {planned: arms['plan'], compiled: arms[f['allowed']['arm']]}))
+        res.append((f['model'], 'x'.join(map(str, f['shape'])), {k: arms.get(a, 'fails') for k,a in columns.items()}, f['to_channelslast()']['tuning']))
     return res
 
 def means(found):
     "Geometric mean of each column that has a figure for every network"
-    return {k: geometric([c[k] for *_,c in found]) for k in found[0][2] if all(isinstance(c[k], float) for *_,c in found)}
+    return {k: geometric([c[k] for _,_,c,_ in found]) for k in columns if all(isinstance(c[k], float) for _,_,c,_ in found)}
 
 def table(found):
     "Markdown, the fastest of each row in bold"
-    def line(name, cols):
+    def line(name, cols, tuning):
         best = max(f'{v:.2f}' for v in cols.values() if isinstance(v, float))
         def cell(v): return v or '' if not isinstance(v, float) else f'**{v:.2f}**' if f'{v:.2f}'==best else f'{v:.2f}'
-        return f"| {name} | {' | '.join(map(cell, cols.values()))} |"
-    names = [*found[0][2]]
-    lines = [f"| network, batch | {' | '.join(names)} |", '|---|'+'--:|'*len(names)]
-    lines += [line(f'{n}, {shape}', c) for n,shape,c in found]
+        return f"| {name} | {' | '.join(map(cell, cols.values()))} | {tuning} |"
+    lines = [f"| network, batch | {' | '.join(columns)} | tuning, s |", '|---|'+'--:|'*(len(columns)+1)]
+    lines += [line(f'{n}, {shape}', c, f'{t:.1f}') for n,shape,c,t in found]
     m = means(found)
-    return '\n'.join([*lines, line('geometric mean', {k: m.get(k) for k in names})])
+    return '\n'.join([*lines, line('geometric mean', {k: m.get(k) for k in columns}, '')])
 
-def kept():
-    "What training gains where freed memory is kept, in words"
-    found = [f['rows'] for f in read('memory-cpu')['found']]
-    gains = [r['plan']['ms']/r['plan, kept']['ms'] for r in found]
-    both = geometric([r['channels last fp32']['ms']/r['plan, kept']['ms'] for r in found])
-    return (f'There it makes training by a plan {geometric(gains):.2f} times as fast again ({min(gains):.2f} to {max(gains):.2f}), '
-        f'and altogether {both:.2f} times as fast as channels last fp32 without, which is what fastai gives on a CPU '
-        f'(geometric means of {len(found)} networks).')
-
-colors = {'fastai': '#8b97a3', 'ours': '#3b78b5', planned: '#d9541e'}
+colors = {'fastai': '#8b97a3', 'ours, fp32': '#3b78b5', 'ours': '#d9541e'}
 
 def text(x, y, s, **kw):
     attrs = ' '.join(f'{k.replace("_", "-")}="{v}"' for k,v in kw.items())
@@ -54,7 +41,7 @@ def text(x, y, s, **kw):
 
 def svg(found, width=400, left=134, bar=9, row=37, top=66):
     "Bars for each network, as wide as a phone"
-    shown = [*[(n, c) for n,_,c in found], ('geometric mean', means(found))]
+    shown = [*[(n, c) for n,_,c,_ in found], ('geometric mean', means(found))]
     drawn = [(n, {k: c[k] for k in colors if k in c}) for n,c in shown]
     most,height = max(v for _,c in drawn for v in c.values() if isinstance(v, float)),top+row*len(drawn)+8
     def say(v): return f'{v:.2f}' if isinstance(v, float) else v
@@ -87,4 +74,4 @@ if __name__=='__main__':
     for folder in (root/'images', root/'nbs/images'):
         folder.mkdir(exist_ok=True)
         (folder/'speed.svg').write_text(svg(found))
-    print(table(found), kept(), sep='\n\n')
+    print(table(found))

@@ -121,7 +121,7 @@ def measure(name, shape, device, rounds, block, limit, compile=True, bench=True)
 def agreement(name, shape, device, limit, rows):
     "What `bench_channelslast` says of the same steps"
     mode = native_amp_mode(device)
-    pairs = {'channels last fp32': ours_fp32, **({f'channels last {mode.value}': ours} if mode else {})}
+    pairs = {'channels last fp32, tuned': ours_fp32, **({f'channels last {mode.value}, tuned': ours} if mode else {})}
     res = learner(name, shape, device).bench_channelslast(list(pairs), limit=limit, epochs=False)
     out = []
     for arm,theirs in pairs.items():

@@ -79,10 +79,12 @@ def naive(model, x):
     fmt = torch.channels_last_3d if x.ndim==5 else torch.channels_last
     return model.to(memory_format=fmt),x.to(memory_format=fmt)
 
-def stepper(model, x, device):
+def stepper(model, x, device, around=contextlib.nullcontext, low=False):
     y,opt = (torch.arange(len(x))%classes).to(device),torch.optim.SGD(model.parameters(), lr=1e-5)
     def step():
-        loss_func(model(x), y).backward(); opt.step(); opt.zero_grad()
+        with around():
+            with torch.autocast(device.type, torch.bfloat16, enabled=low): loss = loss_func(model(x), y)
+            loss.backward(); opt.step(); opt.zero_grad()
         if device.type=='cuda': torch.cuda.synchronize(device)
     return step
 
@@ -103,12 +105,12 @@ def kept(model, x):
 
 def failed(res): return bool({'died', 'hung', 'raised'} & res.keys())
 
-def child(conn, name, device, rounds, block, known):
+def child(conn, name, device, rounds, block, known, tuned):
     "Send what is found, phase by phase, so that a death leaves what was known before it"
     from fastxtend_cl import check as check_module
     from fastxtend_cl.check import check_formats
     from fastxtend_cl.format import apply_channels_last, as_channels_last, convolutions
-    from fastxtend_cl.hazards import guarded
+    from fastxtend_cl.kernels import kernel_table, tuned_kernels, tuning_line
     from fastxtend_cl.step import TrainingStep
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
@@ -141,7 +143,7 @@ def child(conn, name, device, rounds, block, known):
         if size!=small: Shared.kept.clear()
         model,x = fresh(**size)
         return check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func,
-            torch.optim.SGD(model.parameters(), lr=0.01)))
+            torch.optim.SGD(model.parameters(), lr=0.01), autocast=torch.bfloat16 if tuned else None, tuned=True))
     def contiguous():
         try: return contiguous_at()
         except Exception: own['own_size'] = True # it takes no other
@@ -154,11 +156,12 @@ def child(conn, name, device, rounds, block, known):
     def ours():
         model,x = fresh()
         model,x = apply_channels_last(model),as_channels_last(x)
-        arms['ours'] = stepper(model, x, device)
+        arms['ours'] = stepper(model, x, device, tuned_kernels, tuned)
         if 'ours' in known: return
-        res = dict(guarded=sorted({h for names in guarded(model).values() for h in names}), kept=kept(model, x))
-        arms['ours']()
-        return res
+        with tuned_kernels(): res = dict(kept=kept(model, x))
+        for _ in range(2): arms['ours']()
+        return dict(res, tuning=kernel_table().seconds, line=tuning_line(), finite=all(p.isfinite().all().item() for p in model.parameters()),
+            corrected=[f'{c.kernel} {k}' for k,c in kernel_table().rows if c.corrected])
     def right():
         start,res = time.process_time(),check()
         return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first, seconds=round(time.process_time()-start, 1))
@@ -188,17 +191,18 @@ def child(conn, name, device, rounds, block, known):
     def go_on(n): return not (n=='naive_check' and failed(known['naive']) or n=='check' and failed(known['ours']))
     phase('contiguous', contiguous)
     if 'contiguous' in arms and known['contiguous']['convolutions']:
-        for n,f in dict(ours=ours, check=right, naive=naively, naive_check=naive_right, times=times).items():
+        phases = dict(ours=ours, check=right) if tuned else dict(ours=ours, check=right, naive=naively, naive_check=naive_right, times=times)
+        for n,f in phases.items():
             if go_on(n): phase(n, f)
     conn.close()
 
-def one(ctx, name, device, rounds, block, limit):
+def one(ctx, name, device, rounds, block, limit, tuned):
     "The row of one model: child processes until all phases are known"
     row,start = dict(name=name),time.time()
     while True:
         here,there = ctx.Pipe(duplex=False)
         p = ctx.Process(target=child,
-            args=(there, name, device, rounds, block, {k:v for k,v in row.items() if k not in ('name', 'contiguous')}),
+            args=(there, name, device, rounds, block, {k:v for k,v in row.items() if k not in ('name', 'contiguous')}, tuned),
             daemon=True)
         p.start(); there.close()
         doing,hung = None,False
@@ -228,12 +232,17 @@ def summary(rows):
     "What the rows say, as a dict and as lines"
     usable = [r for r in rows if not failed(r['contiguous']) and r['contiguous']['convolutions']]
     out = dict(models=len(rows), with_convolutions=len(usable))
-    for arm in ('naive', 'ours'):
+    for arm in ('naive', 'ours') if any('naive' in r for r in rows) else ('ours',):
         ratios = sorted(r['times']['ratio'][arm] for r in usable if arm in r.get('times', {}).get('ratio', {}))
         out[arm] = dict(Counter(verdict(r, arm) for r in usable)) | dict(timed=len(ratios),
             median_ratio=statistics.median(ratios) if ratios else None, faster_by_5_percent=sum(r>1.05 for r in ratios),
             slower_by_3_percent=sum(r<0.97 for r in ratios))
         out[arm]['not right'] = {r['name']: verdict(r, arm) for r in usable if verdict(r, arm)!='right'}
+    if any('tuning' in r.get('ours', {}) for r in usable):
+        mine = [r['ours'] for r in usable if 'tuning' in r.get('ours', {})]
+        out['tuning'] = dict(median_seconds=statistics.median(o['tuning'] for o in mine), most_seconds=max(o['tuning'] for o in mine),
+            not_finite=[r['name'] for r in usable if not r.get('ours', {}).get('finite', True)],
+            corrected_in={r['name']: len(r['ours']['corrected']) for r in usable if r.get('ours', {}).get('corrected')})
     out['format lost in'] = sum(r['ours'].get('kept', {}).get('forward', 1)<1
         or r['ours'].get('kept', {}).get('backward', 1)<1 for r in usable if 'ours' in r)
     return out
@@ -245,12 +254,14 @@ def main(
     rounds:int=3, # Rounds of timing
     block:int=3, # Steps a block; the first is dropped
     limit:int=300, # Seconds that a phase may take
+    # What `to_channelslast()` does, tuned and in bf16, and no more: two steps and a check; writes zoo-tuned-DEVICE.jsonl and .json
+    tuned:bool=False,
     tiny:bool=False, # Three models, nothing is kept
     report:bool=False, # Only summarise what is there
 ):
     "Measure, row by row, and write results/zoo-DEVICE.jsonl and zoo-DEVICE.json"
     from fastprogress.fastprogress import progress_bar
-    path = results/f'zoo-{device}.jsonl'
+    path = results/f'zoo-{"tuned-" if tuned else ""}{device}.jsonl'
     rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() and not tiny else []
     if not report:
         todo = names.split(',') if names else [
@@ -265,7 +276,7 @@ def main(
         bar = progress_bar(todo)
         for name in bar:
             bar.comment = name
-            row = one(ctx, name, device, 1 if tiny else rounds, 2 if tiny else block, limit)
+            row = one(ctx, name, device, 1 if tiny else rounds, 2 if tiny else block, limit, tuned)
             rows.append(row)
             if tiny: print(row, verdict(row, 'naive'), verdict(row, 'ours'))
             else:
@@ -274,5 +285,5 @@ def main(
     res = summary(rows)
     print(json.dumps(res, indent=1))
     if not tiny:
-        (results/f'zoo-{device}.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch,
+        path.with_suffix('.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch,
             image=image, check=small, rounds=rounds, block=block, **res), indent=1)+'\n')
