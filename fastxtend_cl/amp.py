@@ -6,10 +6,11 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/amp.html.md"""
 
 # %% auto #0
 __all__ = ['amp_dtypes', 'scaler_args', 'amp_modes', 'cpu_bf16', 'native_amp_mode', 'as_amp_mode', 'check_amp_mode',
-           'check_scaler_args', 'learner_device', 'DeviceMixedPrecision']
+           'check_scaler_args', 'learner_device', 'DeviceMixedPrecision', 'kernels_mode']
 
 # %% ../nbs/01_amp.ipynb #31a03514
 import inspect, warnings
+from contextlib import nullcontext
 from numbers import Number
 from pathlib import Path
 import torch
@@ -21,7 +22,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch.amp import GradScaler, autocast
 from .format import NoEffectWarning
-from .hazards import guard
+from .kernels import tuned_kernels
 
 # %% ../nbs/01_amp.ipynb #530dcacc
 amp_dtypes = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
@@ -121,6 +122,7 @@ def learner_device(
 @delegates(GradScaler, but=['device'])
 class DeviceMixedPrecision(MixedPrecision):
     "Mixed precision training by PyTorch's autocast and `GradScaler`, on the device that the `Learner` is on"
+    kernels = 'correct' # For `tuned_kernels`: a few convolutions have wrong gradients in bf16, in any memory format
     def __init__(self,
         amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'; None takes what the device does natively
         **kwargs
@@ -147,8 +149,6 @@ class DeviceMixedPrecision(MixedPrecision):
         self.explain(device)
         self.leave()
         self.autocast = autocast(device.type, dtype=amp_dtypes.get(mode), enabled=mode is not None)
-        # a few convolutions have wrong gradients in bf16, whatever the format
-        if device.type=='cpu' and mode is not None: guard(self.model)
         scaled = mode==AMPMode.FP16 and self.kwargs.get('enabled', True)
         self.learn.scaler,self.scales = GradScaler(device.type, **{**self.kwargs, 'enabled': scaled}),L()
 
@@ -193,14 +193,23 @@ def _why_fp32(device):
     return f'Mixed precision has no effect on {device}: {why}; training is in fp32'
 
 # %% ../nbs/01_amp.ipynb #4f57531e
+def kernels_mode(
+    learn:Learner,
+) -> str|None: # 'tuned', 'correct', or None: as torch does
+    "The mode of `tuned_kernels` that `learn` trains in: the strongest that its callbacks ask for"
+    asked = {cb.kernels for cb in learn.cbs if hasattr(type(cb), 'kernels')} # an instance would ask Learner and model, too
+    return next((m for m in ('tuned', 'correct') if m in asked), None)
+
 _fastai_one_batch = getattr(Learner.one_batch, '_wrapped', Learner.one_batch)
 
 @patch
 def one_batch(self:Learner, i, b):
-    "Train or evaluate `self.model` on batch `(xb,yb)`; mixed precision ends with it, also by an error"
-    try: return _fastai_one_batch(self, i, b)
-    finally:
-        for cb in self.cbs:
-            if isinstance(cb, DeviceMixedPrecision): cb.leave()
+    "Train or evaluate `self.model` on batch `(xb,yb)`, with the kernels and the precision that the callbacks ask for"
+    mode = kernels_mode(self)
+    with tuned_kernels(mode) if mode else nullcontext():
+        try: return _fastai_one_batch(self, i, b)
+        finally:
+            for cb in self.cbs:
+                if isinstance(cb, DeviceMixedPrecision): cb.leave()
 
 Learner.one_batch._wrapped = _fastai_one_batch

@@ -6,7 +6,8 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/bench.html.md"""
 
 # %% auto #0
 __all__ = ['least_pairs', 'Clock', 'CudaClock', 'device_clock', 'interval', 'verdict_of', 'BenchRow', 'FormatBench', 'ArmFailed',
-           'compare', 'Arm', 'precisions', 'format_arms', 'count_flops', 'ceiling', 'bench_formats']
+           'compare', 'Arm', 'precisions', 'present_label', 'format_arms', 'usual_arms', 'count_flops', 'ceiling',
+           'bench_formats']
 
 # %% ../nbs/06_bench.ipynb #174d1a9c
 import gc, math, os, platform, random, textwrap, time
@@ -24,7 +25,7 @@ from fastprogress.fastprogress import progress_bar
 from torch.utils.flop_counter import FlopCounterMode
 from .check import check_formats
 from .format import _tensors_in, as_channels_last, as_contiguous, conv_params, format_of
-from .hazards import Guard, guard
+from .kernels import tuned_kernels
 from .memory import kept_memory
 from .step import StepResult, TrainingStep
 
@@ -478,10 +479,13 @@ class Arm:
     # Called with the step before each block; changes it as it likes, or returns a function to be timed in its place
     setup:Callable|None=None
     keep_memory:bool=True # On a CPU, keep freed memory from step to step; False: as the allocator does by itself
+    tuned:bool|None=None # Compute with `tuned_kernels`; None: as the step does
 
     def __post_init__(self):
         if self.memory_format not in (None, 'contiguous', 'channels_last'):
             raise ValueError(f"memory_format is 'contiguous', 'channels_last' or None, received {self.memory_format!r}")
+        if isinstance(self.dtype, str) and self.dtype!='as is':
+            raise ValueError(f"dtype must be None, torch.float16, torch.bfloat16 or 'as is', got {self.dtype!r}")
         if self.setup is not None and not callable(self.setup):
             raise TypeError(f'the arm {self.name!r} is a function of the step, received {type(self.setup).__name__}')
 
@@ -516,36 +520,54 @@ def _format(step, now):
     found = {format_of(t) for t in (*conv_params(step.model).values(), *_tensors_in(step.inputs))} - {None, 'ambiguous'}
     return found.pop() if len(found)==1 else 'mixed' if found else 'contiguous'
 
-def _label(memory_format, precision): return f'{memory_format.replace("_", " ")} {precision}'
+def _label(memory_format, precision, tuned=False):
+    return f'{memory_format.replace("_", " ")} {precision}{", tuned" if tuned else ""}'
+
+def present_label(step, now):
+    "Name of the setting that the step has now, as that of an arm"
+    tuned = step.kernels=='tuned' if now.tuned is None else now.tuned
+    return _label(_format(step, now), _precision(step), tuned and step.device.type=='cpu')
 
 # %% ../nbs/06_bench.ipynb #650a8024
 def format_arms(
     step:TrainingStep,
     compile:bool=False, # Also compiled ones
 ) -> dict: # Name to `Arm`
-    "The arms that `bench_formats` knows: contiguous and channels last, in each precision that the device has"
+    """The arms that `bench_formats` knows: contiguous and channels last, in each precision that the device has
+
+    On a CPU also with tuned kernels, except contiguous in the precision of the weights."""
     formats = ['contiguous', 'channels_last'] if conv_params(step.model) else ['contiguous']
     own = _precision(replace(step, autocast=None))
     dtypes = [None] + (precisions(step.device) if own=='fp32' else [])
-    res = [Arm(_label(f, _names[d] if d else own), f, d) for d in dtypes for f in formats]
+    res = [Arm(_label(f, _names[d] if d else own), f, d, tuned=False) for d in dtypes for f in formats]
+    if step.device.type=='cpu' and len(formats)>1: res += [replace(a, name=f'{a.name}, tuned', tuned=True) for a in res[1:]]
     if compile:
         res += [Arm('now, compiled', compile=True),
             *[replace(a, name=f'{a.name}, compiled', compile=True) for a in res if a.memory_format==formats[-1]]]
     return {a.name:a for a in res}
+
+def usual_arms(
+    step:TrainingStep,
+    compile:bool=False, # Also compiled ones
+) -> list: # `Arm`s
+    "Those of `format_arms` that are measured by default: a low precision with tuned kernels only, where both exist"
+    arms = [*format_arms(step, compile).values()]
+    tuned = {(a.memory_format,a.dtype,a.compile) for a in arms if a.tuned}
+    return [a for a in arms if a.tuned is not False or a.dtype is None or (a.memory_format,a.dtype,a.compile) not in tuned]
 
 # %% ../nbs/06_bench.ipynb #b4f3f70a
 def _as_arm(o, known):
     if isinstance(o, Arm): return o
     if isinstance(o, tuple) and len(o)==2 and isinstance(o[0], str): return Arm(o[0], setup=o[1])
     if o not in known:
-        raise ValueError(f'{o!r} is no arm: it takes {", ".join(map(repr, known))}, an `Arm`, or a name and a function')
+        raise ValueError(f'unknown arm {o!r}: it must be one of {", ".join(map(repr, known))}, an `Arm`, or a name and a function')
     return known[o]
 
 def _chosen(step, arms, compile, now):
     "The arms to be measured besides the present"
     known = format_arms(step, True)
     if arms is None:
-        res = [a for a in format_arms(step, compile).values() if a.name!=_label(_format(step, now), _precision(step))]
+        res = [a for a in usual_arms(step, compile) if a.name!=present_label(step, now)]
     else: res = [_as_arm(o, known) for o in (arms.items() if isinstance(arms, dict) else arms)]
     names = ['now', 'now, again', *[a.name for a in res]]
     if twice := [n for n in names if names.count(n)>1]:
@@ -554,8 +576,6 @@ def _chosen(step, arms, compile, now):
 
 # %% ../nbs/06_bench.ipynb #6b25b2e3
 def _keep_compiled(model, kept):
-    for m in model.modules():
-        if isinstance(vars(m).get('forward'), Guard): m.forward = kept.setdefault(id(m), m.forward)
     if 'compiled' not in kept:
         model.compile()
         kept['compiled'] = model._compiled_call_impl
@@ -570,11 +590,10 @@ def _infer(step, dtype):
 def _prepare(step, arm, inference, kept):
     "Bring `step` to `arm`; returns what is timed"
     step.convert(arm.memory_format)
+    if arm.tuned is not None: step.tuned = arm.tuned
     f = arm.setup(step) if arm.setup else None
     if 'scale' in kept: step.loss_scale = kept['scale']
     dtype = step.autocast if isinstance(arm.dtype, str) else arm.dtype
-    # a few convolutions have wrong gradients in bf16, whatever the format
-    if step.device.type=='cpu' and dtype is not None: guard(step.model)
     if arm.compile: _keep_compiled(step.model, kept)
     return f if callable(f) else partial(_infer, step, dtype) if inference else partial(step.run, dtype=dtype, keep='loss')
 
@@ -614,7 +633,9 @@ def _first(step, kept, present, f):
 def _step_lane(step, arm, inference, present, on):
     kept = present if arm.name=='now' else {}
     def run(body):
-        with kept_memory(arm.keep_memory), step.preserved(on=on): return body(_attempt(_prepare, step, arm, inference, kept))
+        with kept_memory(arm.keep_memory), step.preserved(on=on):
+            f = _attempt(_prepare, step, arm, inference, kept)
+            with tuned_kernels(step.kernels): return body(f) # also for inference, and for functions of the user
     lane = _Lane(arm.name, run, partial(_first, step, kept, present))
     lane.kept,lane.arm = kept,arm
     return lane
@@ -737,15 +758,12 @@ def _whole(step, lanes, loader, clock, limit, turns=4):
 # %% ../nbs/06_bench.ipynb #7929bfa4
 def _wrong_arms(step, arms):
     "Reasons by arm: of those in channels last whose precision `check_formats` finds wrong"
-    res = {}
-    for dtype in dict.fromkeys(step.autocast if isinstance(a.dtype, str) else a.dtype
-            for a in arms if a.memory_format=='channels_last'):
-        checked = check_formats(replace(step, autocast=dtype))
-        bad = {r.precision for r in checked.rows if r.verdict=='wrong'}
-        for a in arms:
-            if (a.memory_format=='channels_last' and a.dtype==dtype and checked.ok is False
-                    and (not checked.rows or _names[dtype] in bad)):
-                res[a.name] = f'wrong: {checked.reason}'
+    def setting(a): return step.autocast if isinstance(a.dtype, str) else a.dtype,step.tuned if a.tuned is None else a.tuned
+    res,last = {},[a for a in arms if a.memory_format=='channels_last']
+    for dtype,tuned in dict.fromkeys(map(setting, last)):
+        checked = check_formats(replace(step, autocast=dtype, tuned=tuned))
+        if checked.ok is False and _names[dtype] in {r.precision for r in checked.rows if r.verdict=='wrong'}:
+            res |= {a.name: f'wrong: {checked.reason}' for a in last if setting(a)==(dtype,tuned)}
     return res
 
 def _finish_rows(rows, lanes, step, peaks, flops, ceilings, inference):
@@ -771,7 +789,7 @@ def _speed_limits(step, lanes, inference, clock):
 
 def _conditions(step, now, inference, block):
     x,opt = next(_tensors_in(step.inputs), None),getattr(step.optimizer, 'opt', step.optimizer)
-    return dict(**_machine(step.device), now=_label(_format(step, now), _precision(step)),
+    return dict(**_machine(step.device), now=present_label(step, now),
         shape=None if x is None else list(x.shape), model=type(step.model).__name__,
         optimizer='inference' if inference else type(opt).__name__ if opt is not None else 'no optimizer', block=block)
 
@@ -779,7 +797,7 @@ def _conditions(step, now, inference, block):
 def bench_formats(
     step:TrainingStep, # Afterwards as it was
     # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict;
-    # None: all of `format_arms` but the present
+    # None: all of `usual_arms` but the present
     arms=None,
     limit:float=60., # Seconds, without what compiling takes; a quarter more where that allows a verdict
     compile:bool=False, # Measure compiled models too

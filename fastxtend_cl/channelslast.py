@@ -11,8 +11,7 @@ __all__ = ['ChannelsLastTfm', 'ChannelsLastCallback', 'KeepMemoryCallback', 'les
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
-from importlib import import_module
-from types import MethodType, ModuleType
+from types import ModuleType
 import cloudpickle
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.channelslast import ChannelsLast # before our methods, or it would overwrite them
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import Learner, load_model, save_model
-from fastai.torch_core import TensorImageBase, TensorMask, get_model, join_path_file
+from fastai.torch_core import TensorImageBase, TensorMask, get_model, join_path_file, rank_distrib
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -29,10 +28,9 @@ from fasttransform import DisplayedTransform, Pipeline
 from .amp import DeviceMixedPrecision, as_amp_mode, check_scaler_args, learner_device
 from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last,
     as_contiguous, contiguous_meanwhile, convert_format, format_of, format_warnings)
-from .hazards import Guard
+from .kernels import fixed_kernels, kernel_count, tuning_line
 from .memory import can_keep_memory, kept_memory
-from .plan import FormatPlan, apply_plan, planned, remove_plan
-from .repair import unrepair_format, unrepaired_meanwhile
+from .plan import FormatPlan
 from .step import generators, seed_all
 
 # %% ../nbs/02_channelslast.ipynb #fd74f427
@@ -48,36 +46,52 @@ class ChannelsLastCallback(ChannelsLast):
     # Needs to run before callbacks that wrap or copy the model, and before CastToTensor (9) removes the types of the batch
     order = -1
     def __init__(self,
-        plan:FormatPlan|None=None, # Of `plan_formats`: a format and a precision for each layer; None: channels last for all
+        plan:FormatPlan|None=None, # Of `plan_formats`; None: channels last
+        tune:bool=True, # Compute each convolution in the fastest correct way; False: replace only kernels that compute wrong results
     ):
         super().__init__()
-        self.tfm,self.amp_added,self.amp_displaced,self.repair,self._said,self.plan = ChannelsLastTfm(),None,None,None,set(),plan
+        self.plan,self.tune,self.tfm,self._said = plan,tune,ChannelsLastTfm(),set()
+        self.amp_added,self.amp_displaced,self.compiled = None,None,False
+
+    @property
+    def kernels(self):
+        "The mode of `tuned_kernels` for each batch"
+        return 'tuned' if self.tune and (self.plan is None or self.plan.tuned) else 'correct'
+
+    @property
+    def memory_format(self):
+        "That of model and batch; None: as they are"
+        return 'channels_last' if self.plan is None else self.plan.memory_format
 
     def before_fit(self):
-        "Convert the model, its gradients and the optimizer's state, where they are not so already, or apply the plan"
-        if self.plan is not None: return apply_plan(get_model(self.learn.model), self.plan, self.learn.opt)
-        convert_format(self.learn.model, 'channels_last', self.learn.opt)
-        self.warn_once(format_warnings(self.learn.model))
+        "Convert the model, its gradients and the optimizer's state, where that has not been done"
+        self._since = kernel_count()
+        if self.memory_format: convert_format(self.learn.model, self.memory_format, self.learn.opt)
+        if self.memory_format=='channels_last': self.warn_once(format_warnings(self.learn.model))
 
     def before_batch(self):
         "Convert image-like inputs and targets"
         if self.plan is not None: self.notice_size()
-        if self.plan is None or self.plan.memory_format=='channels_last':
-            self.learn.xb,self.learn.yb = self.tfm(self.learn.xb),self.tfm(self.learn.yb)
+        if self.memory_format=='channels_last': self.learn.xb,self.learn.yb = self.tfm(self.learn.xb),self.tfm(self.learn.yb)
+
+    def after_fit(self):
+        "Say in one line which kernels were tuned, if any"
+        line = tuning_line(self._since)
+        if line and not rank_distrib(): print(line)
 
     def notice_size(self):
         "Warn once of each input size that the plan was not made for"
         made,x = self.plan.conditions.get('shape'),first(self.learn.xb)
         if not made or not isinstance(x, torch.Tensor) or list(x.shape[1:])==made[1:]: return
         def text(s): return 'x'.join(map(str, s))
-        self.warn_once([FormatWarning(f'the plan was made for inputs of {text(made[1:])} and holds for these of '
-            f'{text(x.shape[1:])}, too, but another may be faster: `to_channelslast(plan="auto")` plans again')])
+        self.warn_once([FormatWarning(f'the plan was made for inputs of {text(made[1:])}, and for {text(x.shape[1:])} '
+            'another may be faster: `to_channelslast(plan="auto")` plans again')])
 
     def __call__(self, event_name):
         "Call `self.{event_name}` if it's defined"
         # An event that is not defined is looked for in the Learner and its model, which takes 9 microseconds,
         # eleven times a batch
-        if hasattr(type(self), event_name) or event_name in vars(self) or event_name=='after_fit':
+        if hasattr(type(self), event_name) or event_name in vars(self):
             return super().__call__(event_name)
 
     def warn_once(self,
@@ -129,11 +143,12 @@ Learner.fit._wrapped = _fastai_fit
 def less_random(
     seed:int=42, # For Python's, NumPy's and torch's generators on every device
 ):
-    "Repeatable random numbers without forcing deterministic kernels; afterwards every generator and cuDNN flag is as it was"
+    "Repeatable random numbers, and no kernel chosen by time; afterwards every generator and cuDNN flag is as it was"
     states = [(put,get()) for get,put in generators()]
     flags = torch.backends.cudnn.benchmark,torch.backends.cudnn.deterministic
     seed_all(seed)
-    try: yield
+    try:
+        with fixed_kernels(): yield
     finally:
         for put,state in states: put(state)
         torch.backends.cudnn.benchmark,torch.backends.cudnn.deterministic = flags
@@ -194,10 +209,19 @@ def _asked_plan(learn, plan, use, mode, compile):
             raise ValueError(f'the plan computes in {plan.autocast}, '
                 f'and the arguments ask for {mode.value if use and mode else "fp32"}: leave them out, or plan again with them')
         return plan
-    if plan!='auto': raise ValueError(f"plan is 'auto', a FormatPlan or None, received {plan!r}")
+    if plan!='auto': raise ValueError(f"plan must be 'auto', a FormatPlan or None, got {plan!r}")
     if not hasattr(learn, 'plan_channelslast'):
         raise ImportError("plan='auto' needs what `from fastxtend_cl.all import *` imports")
     return learn.plan_channelslast(use_amp=use, amp_mode=mode, compile=compile)
+
+# %% ../nbs/02_channelslast.ipynb #62490b26
+def _set_compiled(model, cb):
+    "Compile `model` if the plan of `cb` says so, or take that back; a model that the user has compiled stays compiled"
+    compile = cb.plan is not None and cb.plan.compile
+    if cb.compiled and not compile: model._compiled_call_impl,cb.compiled = None,False
+    elif compile and model._compiled_call_impl is None:
+        model.compile()
+        cb.compiled = True
 
 # %% ../nbs/02_channelslast.ipynb #73af62e2
 @patch
@@ -207,10 +231,11 @@ def to_channelslast(self:Learner,
     # 'fp16', 'bf16', or False for none. None keeps what the `Learner` has, or else takes what its device does natively
     amp_mode:str|AMPMode|bool|None=None,
     to_fp16:bool|None=None, # Older name of `use_amp`
-    # Also repair layers that lose channels last, where that makes a training step faster; see `Learner.repair_channelslast`
-    repair:bool=False,
-    # A format and a precision for each layer: 'auto' finds the fastest, within the precision allowed.
-    # None: channels last for all
+    # Compute each convolution in the fastest correct way, see `tuned_kernels`.
+    # False: never time kernels, only replace those that compute wrong results
+    tune:bool=True,
+    # A memory format and precision for the whole model: 'auto' finds the fastest, within the precision allowed.
+    # None: channels last
     plan:str|FormatPlan|None=None,
     compile:bool=False, # A compiled model is allowed for the plan, too
     # On a CPU, keep freed memory while training: `KeepMemoryCallback`. None: as the plan says
@@ -222,11 +247,9 @@ def to_channelslast(self:Learner,
     Raises a `TypeError` for arguments that `GradScaler` does not have, a `ValueError` for a mode that the device does
     not have and for arguments that contradict each other; then nothing has changed."""
     use,mode = _asked_amp(use_amp, amp_mode, to_fp16, kwargs)
-    if not isinstance(repair, bool): raise TypeError(f'repair is True or False, received {repair!r}')
+    if not isinstance(tune, bool): raise TypeError(f'tune must be True or False, got {tune!r}')
     if keep_memory is not None and not isinstance(keep_memory, bool):
         raise TypeError(f'keep_memory is True, False or None, received {keep_memory!r}')
-    if repair and plan is not None:
-        raise ValueError('repair=True and a plan are two ways: a plan has remedies of its own, leave one of them out')
     if compile and plan!='auto':
         raise ValueError("compile=True is for plan='auto', which measures whether it pays; without, call `learn.model.compile()`")
     if plan is not None:
@@ -248,16 +271,12 @@ def to_channelslast(self:Learner,
     for old in self._grab_cbs(MixedPrecision):
         if old is not new: self.remove_cb(old)
     if new is not None and new not in self.cbs: self.add_cb(new)
-    if plan is None: remove_plan(get_model(self.model))
-    cb.plan = plan
-    if plan is not None and plan.compile: self.model.compile()
+    cb.plan,cb.tune = plan,tune
+    _set_compiled(self.model, cb)
     for o in (cb,new): # removing a callback of the same name takes the attribute away
         if o is not None: setattr(self, o.name, o)
     cb.amp_added,cb.amp_displaced = (None,None) if new is own else (new,own)
     _set_keep(self, keep_memory)
-    if repair:
-        import_module('fastxtend_cl.learner') # has the method, and stands on this module
-        cb.repair = self.repair_channelslast()
     return self
 
 # %% ../nbs/02_channelslast.ipynb #0a0d5a4c
@@ -265,12 +284,10 @@ def to_channelslast(self:Learner,
 def to_contiguous(self:Learner,
     to_fp32:bool=False, # Remove mixed precision as well
 ) -> Learner: # The same `Learner`
-    """Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; without a plan; optionally to
-    single precision"""
+    "Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; optionally to single precision"
     cb = first(self._grab_cbs(ChannelsLastCallback))
-    if cb and cb.plan and cb.plan.compile: self.model._compiled_call_impl = None
-    remove_plan(get_model(self.model))
-    apply_contiguous(unrepair_format(self.model), self.opt)
+    if cb and cb.compiled: self.model._compiled_call_impl = None
+    apply_contiguous(self.model, self.opt)
     return self.remove_cbs([ChannelsLast, KeepMemoryCallback, *([MixedPrecision] if to_fp32 else [])])
 
 # %% ../nbs/02_channelslast.ipynb #cfc30032
@@ -347,12 +364,10 @@ def _plain_callbacks(learn):
 
 # %% ../nbs/02_channelslast.ipynb #10c87c80
 def _plain_pickle(module):
-    """`module` with a Pickler that writes channels-last tensors, wherever they hang, as contiguous, and guarded layers
-    as unguarded"""
+    "`module` with a Pickler that writes channels-last tensors, wherever they are, as contiguous"
     class Pickler(module.Pickler):
         def reducer_override(self, o):
             if isinstance(o, torch.Tensor) and format_of(o)=='channels_last': return as_contiguous(o).__reduce_ex__(2)
-            if isinstance(o, Guard): return MethodType,(type(o.module).forward,o.module)
             override = getattr(super(), 'reducer_override', None)
             return override(o) if override else NotImplemented
     res = ModuleType(module.__name__)
@@ -360,15 +375,6 @@ def _plain_pickle(module):
     return res
 
 # %% ../nbs/02_channelslast.ipynb #ae4b3ba4
-@contextmanager
-def _plan_kept(learn):
-    "Put back the plan that the layers of `learn` have"
-    cb = first(learn._grab_cbs(ChannelsLastCallback))
-    had = cb and cb.plan and planned(get_model(learn.model))
-    try: yield
-    finally:
-        if had: apply_plan(get_model(learn.model), cb.plan, learn.opt)
-
 @contextmanager
 def _kept_on_error(learn):
     "Put back the data and the optimizer of `learn` if the body raises"
@@ -385,11 +391,9 @@ def export(self:Learner, fname='export.pkl', **kwargs):
     """Export the content of `self` without the items and the optimizer state for inference, as plain fastai: it loads
     where this package is not installed"""
     with ExitStack() as stack:
-        stack.enter_context(_plan_kept(self))
         for dl in getattr(self.dls, 'loaders', []):
             for p in (dl.after_item, dl.before_batch, dl.after_batch):
                 if isinstance(p, Pipeline): stack.enter_context(_without_tfm(p))
-        stack.enter_context(unrepaired_meanwhile([self.model, *_models_of(self)]))
         stack.enter_context(contiguous_meanwhile([self.model, *_models_of(self)], lambda: self.opt))
         stack.enter_context(_kept_on_error(self))
         stack.enter_context(_plain_callbacks(self))

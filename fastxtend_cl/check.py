@@ -11,17 +11,14 @@ __all__ = ['margin', 'epsilon', 'untold', 'distance', 'CheckRow', 'FormatCheck',
 import math, os, statistics, time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
-from torch import nn, Tensor
+from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from .format import _tensors_in, convolutions
-from .hazards import guarded
-from .probe import Probe, layer_specs
 from .step import TrainingStep
 
 # %% ../nbs/04_check.ipynb #8394fe92
@@ -30,12 +27,16 @@ epsilon = {'fp32': 3e-5, 'bf16': 2**-8, 'fp16': 2**-11}
 untold = 0.5 # relative distance from which rounding alone can explain anything
 
 # %% ../nbs/04_check.ipynb #2f25f7a9
+def _exact(t):
+    "`t` in double precision; complex numbers keep both parts"
+    return t.detach().to(torch.promote_types(t.dtype, torch.float64))
+
 def distance(
     a:Tensor, # Of any dtype
     exact:Tensor, # The same in double precision
 ) -> float: # Infinite if `a` has values that are no finite numbers where `exact` has none
     "Relative distance of `a` from `exact`, by their norms"
-    a,exact = a.detach().double(),exact.detach().double()
+    a,exact = _exact(a),_exact(exact)
     if a.shape!=exact.shape: return math.inf
     d = ((a-exact).norm()/exact.norm().clamp_min(1e-30)).item() if exact.norm()>0 else a.norm().item()
     return d if math.isfinite(d) else math.inf
@@ -45,12 +46,15 @@ _names = {None: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 
 def _flat(res):
     "The parts of a `StepResult` that are compared, as one dict of tensors in double precision on the CPU"
-    outputs = {f'output {i}':t for i,t in enumerate(_tensors_in(res.outputs)) if t.is_floating_point()}
-    buffers = {n:b for n,b in res.buffers.items() if b.is_floating_point()}
+    def judged(t): return t.is_floating_point() or t.is_complex()
+    outputs = {f'output {i}':t for i,t in enumerate(_tensors_in(res.outputs)) if judged(t)}
+    buffers = {n:b for n,b in res.buffers.items() if judged(b)}
     parts = {'loss': {'loss': res.loss}, 'output': outputs, 'gradient': res.grads, 'weight': res.weights, 'buffer': buffers}
-    return {(kind,n):t.detach().to('cpu', torch.float64, copy=True) for kind,ts in parts.items() for n,t in ts.items()}
+    return {(kind,n):_exact(t).to('cpu', copy=True) for kind,ts in parts.items() for n,t in ts.items()}
 
 def _run(step, memory_format, dtype, *watches):
+    "Only the step under test may compute with tuned kernels: channels last, not in double precision"
+    if memory_format!='channels_last' or dtype==torch.float64: step = replace(step, tuned=False)
     with step.preserved():
         for w in watches: w.attach(step.model)
         try: return _flat(step.run(memory_format, dtype, seed=0, keep='state'))
@@ -163,8 +167,6 @@ class FormatCheck:
     reason:str # The verdict in words
     rows:list=field(default_factory=list, repr=False) # `CheckRow`s
     first:dict|None=None # Where it starts: 'module', 'phase' ('forward' or 'backward'), 'precision'
-    probes:list=field(default_factory=list) # `ProbeResult`s of layers that failed in the child process
-    guarded:dict=field(default_factory=dict) # Layers that are guarded against a known hazard
     conditions:dict=field(default_factory=dict) # Device, versions, threads, batch
     seconds:float=0. # What the check took
 
@@ -175,9 +177,7 @@ class FormatCheck:
     def __bool__(self): return self.ok is True
     def to_dict(self):
         "Plain data for JSON"
-        probes = [dict(layer=str(p.spec), status=p.status, reason=p.reason) for p in self.probes]
-        return {**{k:v for k,v in vars(self).items() if k!='probes'}, 'rows': [vars(r) for r in self.rows],
-            'wrong': self.wrong, 'probes': probes}
+        return {**vars(self), 'rows': [vars(r) for r in self.rows], 'wrong': self.wrong}
 
 # %% ../nbs/04_check.ipynb #b3e99a98
 def _worst(check, n=10):
@@ -191,7 +191,7 @@ def __str__(self:FormatCheck):
         for r in _worst(self)]
     table = [f"{'':12}{'':6}{'':9}{'distance from double precision':40}{'contiguous':>11}{'channels last':>15}{'allowed':>10}",
         *rows] if rows else []
-    return '\n'.join([head, *map(str, self.probes), *table])
+    return '\n'.join([head, *table])
 
 @patch
 def _repr_markdown_(self:FormatCheck):
@@ -201,7 +201,7 @@ def _repr_markdown_(self:FormatCheck):
     table = '\n'.join([*head, *(f'| {" | ".join(cells(r))} |' for r in _worst(self, 20))])
     summary = f'The results furthest from double precision, of {len(self.rows)}'
     folded = f'<details><summary>{summary}</summary>\n\n{table}\n\n</details>'
-    return '\n\n'.join([f'**{self.verdict}**: {self.reason}', *map(str, self.probes), folded])
+    return '\n\n'.join([f'**{self.verdict}**: {self.reason}', *([folded] if self.rows else [])])
 
 # %% ../nbs/04_check.ipynb #4d64ec7f
 def _mean_floor(model, key, exact):
@@ -221,10 +221,11 @@ def _rows(precision, ours, contiguous, noisy, exact, model):
         if key not in ours or key not in contiguous: continue
         c,l,s = distance(contiguous[key], e),distance(ours[key], e),_sensitivity(noisy, exact, key)
         allowed = max(_allowed(c, s), epsilon[precision]*max(1., _mean_floor(model, key, exact)))
-        rows.append(CheckRow(*key, precision, c, l, allowed, _verdict(c, l, allowed)))
+        rows.append(CheckRow(*key, precision, c, l, allowed, _verdict(c, l, allowed, max(margin*s, epsilon[precision]))))
     return rows
 
-def _verdict(contiguous, channels_last, allowed):
+def _verdict(contiguous, channels_last, allowed, rounding):
+    if channels_last<=rounding<=untold: return 'right' # also where the contiguous kernels are wrong
     if contiguous==math.inf: return 'cannot tell' # infinite in both formats: the precision's fault
     if allowed>untold: return 'wrong' if channels_last>100*allowed else 'cannot tell'
     return 'wrong' if channels_last>allowed else 'right'
@@ -276,40 +277,20 @@ def _conditions(step):
     return dict(device=str(step.device), torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
         threads=torch.get_num_threads(), shape=None if x is None else list(x.shape), autocast=_names[step.autocast])
 
-def _say(rows, first, probes, names):
+def _say(rows, first, names):
     wrong,unclear = [r for r in rows if r.verdict=='wrong'],[r for r in rows if r.verdict=='cannot tell']
-    if wrong or probes:
-        words = []
-        if wrong:
-            w = max(wrong, key=lambda r: r.channels_last/r.allowed)
-            start = f'; it starts in the {first["phase"]} pass of `{first["module"]}`, in {first["precision"]}'
-            words.append(f'{len(wrong)} of {len(rows)} results are further from double precision than rounding explains, '
-                f'the worst the {w.kind} of `{w.name}` in {w.precision} ({w.channels_last:.1e}, contiguous {w.contiguous:.1e})'
-                + (start if first['module'] is not None else ''))
-        if probes: words.append(f'{len(probes)} layers failed in the child process')
-        return False,'; '.join(words)
+    if wrong:
+        w = max(wrong, key=lambda r: r.channels_last/r.allowed)
+        start = f'; it starts in the {first["phase"]} pass of `{first["module"]}`, in {first["precision"]}'
+        return False,(f'{len(wrong)} of {len(rows)} results are further from double precision than rounding explains, '
+            f'the worst the {w.kind} of `{w.name}` in {w.precision} ({w.channels_last:.1e}, contiguous {w.contiguous:.1e})'
+            + (start if first['module'] is not None else ''))
     if len(unclear)>len(rows)/2:
         return None,f'rounding alone moves {len(unclear)} of {len(rows)} results by half their size or more: try a larger batch'
     more = (f'; {len(unclear)} more cannot be judged, since rounding alone moves {"it" if len(unclear)==1 else "them"} by half '
         f'{"its" if len(unclear)==1 else "their"} size' if unclear else '')
     return (True,f'{len(rows)-len(unclear)} results in {" and ".join(names)} are as near to '
         f'double precision as rounding explains{more}')
-
-# %% ../nbs/04_check.ipynb #182698c6
-def _specs(step):
-    with step.preserved():
-        step.model.train()
-        return list(layer_specs(step.model, *step.inputs))
-
-def _probe_layers(step, specs):
-    "Results of those layers that fail in the child"
-    res = []
-    with Probe() as child:
-        for spec in progress_bar(specs, leave=False):
-            for precision in dict.fromkeys(('fp32', _names[step.autocast])):
-                r = child.run(spec, precision=precision, device=str(step.device), rounds=2)
-                if not r.ok: res.append(r)
-    return res
 
 # %% ../nbs/04_check.ipynb #44ec84a4
 class _Count:
@@ -328,6 +309,8 @@ def _free_bytes(device):
     try: return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     except (AttributeError, ValueError, OSError): return math.inf
 
+def _gib(n): return f'{n/2**30:.1f} GiB' if n>=2**30 else f'{n/2**20:.0f} MiB'
+
 def double_bytes(
     step:TrainingStep,
     activations:int, # Elements that its layers hand on
@@ -336,46 +319,33 @@ def double_bytes(
     gradients, optimizer state, a copy to put back"""
     return 8*(2*activations + 4*sum(p.numel() for p in step.params().values())) + step.preserved_bytes()
 
-# %% ../nbs/04_check.ipynb #f9f927c5
-def _by_layers(step, need, have, sample):
-    "Verdict, reason and failed `ProbeResult`s from single layers"
-    specs = _specs(step)
-    chosen = specs[::max(1, math.ceil(len(specs)/sample))]
-    probes = _probe_layers(step, chosen)
-    words = (f'double precision would take about {need/2**30:.1f} GiB of the {have/2**30:.1f} free, '
-        f'so {len(chosen)} of {len(specs)} distinct convolutions were checked one by one in a child process')
-    return not probes,f'{words}, {len(probes)} of them failed' if probes else words,probes
-
 # %% ../nbs/04_check.ipynb #db766a83
 def check_formats(
     step:TrainingStep, # Afterwards as it was
-    probe:bool=False, # First run each distinct convolution in a child process, where a kernel that kills its process does no harm
     memory:float|None=None, # Bytes that may be used; None: what is free on the device
-    sample:int=12, # How many distinct convolutions are checked if the step does not fit in double precision
 ) -> FormatCheck:
     """Compare a training step in channels last and contiguous with double precision, in fp32 and in the step's own precision
 
+    The step in channels last computes with the kernels that it trains with (`TrainingStep.tuned`), the others as torch does.
     Raises a `ValueError` for a model without a convolution, and what the step itself raises, such as for a loss that
     is not finite."""
     start = time.perf_counter()
     if not convolutions(step.model):
         raise ValueError(f'there is nothing to check: {type(step.model).__name__} has no convolution of two or three dimensions')
-    common = dict(guarded=guarded(step.model), conditions=_conditions(step))
-    def done(ok, reason, **kw): return FormatCheck(ok, reason, seconds=time.perf_counter()-start, **common, **kw)
-    probes = _probe_layers(step, _specs(step)) if probe else []
-    if any(p.status in ('died', 'hung') for p in probes): return done(*_say([], None, probes, []), probes=probes)
+    conditions = _conditions(step)
+    def done(ok, reason, **kw): return FormatCheck(ok, reason, conditions=conditions, seconds=time.perf_counter()-start, **kw)
     contiguous = _run(step, 'contiguous', None, count := _Count())
     need,have = double_bytes(step, count.n),_free_bytes(step.device) if memory is None else memory
     if need>have:
-        ok,reason,failed = _by_layers(step, need, have, sample)
-        return done(ok, reason, probes=failed)
+        return done(None, f'the comparison with double precision needs about {_gib(need)} of memory, '
+            f'{_gib(have)} are free: use a smaller batch')
     runs,others = _Runs(step),[_Runs(step, shift) for shift in (0.01, 0.02, 0.03)]
     again,_ = runs('contiguous', None)
     twice = max((distance(again[k], t) for k,t in contiguous.items()), default=0.)
     if twice>epsilon['fp32']:
         reason = (f'two runs of the same step from the same seed differ by {twice:.1e}: '
             'its randomness is not under the control of torch, NumPy or Python')
-        return done(None, reason, probes=probes)
+        return done(None, reason)
     rows,first = [],None
     dtypes = list(dict.fromkeys((None, step.autocast)))
     for dtype in dtypes:
@@ -386,4 +356,4 @@ def check_formats(
             new,place = _confirm(new, again),place if place['module'] is not None or elsewhere is None else elsewhere
         if any(r.verdict=='wrong' for r in new): first = first or place
         rows += new
-    return done(*_say(rows, first, probes, [_names[d] for d in dtypes]), rows=rows, first=first, probes=probes)
+    return done(*_say(rows, first, [_names[d] for d in dtypes]), rows=rows, first=first)

@@ -7,7 +7,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'UsageError', 'check_device', 'check_range', 'show', 'digits_dls', 'find_arch', 'train_arm',
            'exact_difference', 'demo', 'demo_report', 'demo_table', 'model_of', 'any_loss', 'model_step', 'bench',
-           'check', 'trace', 'plan', 'main']
+           'check', 'trace', 'plan', 'kernels', 'main']
 
 # %% ../nbs/09_cli.ipynb #006967ab
 import contextlib, importlib, json as _json, os, platform, re, statistics, sys, time, warnings
@@ -112,13 +112,16 @@ def train_arm(
 ): # The `Learner`, trained, with a `stopwatch`
     "Train on the digits from a fixed seed"
     from fastai.vision.all import accuracy, vision_learner
-    from fastxtend_cl.channelslast import less_random
-    with less_random(42), contextlib.ExitStack() as quiet:
+    import fastxtend_cl.channelslast # the methods of `Learner`
+    from fastxtend_cl.step import Preserved, seed_all
+    with Preserved(), contextlib.ExitStack() as quiet: # `less_random` would time no kernel
+        seed_all(42)
         learn = vision_learner(digits_dls(size, bs, device), arch, pretrained=False, metrics=accuracy,
             loss_func=torch.nn.CrossEntropyLoss(), cbs=[_stopwatch(), *cbs])
         if double: learn.model.double()
         convert(learn)
-        if not bar: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
+        if not bar:
+            for c in (learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(sys.stderr)): quiet.enter_context(c)
         learn.fit_one_cycle(epochs, 1e-3)
     return learn
 
@@ -175,7 +178,8 @@ def demo(
     if not json: print('\nthe first batches once more in double precision', flush=True)
     exact = exact_difference(model, size, min(bs, 32))
     if not json: print('one training step in turns, paired', flush=True)
-    measured = learns['contiguous fp32'].bench_channelslast([name for name,_ in arms[1:]], limit=limit, epochs=False,
+    tuned = ', tuned' if device.type=='cpu' else ''
+    measured = learns['contiguous fp32'].bench_channelslast([name+tuned for name,_ in arms[1:]], limit=limit, epochs=False,
         bar=not json and _terminal())
     report = {**demo_report(learns, exact, device, arch, epochs, size, bs), 'bench': measured.to_dict()}
     print(_json.dumps(report, indent=2) if json else demo_table(report))
@@ -256,12 +260,13 @@ def model_step(
     name:str, # As for `model_of`; a function may also return a `TrainingStep`
     bs:int=16, size:int=128, classes:int=10, device:str|None=None,
     amp:str|None=None, # 'fp16' or 'bf16'
+    tuned:bool=False, # Compute with `tuned_kernels`
 ): # `TrainingStep`
     "A step of training of the model of that name, with AdamW, on a random batch"
     from fastxtend_cl.step import TrainingStep
     for n,value,low,high in (('bs', bs, 1, 65536), ('size', size, 8, 4096), ('classes', classes, 1, 100_000)):
         check_range(n, value, low, high)
-    if amp not in (None, 'fp16', 'bf16'): raise UsageError(f'--amp {amp} is no precision: it takes fp16 or bf16')
+    if amp not in (None, 'fp16', 'bf16'): raise UsageError(f'--amp must be fp16 or bf16, got {amp}')
     device,dtype = check_device(device),{'fp16': torch.float16, 'bf16': torch.bfloat16}.get(amp)
     model = model_of(name, classes)
     if isinstance(model, TrainingStep): return model
@@ -272,7 +277,7 @@ def model_step(
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(bs, convs[0].in_channels if convs else 3, *frames, size, size, generator=gen).to(device)
     y = torch.randint(classes, (bs,), generator=gen).to(device)
-    return TrainingStep(model, x, y, any_loss, torch.optim.AdamW(model.parameters(), lr=1e-3), dtype)
+    return TrainingStep(model, x, y, any_loss, torch.optim.AdamW(model.parameters(), lr=1e-3), dtype, tuned=tuned)
 
 # %% ../nbs/09_cli.ipynb #7be0662d
 @contextlib.contextmanager
@@ -323,14 +328,13 @@ def check(
     classes:int=10, # Of the output
     device:str=None, # Such as cpu or cuda; default: what fastai would take
     amp:str=None, # What it trains in: fp16 or bf16; default: fp32
-    probe:bool=False, # First run each distinct convolution in a child process
     json:bool=False, # Print one JSON object and nothing else
 ) -> int: # Exit status: 1 if the step is wrong
-    "Compare a training step in channels last with double precision"
-    step = model_step(model, bs, size, classes, device, amp)
+    "Compare a training step in channels last, with tuned kernels, with double precision"
+    step = model_step(model, bs, size, classes, device, amp, tuned=True)
     from fastxtend_cl.check import check_formats
     with _model_errors(model), contextlib.redirect_stdout(sys.stderr) if not _terminal() or json else contextlib.nullcontext():
-        res = check_formats(step, probe=probe)
+        res = check_formats(step)
     show(res, json)
     return int(res.ok is False)
 
@@ -345,7 +349,7 @@ def trace(
     json:bool=False, # Print one JSON object and nothing else
 ):
     "Find the operations of a training step that lose the format"
-    step = model_step(model, bs, size, classes, device, amp)
+    step = model_step(model, bs, size, classes, device, amp, tuned=True)
     from fastxtend_cl.trace import trace_format
     with _model_errors(model): res = trace_format(step)
     show(res, json)
@@ -359,28 +363,50 @@ def plan(
     device:str=None, # Such as cpu or cuda; default: what fastai would take
     amp:str=None, # What may be used besides fp32: fp16, bf16 or none; default: what the device computes natively
     compile:bool=False, # A compiled model is allowed, too
-    inference:bool=False, # Measure the forward pass without gradients, too
-    budget:float=120., # Seconds
+    budget:float=60., # Seconds
     refresh:bool=False, # Find a new plan, even if one was found earlier
     json:bool=False, # Print one JSON object and nothing else
     plot:str=None, # Write a picture to this file
 ):
-    "Find the fastest format and precision for each layer, and prove it"
+    "Find the fastest memory format and precision, and prove it"
     check_range('budget', budget, 1, 86400)
     _check_file(plot)
-    if amp not in (None, 'none', 'fp16', 'bf16'): raise UsageError(f'--amp {amp} is no precision: it takes fp16, bf16 or none')
+    if amp not in (None, 'none', 'fp16', 'bf16'): raise UsageError(f'--amp must be fp16, bf16 or none, got {amp}')
     step = model_step(model, bs, size, classes, device)
     from fastxtend_cl.bench import precisions
     from fastxtend_cl.plan import plan_formats
     native = next(iter(precisions(step.device)), None)
     dtype = {None: native, 'none': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[amp]
     with _model_errors(model):
-        res = plan_formats(step, dtype, budget=budget, compile=compile, inference=inference,
+        res = plan_formats(step, dtype, budget=budget, compile=compile,
             cache='refresh' if refresh else True, bar=not json and _terminal())
     show(res, json, plot)
 
+# %% ../nbs/09_cli.ipynb #761931c9
+def kernels(
+    model:str, # Name from torchvision or timm, or module:function
+    bs:int=16, # Samples a batch
+    size:int=128, # Height and width in pixels
+    classes:int=10, # Of the output
+    device:str=None, # Such as cpu or cuda; default: what fastai would take
+    amp:str=None, # fp16, bf16 or none; default: bf16 where a CPU computes it natively
+    json:bool=False, # Print one JSON object and nothing else
+    plot:str=None, # Write a picture to this file
+):
+    "Show how each convolution of a training step in channels last is computed"
+    _check_file(plot)
+    if amp not in (None, 'none', 'fp16', 'bf16'): raise UsageError(f'--amp must be fp16, bf16 or none, got {amp}')
+    step = model_step(model, bs, size, classes, device)
+    from fastxtend_cl.bench import precisions
+    from fastxtend_cl.kernels import kernel_table
+    native = next(iter(precisions(step.device)), None)
+    if amp or step.autocast is None: step.autocast = {None: native, 'none': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[amp]
+    step.tuned = True
+    with _model_errors(model): step.run('channels_last', keep='loss')
+    show(kernel_table(), json, plot)
+
 # %% ../nbs/09_cli.ipynb #8f669a77
-commands = {f.__name__: f for f in (demo, bench, check, trace, plan)}
+commands = {f.__name__: f for f in (demo, bench, check, trace, plan, kernels)}
 
 def _usage():
     lines = [f'  {n:8}{f.__doc__}' for n,f in commands.items()]

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from .hazards import guard, guarded, unguard
+from .ways import deadly_layers
 
 # %% ../nbs/00_format.ipynb #7240cb19
 channels_last_formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -259,12 +259,19 @@ def convert_format(
     _change(changes)
     if to=='contiguous':
         for m in convolutions(model).values(): _ConvertOnceShaped.remove(m)
-        unguard(model)
     else:
         for m in _lazy_convolutions(model): _ConvertOnceShaped.add(m)
-        guard(model)
 
 _targets = {'channels_last': _channels_last_targets, 'contiguous': _contiguous_targets}
+
+# %% ../nbs/00_format.ipynb #2105fa56
+def _deadly_warnings(model):
+    "A plain training loop on a CPU can be ended by a few kernels; a Learner's training avoids them by itself"
+    names = deadly_layers(model) if any(p.device.type=='cpu' for p in model.parameters()) else []
+    if not names: return []
+    more = f' and {len(names)-3} more' if len(names)>3 else ''
+    return [FormatWarning(f'the gradient kernels of {", ".join(names[:3])}{more} can end the process in channels last on a CPU: '
+        'train inside `with tuned_kernels():`, which avoids them')]
 
 # %% ../nbs/00_format.ipynb #069d3623
 def apply_channels_last(
@@ -274,13 +281,13 @@ def apply_channels_last(
     """Convert what the convolutions of `model` own to channels last: 4-D parameters to `torch.channels_last`, 5-D ones
     to `torch.channels_last_3d`
 
-    Gradients and optimizer state go along, and layers that known hazards may concern are guarded. Calling it again
-    changes nothing, and puts right state that a checkpoint brought in another format.
+    Gradients and optimizer state go along. Calling it again changes nothing, and puts right state that a checkpoint
+    brought in another format.
     Warns with `NoConvolutionWarning` if there is nothing to convert, and with `FormatWarning` of parameters that
-    cannot be. Raises a `TypeError` for what is no module or optimizer, a `ValueError` for `LBFGS` and for a model
+    cannot be converted and of layers that need `tuned_kernels` on a CPU. Raises a `TypeError` for what is no module or optimizer, a `ValueError` for `LBFGS` and for a model
     already inside `DistributedDataParallel`; then nothing has changed."""
     convert_format(model, 'channels_last', optimizers)
-    for w in format_warnings(model): warnings.warn(w, stacklevel=2)
+    for w in format_warnings(model) + _deadly_warnings(model): warnings.warn(w, stacklevel=2)
     return model
 
 # %% ../nbs/00_format.ipynb #c65b8b3f
@@ -304,15 +311,13 @@ def contiguous_meanwhile(
     "A context in which `models` and what `optimizers()` keep are contiguous"
     models = [models] if isinstance(models, nn.Module) else list(models)
     had = [[(t,t.stride()) for t in _tensors(m)] for m in models]
-    lazy,were_guarded = ([c for m in models for c in _lazy_convolutions(m) if _ConvertOnceShaped.on(c)],
-        [m for m in models if guarded(m)])
+    lazy = [c for m in models for c in _lazy_convolutions(m) if _ConvertOnceShaped.on(c)]
     try:
         for m in models: convert_format(m, 'contiguous', optimizers())
         yield
     finally:
         for m,strides in zip(models, had): _change(_changes(strides, _listify(optimizers()), _sharers(m)))
         for c in lazy: _ConvertOnceShaped.add(c)
-        for m in were_guarded: guard(m)
 
 # %% ../nbs/00_format.ipynb #f82645ef
 def align_state(

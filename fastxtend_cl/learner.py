@@ -19,14 +19,14 @@ from fastai.torch_core import apply, to_device
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from .amp import DeviceMixedPrecision, amp_dtypes, as_amp_mode, check_amp_mode, learner_device, native_amp_mode
+from fastxtend_cl.amp import (DeviceMixedPrecision, amp_dtypes, as_amp_mode, check_amp_mode, kernels_mode, learner_device,
+    native_amp_mode)
 from .bench import Arm, FormatBench, bench_formats
 from .channelslast import ChannelsLastCallback
 from .check import FormatCheck, check_formats
 from .format import _tensors_in
-from .plan import FormatPlan, apply_plan, plan_formats
+from .plan import FormatPlan, plan_formats
 from .step import Preserved, TrainingStep
-from .repair import FormatRepair, repair_format
 from .trace import FormatTrace, trace_format
 
 # %% ../nbs/10_learner.ipynb #babf76d0
@@ -117,7 +117,7 @@ def _new_opt(learn):
 def from_learner(cls:TrainingStep,
     learn:Learner, # Not changed; its next epoch sees what it would have seen
 ) -> TrainingStep:
-    """The first training step of `learn`: its own model, batch after its own transforms, loss, optimizer and precision
+    """The first training step of `learn`: its own model, batch after its own transforms, loss, optimizer, precision and kernels
 
     A `Learner` without an optimizer gets none; the step has the one that a fit would make. Raises a `ValueError` if
     there is no training data, target or loss."""
@@ -129,18 +129,18 @@ def from_learner(cls:TrainingStep,
     with Preserved(learn, *learn.cbs, dl, values=False), _kept_transforms(dl):
         inputs,targets,strides = _first_batch(learn, _alone(dl), device)
         opt = _new_opt(learn) if learn.opt is None else learn.opt
-    return cls(learn.model, inputs, targets, learn.loss_func, opt, **precision, batch_strides=strides)
+    return cls(learn.model, inputs, targets, learn.loss_func, opt, **precision, batch_strides=strides,
+        tuned=kernels_mode(learn) or False)
 
 # %% ../nbs/10_learner.ipynb #b6eb73d1
 class WrongStepError(RuntimeError): "A training step that is wrong in channels last; the message says where"
 
 @patch
 def check_channelslast(self:Learner,
-    probe:bool=False, # First run each distinct convolution in a child process, where a kernel that kills its process does no harm
     raise_on_wrong:bool=False, # Raise a `WrongStepError` if the step is wrong
 ) -> FormatCheck:
     "Compare the first training step in channels last and contiguous with double precision; the `Learner` is afterwards as it was"
-    res = check_formats(TrainingStep.from_learner(self), probe=probe)
+    res = check_formats(TrainingStep.from_learner(self))
     if raise_on_wrong and res.ok is False: raise WrongStepError(str(res))
     return res
 
@@ -151,22 +151,11 @@ def trace_channelslast(self:Learner) -> FormatTrace:
     the `Learner` is afterwards as it was"""
     return trace_format(TrainingStep.from_learner(self))
 
-# %% ../nbs/10_learner.ipynb #bdd4d453
-@patch
-def repair_channelslast(self:Learner,
-    rounds:int=9, # Rounds of the paired measurement of each remedy
-) -> FormatRepair:
-    "Repair the layers of the model that lose channels last, where that makes the first training step faster"
-    return repair_format(TrainingStep.from_learner(self), rounds=rounds)
-
 # %% ../nbs/10_learner.ipynb #572a3615
 def _present(learn):
     "How the next fit of `learn` would make a step"
     cb = first(learn._grab_cbs(ChannelsLastCallback))
-    if cb is None: return None
-    if cb.plan is None: return Arm('now', 'channels_last')
-    def setup(step): apply_plan(step.model, cb.plan)
-    return Arm('now', cb.plan.memory_format, setup=setup)
+    return cb and Arm('now', cb.memory_format)
 
 # %% ../nbs/10_learner.ipynb #c8c3c8f2
 class _Batches:

@@ -22,6 +22,7 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from .format import _check_model, _tensors_in, as_channels_last, as_contiguous, convert_format, format_of
+from .kernels import tuned_kernels
 
 # %% ../nbs/03_step.ipynb #d024dc45
 def _followed(module_name):
@@ -379,6 +380,8 @@ class TrainingStep:
     autocast:torch.dtype|None=None # `torch.float16`, `torch.bfloat16`, or None for the precision of the weights
     loss_scale:float=1024. # Factor of the loss in fp16, where small gradients would vanish; gradients are divided by it
     batch_strides:list|None=None # Shape and strides of each tensor of the batch in channels last; None: by their rank
+    # Compute with `tuned_kernels`, as a Learner's training does; or a mode of `tuned_kernels`. False: as torch does
+    tuned:bool|str=False
 
     def __post_init__(self):
         _check_model(self.model)
@@ -389,12 +392,19 @@ class TrainingStep:
             raise TypeError(f'optimizer is an object with a `step`, or None, received {type(self.optimizer).__name__}')
         if self.autocast not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f'autocast is torch.float16, torch.bfloat16 or None, received {self.autocast!r}')
+        if self.tuned not in (True, False, 'tuned', 'correct', 'survive'):
+            raise ValueError(f"tuned must be True, False, 'tuned', 'correct' or 'survive', got {self.tuned!r}")
 
 # %% ../nbs/03_step.ipynb #916b2ba5
 @patch(as_prop=True)
 def device(self:TrainingStep) -> torch.device:
     "Where the step runs: the device of the first parameter, or else of the first input"
     return next((t.device for t in (*self.model.parameters(), *_tensors_in(self.inputs))), torch.device('cpu'))
+
+@patch(as_prop=True)
+def kernels(self:TrainingStep) -> str:
+    "The mode of `tuned_kernels` that `run` computes in"
+    return self.tuned if isinstance(self.tuned, str) else 'tuned' if self.tuned else 'survive'
 
 # %% ../nbs/03_step.ipynb #45f1e24a
 def _describe(o):
@@ -410,7 +420,8 @@ def __repr__(self:TrainingStep):
     return (f'TrainingStep({type(self.model).__name__} on {self.device}, inputs {", ".join(map(_describe, self.inputs))}, '
             f'targets {", ".join(map(_describe, self.targets)) or None}, {name(self.loss_func)}, '
             f'{f"{type(opt).__name__}" if opt is not None else "no optimizer"}, '
-            f'{f"autocast {self.autocast}".replace("torch.", "") if self.autocast else "no autocast"})')
+            f'{f"autocast {self.autocast}".replace("torch.", "") if self.autocast else "no autocast"}'
+            f'{"" if self.kernels=="survive" else f", {self.kernels} kernels"})')
 
 # %% ../nbs/03_step.ipynb #f9e8b205
 def _optimizers(opt):
@@ -621,6 +632,8 @@ def run(self:TrainingStep,
 
     Changes what a step of training changes, and with `memory_format` or `torch.float64` also model, optimizer and
     batch: run it inside `preserved` to have all that undone.
+    It computes with `tuned_kernels` if it is `tuned`; without, as torch does, except that kernels known to end the
+    process are avoided.
     A model in evaluation mode is put in training mode; one in training mode keeps the modes of its parts, such as a
     frozen BatchNorm.
     Raises a `ValueError` for a loss that is not one finite number or has no gradient."""
@@ -629,7 +642,7 @@ def run(self:TrainingStep,
     if not self.model.training: self.model.train()
     self._zero_grad()
     if seed is not None: seed_all(seed)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), tuned_kernels(self.kernels):
         with _AsDouble() if dtype==torch.float64 else nullcontext(), _SameRandom() if seed is not None else nullcontext():
             out,loss = self._forward(dtype)
             _check_loss(loss, keep!='loss')

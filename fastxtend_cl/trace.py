@@ -19,6 +19,7 @@ from torch import nn, Tensor
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from .format import _tensors_in, channels_last_formats, convolutions, dense_strides, format_of
+from .kernels import tuned_kernels
 from .step import TrainingStep
 
 # %% ../nbs/05_trace.ipynb #2bc3f24a
@@ -372,12 +373,16 @@ class _Costs:
 _texts = dict(
     loss='the loss leaves channels last: give it rows, `p.permute(0, 2, 3, 1).flatten(0, 2)` and `y.flatten()`, '
         'which copies nothing',
-    cat='the gradients of a concatenation are slices: `repair_format` offers one with dense gradients, where that is faster',
+    cat='the gradients of a concatenation are slices: `tuned_kernels`, on by default in `to_channelslast`, copies them to the '
+        'strides of the activation where they arrive',
     chunk='a slice of channels has gaps: let two convolutions make the parts, or copy it once, '
         '`.contiguous(memory_format=torch.channels_last)`',
-    shuffle='a shuffle of channels through a contiguous copy: `repair_format` has one that keeps the format',
-    mean='the gradient of a mean over height and width is contiguous: `repair_format` has a mean that keeps the format',
-    instance='instance normalization copies: `repair_format` has one that keeps the format; or use GroupNorm or BatchNorm',
+    shuffle='a channel shuffle copies into contiguous order: write it in channels last, '
+        '`x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)`',
+    mean='the gradient of a mean over height and width is contiguous: `tuned_kernels`, on by default in `to_channelslast`, '
+        'writes it in channels last',
+    instance='instance normalization copies into contiguous order: `nn.GroupNorm(c, c)` computes the same for `c` channels, '
+        'without running statistics, and keeps the format; so does BatchNorm',
     copy='leave out the copy, or write `.contiguous(memory_format=torch.channels_last)`',
     reshape='this reshape copies into contiguous order: do it on `x.permute(0, 2, 3, 1)`, where it may be a view',
     in_place='an in-place operator on a slice, whose gradient is copied contiguous: use `inplace=False`',
@@ -647,7 +652,7 @@ def trace_format(
         shape=None if x is None else list(x.shape),
         autocast=str(step.autocast).removeprefix('torch.') if step.autocast else 'no autocast', compiled=_compiled(step.model))
     tracer,seconds = _traced(step)
-    costs = _Costs(step.device, budget*seconds).measure(tracer.losses)
+    with tuned_kernels(step.kernels): costs = _Costs(step.device, budget*seconds).measure(tracer.losses)
     leaks,left = [],[]
     for g in _merged(tracer.losses): (left if tracer.leaves(g[0]) else leaks).append((g, _row(g, costs, seconds)))
     rows,aside = (sorted((r for _,r in o), key=lambda r: (-r.seconds, -r.bytes)) for o in (leaks, left))

@@ -13,7 +13,7 @@ from fastxtend_cl import bench
 from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _Progress, _block_size, _race, _rows, _warm, _whole, bench_formats,
     ceiling, compare, count_flops, device_clock, format_arms, interval, least_pairs, precisions, verdict_of)
 from fastxtend_cl.format import apply_channels_last
-from fastxtend_cl.hazards import guarded
+from fastxtend_cl.kernels import _now
 from fastxtend_cl.step import TrainingStep
 
 root = Path(__file__).resolve().parent.parent
@@ -300,9 +300,9 @@ costs = {'contiguous fp32': 0.1, 'channels last fp32': 0.1/1.05, 'contiguous bf1
 def test_a_step_whose_speed_is_known(monkeypatch):
     monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
     step,clock = simulated(costs)
-    res = bench_formats(step, clock=clock, bar=False)
+    res = bench_formats(step, ['channels last fp32', 'contiguous bf16, tuned', 'channels last bf16'], clock=clock, bar=False)
     assert {r.arm:r.verdict for r in res.rows}=={'now': 'now', 'now, again': 'noise', 'channels last fp32': 'faster',
-        'contiguous bf16': 'tie', 'channels last bf16': 'slower'}
+        'contiguous bf16, tuned': 'tie', 'channels last bf16': 'slower'}
     assert res.best.arm=='channels last fp32' and res.conditions['now']=='contiguous fp32' and abs(res.best.ratio-1.05)<0.02
     assert res.break_even==math.ceil(res.seconds/(res.now.seconds-res.best.seconds)) and res.best.samples==pytest.approx(6/res.best.seconds)
     assert str(res).startswith(f'faster: channels last fp32 is {res.best.ratio:.2f} times as fast as what you '
@@ -323,7 +323,7 @@ def test_present_in_channels_last_and_bf16(monkeypatch):
     for now in (None, Arm('now', 'channels_last')):
         res = bench_formats(step, clock=clock, bar=False, now=now)
         assert res.conditions['now']==('contiguous bf16' if now is None else 'channels last bf16')
-        assert (('channels last bf16' in [r.arm for r in res.rows])==(now is None)
+        assert ('channels last bf16, tuned' in [r.arm for r in res.rows]
             and res.now.seconds==pytest.approx(0.1 if now is None else 0.05, rel=0.1))
     apply_channels_last(step.model, step.optimizer)
     assert bench_formats(step, clock=clock, bar=False).conditions['now']=='mixed bf16'
@@ -347,7 +347,7 @@ def test_whole_epoch(wait, monkeypatch):
     assert res.loader['share']==pytest.approx(wait/(wait+0.102), abs=0.02)
     assert (res.loader['ratio']==pytest.approx((wait+0.102)/(wait+0.051), rel=0.05)
         and res.loader['low']<=res.loader['ratio']<=res.loader['high'])
-    assert 'of the time of a batch is waiting for the data loader; with it, epochs of channels last fp32 are' in str(res)
+    assert 'of the time of a batch is waiting for the data loader; with it, epochs of channels last fp32' in str(res)
 
 def test_whole_epoch_with_too_few_batches(monkeypatch):
     step,clock = simulated(costs)
@@ -359,7 +359,7 @@ def state(step):
                 for n,p in step.model.named_parameters()],
             [(n,b.clone()) for n,b in step.model.named_buffers()], torch.get_rng_state(), random.getstate()[1],
             [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)],
-            guarded(step.model), [m.training for m in step.model.modules()],
+            step.tuned, [m.training for m in step.model.modules()],
             [len(m._forward_hooks) for m in step.model.modules()],
             id(step.inputs[0]), id(step.targets[0]), step.inputs[0].stride(),
             step.loss_scale, 'none' if step.model._compiled_call_impl is None else 'compiled', len(list(step.model.modules())))
@@ -420,7 +420,7 @@ def test_what_is_no_step():
                  'now cannot be measured: its loss is nan')]
     for step,text in cases:
         with pytest.raises(ValueError, match=text): bench_formats(step, **quick)
-    with pytest.raises(ValueError, match="'contiguous fp8' is no arm: it takes 'contiguous fp32', 'channels last fp32'"):
+    with pytest.raises(ValueError, match="unknown arm 'contiguous fp8': it must be one of 'contiguous fp32', 'channels last fp32'"):
         bench_formats(step_of(model), ['contiguous fp8'])
     with pytest.raises(ValueError, match="each arm has a name of its own, received 'now' twice"):
         bench_formats(step_of(model), {'now': print})
@@ -475,30 +475,65 @@ def test_fp16_steps_that_make_no_update_do_not_count(always):
     else: assert res['fp16'].verdict!='failed'
     assert step.loss_scale==1024
 
-def test_layers_are_guarded_in_bf16_in_either_format():
-    seen = {}
-    def look(name):
-        def setup(step): return None
-        return setup
-    step = step_of(network())
-    kept = bench._prepare
-    def prepare(step, arm, *a):
-        f = kept(step, arm, *a)
-        seen[arm.name] = bool(guarded(step.model))
-        return f
-    bench._prepare = prepare
-    try: bench_formats(step, ['contiguous bf16', 'contiguous fp32', 'channels last bf16'], **quick)
-    finally: bench._prepare = kept
-    assert seen['contiguous bf16'] and seen['channels last bf16'] and not seen['contiguous fp32'] and not seen['now']
-
 def test_arms_by_device_and_model(monkeypatch):
     monkeypatch.setattr(bench, 'precisions', lambda device: [torch.float16, torch.bfloat16])
-    assert list(format_arms(step_of(network())))==[f'{f} {p}' for p in ('fp32', 'fp16', 'bf16') for f in ('contiguous', 'channels last')]
-    assert (list(format_arms(step_of(network()), compile=True))[6:]
-        ==['now, compiled', *[f'channels last {p}, compiled' for p in ('fp32', 'fp16', 'bf16')]])
-    plain = TrainingStep(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2), F.mse_loss)
-    assert list(format_arms(plain))==['contiguous fp32', 'contiguous fp16', 'contiguous bf16']
-    assert list(format_arms(step_of(network().double())))==['contiguous fp64', 'channels last fp64']
+    plain = [f'{f} {p}' for p in ('fp32', 'fp16', 'bf16') for f in ('contiguous', 'channels last')]
+    arms = format_arms(step_of(network()))
+    assert [*arms]==[*plain, *[f'{n}, tuned' for n in plain[1:]]]
+    assert {a.tuned for n,a in arms.items() if n.endswith('tuned')}=={True} and {arms[n].tuned for n in plain}=={False}
+    last = [n for n in arms if n.startswith('channels')]
+    assert [*format_arms(step_of(network()), compile=True)][len(arms):]==['now, compiled', *[f'{n}, compiled' for n in last]]
+    linear = TrainingStep(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2), F.mse_loss)
+    assert list(format_arms(linear))==['contiguous fp32', 'contiguous fp16', 'contiguous bf16']
+    assert list(format_arms(step_of(network().double())))==['contiguous fp64', 'channels last fp64', 'channels last fp64, tuned']
+    step = step_of(network())
+    monkeypatch.setattr(TrainingStep, 'device', torch.device('cuda'))
+    assert [*format_arms(step)]==plain==[a.name for a in bench.usual_arms(step)], 'tuned kernels are for a CPU'
+
+def test_arms_by_default(monkeypatch):
+    "A low precision with tuned kernels only, and not what is equal to the present"
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
+    tuned = ['contiguous bf16, tuned', 'channels last fp32, tuned', 'channels last bf16, tuned']
+    def names(step, compile=False, **now): return {a.name for a in bench._chosen(step, None, compile, Arm('now', **now))}
+    step = step_of(network())
+    assert names(step)=={'channels last fp32', *tuned}
+    step.tuned = True
+    assert names(step, memory_format='channels_last')=={'contiguous fp32', 'channels last fp32', *tuned}-{'channels last fp32, tuned'}
+    assert names(step, memory_format='channels_last', tuned=False)=={'contiguous fp32', *tuned}
+    assert names(step_of(network()), True)-names(step_of(network()))=={'now, compiled',
+        *[f'{n}, compiled' for n in ('channels last fp32', *tuned[1:])]}
+
+kernels_of = {} # not in reach of the step, which would be put back
+@pytest.mark.parametrize('inference', [False, True])
+def test_each_arm_computes_with_its_own_kernels(monkeypatch, inference):
+    "Also for inference and for functions of the user; the baseline and plain arms compute as torch does"
+    kernels_of.clear()
+    step,real = step_of(network()),bench._prepare
+    step.model.register_forward_pre_hook(lambda m, args: kernels_of.setdefault(kernels_of['arm'], set()).add(_now.mode))
+    monkeypatch.setattr(bench, '_prepare', lambda step, arm, *a: kernels_of.update(arm=arm.name) or real(step, arm, *a))
+    monkeypatch.setattr(bench, '_step_flops', lambda *a: 0) # counts without an arm
+    def own(step): return lambda: step.model(*step.inputs)
+    arms = ['channels last fp32', 'channels last fp32, tuned', Arm('as the step'), Arm('own', setup=own, tuned=True)]
+    bench_formats(step, arms, inference=inference, **quick)
+    assert {k:v for k,v in kernels_of.items() if k!='arm'}=={'now': {'survive'}, 'now, again': {'survive'}, 'channels last fp32': {'survive'},
+        'channels last fp32, tuned': {'tuned'}, 'as the step': {'survive'}, 'own': {'tuned'}}
+    assert _now.mode is None and step.tuned is False
+
+def test_a_check_computes_as_the_arm_does(monkeypatch):
+    seen = []
+    def fake(step):
+        seen.append((step.autocast, step.tuned))
+        res = check_formats(step)
+        return res
+    from fastxtend_cl.check import check_formats
+    monkeypatch.setattr(bench, 'check_formats', fake)
+    step = step_of(network())
+    assert not bench._wrong_arms(step, [*format_arms(step).values()])
+    assert {t for _,t in seen}=={False, True} and len(set(seen))==len(seen)
+
+def test_a_precision_is_a_dtype():
+    for bad in ('bf16', 'fp32', ''):
+        with pytest.raises(ValueError, match="dtype must be None, torch.float16, torch.bfloat16 or 'as is', got "): Arm('low', dtype=bad)
 
 def test_precisions_of_this_processor():
     from fastxtend_cl.amp import cpu_bf16
@@ -544,7 +579,7 @@ def test_memory_of_a_step():
 
 def test_result_is_a_value():
     step = step_of(network(), opt=adamw)
-    res = bench_formats(step, {'broken': lambda s: 1/0, 'right': lambda s: None}, **quick)
+    res = bench_formats(step, {'broken': lambda s: 1/0, 'right': lambda s: None}, **{**quick, 'limit': 60.})
     d = json.loads(json.dumps(res.to_dict()))
     assert (d['best']==res.best.arm and d['verdict']==res.verdict and d['rows'][0]['arm']=='now'
         and len(d['rows'][1]['blocks'])==res['now, again'].pairs)
@@ -597,7 +632,9 @@ def test_learner_method(fitted, workers):
 def test_learner_method_knows_what_fit_would_do():
     learn = learner(network()).to_channelslast(use_amp=False)
     res = learn.bench_channelslast(epochs=False, **quick)
-    assert res.conditions['now']=='channels last fp32' and res.loader=={} and 'channels last fp32' not in [r.arm for r in res.rows]
+    arms = [r.arm for r in res.rows]
+    assert (res.conditions['now']=='channels last fp32, tuned' and res.loader=={}
+        and 'channels last fp32' in arms and 'channels last fp32, tuned' not in arms)
     assert learn.model[0].weight.is_contiguous(), 'converted by fit, not before'
 
 # Two processes

@@ -6,7 +6,7 @@ from torch import nn
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TensorCategory, TensorImage, xresnet18
 from hypothesis import given, settings, strategies as st
 from fastxtend_cl.all import *
-from fastxtend_cl import check, hazards as hazards_module
+from fastxtend_cl import check
 from fastxtend_cl.amp import cpu_bf16
 
 class Fault(torch.autograd.Function):
@@ -83,22 +83,60 @@ def test_optimizer_state_that_does_not_follow_is_found(monkeypatch):
     res = check_formats(step)
     assert res.ok is False and {r.kind for r in res.rows if r.verdict=='wrong'}=={'weight'}
 
-def test_the_instance_norm_hazard_is_found_unguarded(monkeypatch):
+def test_the_wrong_kernel_of_an_instance_norm_is_found_and_tuned_kernels_are_right():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(8, 4))
-    assert check_formats(step_of(model, bs=1)).ok is True
-    monkeypatch.setattr(hazards_module, 'hazards', {})
+    for tuned in (True, 'correct'): assert check_formats(step_of(model, bs=1, tuned=tuned)).ok is True
     res = check_formats(step_of(model, bs=1))
     assert res.ok is False and res.first['module']=='1' and res.first['phase']=='backward'
 
 @pytest.mark.skipif(cpu_bf16()!='AVX512-BF16', reason='seen with AVX512-BF16 only')
-def test_the_dilation_hazard_is_found_unguarded(monkeypatch):
+def test_the_wrong_kernel_of_a_dilated_convolution_is_found_and_tuned_kernels_are_right():
     model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
-    assert check_formats(step_of(model, size=40, autocast=torch.bfloat16)).ok is not False
-    monkeypatch.setattr(hazards_module, 'hazards', {})
+    for tuned in (True, 'correct'): assert check_formats(step_of(model, size=40, autocast=torch.bfloat16, tuned=tuned)).ok is True
     res = check_formats(step_of(model, size=40, autocast=torch.bfloat16))
-    assert res.ok is False and '1.weight' in res.wrong and res.first=={'module': '1', 'phase': 'backward', 'precision': 'bf16'}
+    assert '1.weight' in res.wrong and res.first=={'module': '1', 'phase': 'backward', 'precision': 'bf16'}
+
+def test_only_the_step_under_test_is_tuned(monkeypatch):
+    "The contiguous step and those in double precision compute as torch does"
+    seen,real = set(),TrainingStep.run
+    def run(self, memory_format=None, dtype='as is', **kw):
+        seen.add((memory_format, dtype, self.kernels))
+        return real(self, memory_format, dtype, **kw)
+    monkeypatch.setattr(TrainingStep, 'run', run)
+    assert check_formats(step_of(network(), autocast=torch.bfloat16, tuned=True)).ok is True
+    assert ({k for f,d,k in seen if f=='channels_last' and d!=torch.float64},{k for f,d,k in seen if f!='channels_last' or d==torch.float64})==(
+        {'tuned'}, {'survive'})
+
+class Imaginary(torch.autograd.Function):
+    "The identity, whose backward is wrong in the imaginary part where its input was in channels last"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.right = x.is_contiguous()
+        return x.view_as(x)
+    @staticmethod
+    def backward(ctx, g): return g if ctx.right else g - 5j
+
+class Spectral(nn.Module):
+    def __init__(self, fault): super().__init__(); self.scale,self.fault = nn.Parameter(torch.randn(1, 8, 24, 13, dtype=torch.complex64)),fault
+    def forward(self, x):
+        s = self.scale.expand(len(x), -1, -1, -1).contiguous(memory_format=torch.channels_last if x.stride(1)==1 else torch.contiguous_format)
+        return torch.fft.irfft2(torch.fft.rfft2(x)*(Imaginary.apply(s) if self.fault else s))
+
+@pytest.mark.parametrize('fault', [False, True])
+def test_imaginary_parts_are_compared(fault):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Spectral(fault), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    res = check_formats(step_of(model))
+    assert (res.ok,res.wrong)==((False, ['1.scale']) if fault else (True, []))
+    x = torch.randn(5, dtype=torch.complex64)
+    assert check.distance(x+3j, x)>1 and check._flat(step_of(model).run(keep='state'))['gradient','1.scale'].dtype==torch.complex128
+
+def test_a_wrong_contiguous_kernel_hides_nothing():
+    "A result near double precision is right, whatever the contiguous step has computed"
+    assert [check._verdict(c, 1e-3, 4*c, 0.01) for c in (math.inf, 0.9, 1e-3)]==['right']*3
+    assert [check._verdict(c, 0.3, 4*c, 0.01) for c in (math.inf, 0.9, 1e-3)]==['cannot tell', 'cannot tell', 'wrong']
 
 def test_randomness_without_a_seed_cannot_be_told():
     import time
@@ -131,7 +169,7 @@ def state(step):
                 for n,p in step.model.named_parameters()],
             [(n,b.clone()) for n,b in step.model.named_buffers()], torch.get_rng_state(),
             [t.clone() for s in opt.get('state', {}).values() for t in s.values() if isinstance(t, torch.Tensor)],
-            guarded(step.model), [m.training for m in step.model.modules()],
+            step.tuned, [m.training for m in step.model.modules()],
             [len(m._forward_hooks) for m in step.model.modules()])
 
 def same(a, b):
@@ -199,7 +237,7 @@ def test_learner_method():
     res = learn.check_channelslast()
     assert res.ok is True and learn.opt is None and {r.precision for r in res.rows}=={'fp32', 'bf16'}
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    assert learn.check_channelslast(probe=True, raise_on_wrong=True).ok is True
+    assert learn.check_channelslast(raise_on_wrong=True).ok is True
 
 def test_learner_method_raises_on_wrong():
     learn = learner(network(Faulty()))
@@ -212,19 +250,9 @@ def test_fastais_own_losses_are_compared_in_double():
     step = TrainingStep.from_learner(learner(network()))
     with step.preserved(): assert step.run(dtype=torch.float64).loss.dtype==torch.float64
 
-def test_probe_finds_a_death_before_it_happens_here(monkeypatch):
-    from fastxtend_cl.probe import ProbeResult
-    died = lambda self,spec,**kw: ProbeResult(spec, 'died', 'the process died of SIGSEGV', {})
-    monkeypatch.setattr(Probe, 'run', died)
-    ran = []
-    monkeypatch.setattr(check, '_run', lambda *a: ran.append(a))
-    res = check_formats(step_of(network()), probe=True)
-    assert res.ok is False and not ran and all(p.status=='died' for p in res.probes) and 'the process died of SIGSEGV' in str(res)
-
-def test_too_large_is_checked_by_layers():
-    res = check_formats(step_of(network()), memory=1e5, sample=2)
-    assert (res.ok is True and 'distinct convolutions were checked one by one' in res.reason
-        and 'double precision would take about' in res.reason)
+def test_too_large_for_double_precision_is_inconclusive():
+    res = check_formats(step_of(network()), memory=1e5)
+    assert res.ok is None and not res.rows and 'needs about' in res.reason and res.reason.endswith('are free: use a smaller batch')
 
 def test_result_is_a_value():
     import json

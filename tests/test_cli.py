@@ -3,6 +3,7 @@ import json, subprocess, sys, types
 import pytest, torch
 from torch import nn
 from fastxtend_cl import cli
+from fastxtend_cl.bench import precisions
 from fastxtend_cl.cli import UsageError, any_loss, main, model_of, model_step
 
 tiny = ['--bs', '2', '--size', '32', '--device', 'cpu']
@@ -53,7 +54,27 @@ def test_json_is_one_object(own, capsys):
 def test_check_of_a_wrong_step_is_status_1(own, capsys):
     assert main(['check', 'own_models:wrong', *tiny])==1
     assert capsys.readouterr().out.startswith('wrong: ')
-    assert main(['check', 'own_models:right', '--probe', *tiny])==0
+    assert main(['check', 'own_models:right', *tiny])==0
+
+@pytest.mark.parametrize('amp,precision', [([], None), (['--amp', 'none'], 'fp32'), (['--amp', 'bf16'], 'bf16')])
+def test_kernels_shows_how_each_convolution_is_computed(own, capsys, tmp_path, amp, precision):
+    assert main(['kernels', 'own_models:right', '--json', '--plot', str(tmp_path/'a.png'), *amp, *tiny])==0
+    rows = json.loads(capsys.readouterr().out)['rows']
+    native = 'bf16' if precisions('cpu') else 'fp32'
+    assert [r['call'] for r in rows if r['call'].startswith('3x3, 8 to 8') and r['call'].endswith(precision or native)]
+    assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
+    assert main(['kernels', 'own_models:right', *tiny])==0 and 'computed in another way than torch does' in capsys.readouterr().out.splitlines()[0]
+    assert main(['kernels', 'own_models:right', '--amp', 'int8', *tiny])==2
+    assert '--amp must be fp16, bf16 or none, got int8' in capsys.readouterr().err
+
+def test_check_and_trace_compute_as_training_does(own, monkeypatch):
+    from fastxtend_cl import check, trace
+    seen = []
+    def stop(step): seen.append(step.kernels); raise ValueError('seen')
+    monkeypatch.setattr(check, 'check_formats', stop); monkeypatch.setattr(trace, 'trace_format', stop)
+    for command in ('check', 'trace'): assert main([command, 'own_models:right', *tiny])==2
+    assert main(['check', 'own_models:step'])==2
+    assert seen==['tuned', 'tuned', 'survive'], "a step of the user's own says so itself"
 
 def test_bench_check_leaves_out_the_wrong(own, capsys):
     assert main(['bench', 'own_models:wrong', '--check', '--limit', '1', '--json', *tiny])==0
@@ -90,7 +111,7 @@ def test_trace_asks_trace_format(own, capsys, monkeypatch):
     (['check', 'resnet18', '--classes', '0'], '--classes 0 is out of range'),
     (['trace', 'resnet18', '--device', 'gpu'], '--device gpu is no device: name one such as cpu'),
     (['bench', 'resnet18', '--device', 'meta'], '--device meta is not available on this machine'),
-    (['check', 'resnet18', '--amp', 'fp8'], '--amp fp8 is no precision: it takes fp16 or bf16'),
+    (['check', 'resnet18', '--amp', 'fp8'], '--amp must be fp16 or bf16, got fp8'),
     (['bench', 'resnet18', '--limit', '0'], '--limit 0.0 is out of range'),
     (['bench', 'resnet18', '--plot', 'a.doc'], '--plot a.doc is no kind of picture: it takes '),
     (['bench', 'resnet18', '--plot', 'no_such_folder/a.png'], '--plot no_such_folder/a.png: there is no folder no_such_folder'),

@@ -214,8 +214,7 @@ def test_a_plan_keeps_memory_unless_that_is_slower(libc, monkeypatch, verdict):
     assert p.arm=='now' or now.memory_format==p.memory_format
     keeps = verdict=='faster' or verdict=='tie' and p.changes
     assert p.keep_memory==keeps and p.memory.rows==proven(verdict).rows
-    assert (f'Keeping freed memory makes it 1.20 times as fast again, 1.10 to 1.30 ({verdict}); '
-        f'training {"does so" if keeps else "does not"}.') in p.notes
+    assert f'Keeping freed memory: a further 1.20x, 1.10 to 1.30 ({verdict}); it {"is" if keeps else "is not"} kept.' in p.notes
     again = FormatPlan.from_dict(p.to_dict())
     assert again.keep_memory==p.keep_memory and again.memory==p.memory
 
@@ -227,8 +226,7 @@ def test_what_changes_nothing_else_has_to_be_faster():
     assert plans._memory_note(failed, False)=='Keeping freed memory could not be measured: out of memory.'
     few = proven('tie')
     few['memory kept'].low,few['memory kept'].reason = None,'only 3 rounds: too few to tell'
-    assert plans._memory_note(few, True)==('What keeping freed memory gains could not be told (only 3 rounds: too few to tell); '
-        'training does so.')
+    assert plans._memory_note(few, True)=='Keeping freed memory: inconclusive (only 3 rounds: too few to tell); it is kept.'
 
 def test_a_plan_does_not_measure_what_has_no_effect(libc, monkeypatch):
     p,seen = planned_with(monkeypatch, 'faster', memory=False)
@@ -237,16 +235,16 @@ def test_a_plan_does_not_measure_what_has_no_effect(libc, monkeypatch):
     p,seen = planned_with(monkeypatch, 'faster')
     assert not seen and not p.keep_memory and p.memory is None
 
-@pytest.mark.parametrize('arm,layers', [('now', {}), ('plan', {'0': LayerPlan('fp32')})])
-def test_a_learner_keeps_memory_by_its_plan(libc, arm, layers):
-    p = FormatPlan(arm, None if arm=='now' else 'channels_last', layers=layers, keep_memory=True)
+@pytest.mark.parametrize('arm', ['now', 'channels last fp32'])
+def test_a_learner_keeps_memory_by_its_plan(libc, arm):
+    p = FormatPlan(arm, None if arm=='now' else 'channels_last', keep_memory=True)
     for asked in (None, True):
         learn = tiny_learner(model=nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
         with caught_warnings() as w: learn.to_channelslast(plan=p, keep_memory=asked)
-        assert not w and learn._grab_cbs(KeepMemoryCallback) and bool(learn._grab_cbs(ChannelsLastCallback))==(arm=='plan')
+        assert not w and learn._grab_cbs(KeepMemoryCallback) and bool(learn._grab_cbs(ChannelsLastCallback))==(arm!='now')
         assert trained(learn, libc)=={True}
     learn.to_channelslast(plan=p, keep_memory=False)
     assert not learn._grab_cbs(KeepMemoryCallback)
     learn = tiny_learner(model=nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    learn.to_channelslast(plan=FormatPlan('plan', 'channels_last', layers={'0': LayerPlan('fp32')}))
+    learn.to_channelslast(plan=FormatPlan('channels last fp32', 'channels_last'))
     assert not learn._grab_cbs(KeepMemoryCallback)

@@ -126,7 +126,7 @@ def test_page_of_models_is_made_from_the_results(root, compatibility):
         made += 1
     assert made==4
 
-zoo = dict(contiguous=dict(params=2e6, convolutions=3, shape=[2, 3, 8, 8]), ours=dict(guarded=[], kept=dict(forward=1., backward=0.5)), check=dict(ok=True, reason='fine', wrong=[]),
+zoo = dict(contiguous=dict(params=2e6, convolutions=3, shape=[2, 3, 8, 8]), ours=dict(kept=dict(forward=1., backward=0.5)), check=dict(ok=True, reason='fine', wrong=[]),
     naive={}, naive_check=dict(ok=True, reason=''), times=dict(ratio=dict(ours=1.2, naive=1.1)))
 
 def rows(compatibility, monkeypatch, tmp_path, lines=(), **files):
@@ -153,17 +153,18 @@ def test_what_became_of_a_model_is_said(compatibility, monkeypatch, tmp_path):
     assert 'kills the process of 1' in compatibility.summary() and '1 wrong' in compatibility.summary()
 
 def test_later_results_fill_their_columns(compatibility, monkeypatch, tmp_path):
-    "In the form that formats.py, peers.py, plan.py and traces.py write them"
+    "In the form that formats.py, peers.py, kernels.py and traces.py write them"
     def arm(model, arm, r): return dict(model=model, shape=[2, 3, 8, 8], arm=arm, ms=1., ratio=[r, r-0.1, r+0.1])
     cond = dict(conditions=dict(cpu='a cpu', gpu=None, cores=2, torch='2', fastai='2', date='today'))
-    peers = [arm('a', 'contiguous fp32', 1.), arm('a', 'ours: to_channelslast(use_amp=False)', 1.2), arm('a', 'ours: to_channelslast()', 1.5), arm('a', 'torch.compile', 1.3), arm('a', 'ours: to_channelslast(), compiled', 1.7),
-        arm('a', 'bench: channels last bf16', 9.), dict(model='a', arm='pytorch-autotune', failed='RuntimeError'), arm('unet_resnet18', 'ours: to_channelslast()', 1.4)]
-    plan = dict(model='b', shape=[4, 3, 8, 8], chosen='plan', rows=[arm('b', n, r) for n,r in {'contiguous bf16': 1.1, 'channels last bf16': 1.6, 'plan': 1.9, 'plan, compiled': 2.2}.items()])
+    peers = [arm('a', 'contiguous fp32', 1.), arm('a', "fastai's to_channelslast()", 1.2), arm('a', 'ours: to_channelslast()', 8.), arm('a', 'torch.compile', 1.3), arm('a', 'ours: to_channelslast(), compiled', 1.7),
+        arm('a', 'bench: channels last bf16', 9.), dict(model='a', arm='pytorch-autotune', failed='RuntimeError'), arm('unet_resnet18', 'torch.compile', 1.4)]
+    kernels = dict(model='a', shape=[4, 3, 8, 8], rows=[arm('a', n, r) for n,r in {"fastai's to_channelslast()": 1.1, 'tune=False': 1.6, 'use_amp=False': 1.4, 'to_channelslast()': 1.9}.items()])
     trace = [dict(model='vgg', kept=dict(forward=1., backward=0.999), places=dict(forward=0, backward=2), share=0.013), dict(model='unet resnet34 self-attention', kept=dict(forward=1., backward=1.), places=dict(forward=0, backward=0), share=0)]
-    found = rows(compatibility, monkeypatch, tmp_path, [dict(name='torchvision/a', **zoo)], formats=dict(rows=[arm('a', 'channels last bf16', 5.)], **cond), peers=dict(rows=peers, **cond), plan=dict(found=[plan], **cond), trace=dict(rows=trace, **cond))
-    assert set(found)=={'torchvision/a', 'fastai/unet+resnet18', 'timm/b', 'torchvision/vgg', 'fastai/unet+resnet34+sa'}
-    assert {k:v[0] for k,v in found['torchvision/a']['arms'].items()}=={'channels last fp32': 1.2, 'channels last mixed': 1.5, 'compiled': 1.7}
-    assert {k:v[0] for k,v in found['timm/b']['arms'].items()}=={'contiguous mixed': 1.1, 'channels last mixed': 1.6, 'plan': 1.9, 'compiled': 2.2} and 'the plan chose plan' in found['timm/b']['notes'][-1]
+    (tmp_path/'zoo-tuned-cpu.jsonl').write_text(json.dumps(dict(name='torchvision/a', **{**zoo, 'ours': dict(zoo['ours'], corrected=['wgrad of one'])})))
+    found = rows(compatibility, monkeypatch, tmp_path, [dict(name='torchvision/a', **zoo)], formats=dict(rows=[arm('a', 'channels last bf16', 5.)], **cond), peers=dict(rows=peers, **cond), kernels=dict(found=[kernels], **cond), trace=dict(rows=trace, **cond))
+    assert set(found)=={'torchvision/a', 'fastai/unet+resnet18', 'torchvision/vgg', 'fastai/unet+resnet34+sa'}
+    assert {k:v[0] for k,v in found['torchvision/a']['arms'].items()}=={'channels last fp32': 1.1, 'channels last mixed': 1.6, 'tuned fp32': 1.4, 'tuned': 1.9, 'compiled': 1.7}
+    assert found['torchvision/a']['tuned_right']=='right' and '1 kernel corrected' in found['torchvision/a']['notes']
     text = compatibility.table()
-    assert '1.90 (1.80 to 2.00)' in text and '9.00' not in text and '99.9 % †' in text and 'trace: 2 places lose it, 1.3 % of the step' in text and 'trace: keeps it throughout' in text
+    assert '1.90 (1.80 to 2.00)' in text and '9.00' not in text and '8.00' not in text and '99.9 % †' in text and 'trace: 2 places lose it, 1.3 % of the step' in text and 'trace: keeps it throughout' in text
     assert re.search(r'\[peers-cpu\].*\| a cpu \| 2 \|', compatibility.machines())
