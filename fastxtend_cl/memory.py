@@ -58,4 +58,4 @@ def poisoned_memory():
     if libc is None: yield False; return
     libc.mallopt(_perturb, 0x80) # what it gives out gets the complement
     try: yield True
-    finally: libc.mallopt(_perturb, 0)
+    finally: libc.mallopt(_perturb, int(os.environ.get('MALLOC_PERTURB_') or 0)) # as the user has it

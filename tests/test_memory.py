@@ -248,3 +248,21 @@ def test_a_learner_keeps_memory_by_its_plan(libc, arm):
     learn = tiny_learner(model=nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     learn.to_channelslast(plan=FormatPlan('channels last fp32', 'channels_last'))
     assert not learn._grab_cbs(KeepMemoryCallback)
+
+poison = '''
+import torch
+from fastxtend_cl.memory import poisoned_memory
+def fresh(): return torch.empty(100_000).abs().min().item()
+def huge(): return min(fresh() for _ in range(5))>1e38
+before = huge()
+with poisoned_memory() as told: inside = huge()
+print(before, told, inside, huge())
+'''
+
+@pytest.mark.skipif(not can_keep_memory() or 'LD_PRELOAD' in os.environ, reason="this is for glibc's allocator")
+@pytest.mark.parametrize('own', [None, '128'])
+def test_memory_is_poisoned_meanwhile(own):
+    "What torch gets holds huge numbers; afterwards it is as the user has set it"
+    env = {**os.environ, **({} if own is None else {'MALLOC_PERTURB_': own})}
+    r = subprocess.run([sys.executable, '-c', poison], capture_output=True, text=True, env=env)
+    assert r.stdout.split()==[str(own is not None), 'True', 'True', str(own is not None)], r.stderr
