@@ -22,7 +22,7 @@ from .memory import poisoned_memory
 from .ways import (Call, Way, as_is, candidates, compute_forward, compute_gradients, deadly, dense_like, kernels_wanted,
     last_formats, low_precision, mask_of, restrided, strides_like, suspicious, trusted, ways_by_name)
 
-# %% ../nbs/00c_kernels.ipynb #4f551c17
+# %% ../nbs/00c_kernels.ipynb #ac781402
 _pool_size,_pools,_margin = 1_048_573,{},64 # a prime number, so that no dimension repeats with it
 
 def _random(n, dtype, device):
@@ -45,7 +45,7 @@ def _samples(meta, n): return ((min(n, meta[0][0]), *meta[0][1:]), *meta[1:])
 def make_args(
     call:Call,
     device:str|torch.device='cpu',
-    most:int=1<<22, # Elements of a tensor: of larger ones a few samples of the batch are made, at least two
+    most:int=1<<21, # Elements of a tensor: of larger ones a few samples of the batch are made, at least two
 ) -> list: # For `aten::convolution_backward`
     "Random arguments of this call"
     n = max(2, most//max(math.prod(m[0][1:]) for m in (call.g, call.x)))
@@ -107,7 +107,7 @@ class Decision:
         self.plain = all(w in (None, as_is) for w in ways)
         self.judged = not self.plain or any(c.errors for c in self.choices.values()) # else there was one way only
 
-# %% ../nbs/00c_kernels.ipynb #bb27343f
+# %% ../nbs/00c_kernels.ipynb #5328c576
 def _is_memory_error(e):
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e) or 'not enough memory' in str(e)
 
@@ -157,7 +157,8 @@ class _Bench:
         for i in range(rounds+1): # the first round takes memory from the system
             for w in left: best[w] = min(best.get(w, math.inf) if i>1 else math.inf, self.run(w, self.many)[0])
             left = [w for w in left if best[w]<=1.5*min(best[o] for o in left)]
-            if i and (len(left)==1 or time.perf_counter()-start>seconds): break
+            took = time.perf_counter()-start
+            if i and (len(left)==1 or took>seconds) or took>5*seconds: break # long ones have little noise
         return best
 
 # %% ../nbs/00c_kernels.ipynb #2c616219
