@@ -74,13 +74,13 @@ def gradient_error(
     res = max(diff.norm().item()/size/norm, worst)
     return res if math.isfinite(res) else math.inf
 
-# %% ../nbs/00c_kernels.ipynb #9c676570
+# %% ../nbs/00c_kernels.ipynb #e1c80acb
 @dataclass
 class KernelChoice:
     "How one kernel of a call is computed, and why"
     kernel:str # 'forward', 'dgrad' or 'wgrad'
     way:Way
-    reason:str # 'fastest', 'as is', 'as is is wrong', 'as is can end the process', 'nearest shape' or 'not verified'
+    reason:str # 'fastest', 'as is', 'wrong as is', 'can end the process as is', 'nearest shape' or 'not verified'
     seconds:dict=field(default_factory=dict) # Name of a way to seconds; those that were timed
     errors:dict=field(default_factory=dict) # Name of a way to `gradient_error`, or to why it failed
 
@@ -90,7 +90,7 @@ class KernelChoice:
         a,b = (self.seconds.get(str(w)) for w in (as_is, self.way))
         return a/b if a and b else None
     @property
-    def corrected(self): return self.reason in ('as is is wrong', 'as is can end the process')
+    def corrected(self): return self.reason in ('wrong as is', 'can end the process as is')
 
 @dataclass
 class Decision:
@@ -161,7 +161,7 @@ class _Bench:
             if i and (len(left)==1 or took>seconds) or took>5*seconds: break # long ones have little noise
         return best
 
-# %% ../nbs/00c_kernels.ipynb #2c616219
+# %% ../nbs/00c_kernels.ipynb #43a8622c
 clear_margin = 0.9 # noise on a shared machine is 10 % and more
 
 def _right(e): return isinstance(e, float) and e<=1
@@ -188,7 +188,7 @@ def _choose(kernel, ks, call, name, device, timed):
 def _reason(best, errors):
     e = errors.get('as is', 0.)
     if best==as_is: return 'as is'
-    return 'as is can end the process' if isinstance(e, str) and 'end the process' in e else 'fastest' if _right(e) else 'as is is wrong'
+    return 'can end the process as is' if isinstance(e, str) and 'end the process' in e else 'fastest' if _right(e) else 'wrong as is'
 
 # %% ../nbs/00c_kernels.ipynb #c03d6459
 def _decide(kernel, ks, call, device, timed):
@@ -377,7 +377,7 @@ def fixed_kernels():
     finally:
         with _lock: _now.fixed -= 1
 
-# %% ../nbs/00c_kernels.ipynb #884e6b72
+# %% ../nbs/00c_kernels.ipynb #84cbd49f
 def _find(kernel, ks, key, args, device):
     "The `Decision` of a call that was not met yet in this mode"
     call = Call.of(args)
@@ -397,7 +397,7 @@ def _find(kernel, ks, key, args, device):
 
 def _known_deadly(call):
     bad = {k: deadly(call, as_is, k) for k in kernels_wanted(call)}
-    return Decision(call, {k: KernelChoice(k, trusted(call, k) if b else as_is, 'as is can end the process' if b else 'as is')
+    return Decision(call, {k: KernelChoice(k, trusted(call, k) if b else as_is, 'can end the process as is' if b else 'as is')
         for k,b in bad.items()})
 
 def _add_timed(call, found): _now.layers[_now.now, call.layer].append(found)

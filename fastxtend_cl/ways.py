@@ -226,16 +226,17 @@ def deadly(
     if kernel=='wgrad': return last and _narrow_pointwise(call) or not way.padded and _deep_overhang(call)
     return last and (kernel=='dgrad')==call.transposed and _all_in_padding(call)
 
-# %% ../nbs/00a_ways.ipynb #80554f49
+# %% ../nbs/00a_ways.ipynb #a01c8a4a
 def suspicious(
     call:Call,
 ) -> bool: # Do not trust its weight gradient in low precision
     "Whether `call` is of a kind whose weight gradient in bf16 was seen wrong on a CPU"
     if not call.low: return False
     (src,dst),w = call.sides,call.w[0]
-    short = any(n<d*(k-1)+1 or n<s and p for n,k,s,p,d in zip(src, w[2:], call.stride, call.padding, call.dilation))
+    short = len(src)!=2 and any(n<d*(k-1)+1 for n,k,d in zip(src, w[2:], call.dilation))
+    narrow = any(n<s and p for n,s,p in zip(src, call.stride, call.padding))
     thin = call.stride[-1]>1 and dst[-1]<=2
-    return short or thin or max(call.dilation)>1 and w[1]%16>0
+    return short or narrow or thin or max(call.dilation)>1 and w[1]%16>0
 
 def deadly_layers(
     model:nn.Module, # Any model; not changed

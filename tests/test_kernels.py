@@ -108,7 +108,7 @@ def test_known_conditions_hold_where_memory_cannot_be_poisoned(monkeypatch):
     monkeypatch.setattr(K._Bench, 'verify', lambda self, way: (1e-3, 0.)) # all seems right
     with tuned_kernels(): backward(*inputs(x, w, args), args)
     (_,c), = [r for r in rows() if r[1].kernel=='wgrad']
-    assert c.way!=as_is and 'not trusted' in c.errors['as is'] and c.reason=='as is is wrong'
+    assert c.way!=as_is and 'not trusted' in c.errors['as is'] and c.reason=='wrong as is'
 
 # Planted faults
 
@@ -134,7 +134,7 @@ def test_a_planted_fault_is_found(monkeypatch, change, dtype):
     x,w,args = plain_case
     ts = inputs(x, w, args, dtype)
     with tuned_kernels(): got = backward(*ts, args)
-    assert all(c.corrected and c.reason=='as is is wrong' for _,c in rows())
+    assert all(c.corrected and c.reason=='wrong as is' for _,c in rows())
     for a,b in zip(got, exact(*ts, args)): assert rel(a, b)<4e-3
     assert '1 input gradient corrected' in tuning_line()
 
