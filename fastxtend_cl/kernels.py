@@ -607,22 +607,32 @@ def kernel_table(
     def cost(o): return -max(o[1].seconds.values(), default=0)
     return KernelTable(sorted(new.values(), key=cost), sum(d.seconds for d in _now.log[since:] if not d.cached))
 
-# %% ../nbs/00c_kernels.ipynb #30355502
-def _cells(self):
+# %% ../nbs/00c_kernels.ipynb #aed6ccee
+def _shown(self, most=10):
+    "Rows that are computed in another way than torch does, and of the others as many as fit; and what to say of the rest"
+    left,shown = max(0, most-sum(c.way!=as_is for _,c in self.rows)),[]
+    for k,c in self.rows:
+        if c.way==as_is: left -= 1
+        if c.way!=as_is or left>=0: shown.append((k,c))
+    rest = len(self.rows)-len(shown)
+    return shown,[f'{rest} more as torch computes them: `rows` has all'] if rest else []
+
+def _cells(rows):
     def ms(t): return '' if t is None else f'{1e3*t:.2f}'
     def why(c): return f'{c.ratio:.1f}x' if c.reason=='fastest' and c.ratio else '' if c.reason=='as is' else c.reason
-    return [[str(k), c.kernel, str(c.way), ms(c.seconds.get(str(c.way))), ms(c.seconds.get('as is')), why(c)] for k,c in self.rows]
+    return [[str(k), c.kernel, str(c.way), ms(c.seconds.get(str(c.way))), ms(c.seconds.get('as is')), why(c)] for k,c in rows]
 
 def _short(s, n): return s if len(s)<=n else s[:n-1]+'…'
 
 @patch
 def __str__(self:KernelTable):
     if not self.rows: return self.verdict
-    rows = [[_short(s, n) for s,n in zip(r, (50, 5, 16, 8, 8, 25))] for r in ([*_columns], *_cells(self))]
+    shown,rest = _shown(self)
+    rows = [[_short(s, n) for s,n in zip(r, (50, 5, 16, 8, 8, 25))] for r in ([*_columns], *_cells(shown))]
     width = [max(len(r[i]) for r in rows) for i in range(6)]
     width[5] = min(width[5], 100-sum(width[:5])-5)
     def line(r): return ' '.join(_short(s, w).rjust(w) if i in (3, 4) else _short(s, w).ljust(w) for i,(s,w) in enumerate(zip(r, width))).rstrip()
-    return '\n'.join([self.verdict, *map(line, rows)])
+    return '\n'.join([self.verdict, *map(line, rows), *rest])
 
 @patch
 def __repr__(self:KernelTable): return str(self)
@@ -630,8 +640,9 @@ def __repr__(self:KernelTable): return str(self)
 @patch
 def _repr_markdown_(self:KernelTable):
     if not self.rows: return self.verdict
-    rows = [[*_columns], ['---', '---', '---', '--:', '--:', '---'], *_cells(self)]
-    return '\n\n'.join([f'**{self.verdict}**', '\n'.join('| '+' | '.join(r)+' |' for r in rows)])
+    shown,rest = _shown(self)
+    rows = [[*_columns], ['---', '---', '---', '--:', '--:', '---'], *_cells(shown)]
+    return '\n\n'.join([f'**{self.verdict}**', '\n'.join('| '+' | '.join(r)+' |' for r in rows), *rest])
 
 @patch
 def plot(self:KernelTable,

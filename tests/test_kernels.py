@@ -673,6 +673,8 @@ def test_table_and_line():
     assert len(t.rows)==4 and max(map(len, str(t).splitlines()[1:]))<=100 and repr(t)==str(t)
     assert '5x5 depthwise, 32, on 2x12x12 bf16' in str(t) and '| 3x3, 24 to 24, dilation 2, on 2x32x32 bf16 |' in t._repr_markdown_()
     assert json.loads(json.dumps(t.to_dict()))['verdict']==t.verdict
+    many = K.KernelTable([*t.rows, *[(k,K.KernelChoice('dgrad', as_is, 'as is')) for k,_ in t.rows]*10])
+    assert len(str(many).splitlines())==13 and str(many).endswith('34 more as torch computes them: `rows` has all')
     line = tuning_line()
     assert line.startswith('Tuned 2 convolutions in ') and '1 weight gradient corrected' in line and tuning_line(kernel_count()) is None
     ax = t.plot()
