@@ -97,7 +97,7 @@ def columns(rows):
         v = r.get('naive')
         return v and (number(v) if isinstance(v, float) else dict(text=v, sort=-1))
     cols = [('', 'Source', lambda r: dict(text=r['name'].partition('/')[0])), ('', 'Parameters, millions', lambda r: r.get('params') and number(r['params']/1e6, f"{r['params']/1e6:.1f}")),
-        ('Right?', 'fp32', lambda r: r.get('right') and dict(text=r['right'])), ('Right?', 'tuned bf16', lambda r: r.get('tuned_right') and dict(text=r['tuned_right'])), ('Format kept', 'forward', kept(0)), ('Format kept', 'backward', kept(1)),
+        ('Right?', 'in fp32', lambda r: r.get('right') and dict(text=r['right'])), ('Right?', 'in bf16, tuned', lambda r: r.get('tuned_right') and dict(text=r['tuned_right'])), ('Format kept', 'forward', kept(0)), ('Format kept', 'backward', kept(1)),
         ('Screened', 'channels last fp32', lambda r: r.get('screened') and number(r['screened'], title=f"input {'x'.join(map(str, r['shape']))}")), ('Screened', 'naive conversion', naive),
         *(('Measured, with interval', h, ratio(k)) for k,h in arms.items()), ('', 'What to know', lambda r: r['notes'] and dict(text='; '.join(r['notes'])))]
     return [c for c in cols if any(c[2](r) for r in rows)]

@@ -105,7 +105,7 @@ def kept(model, x):
 
 def failed(res): return bool({'died', 'hung', 'raised'} & res.keys())
 
-def child(conn, name, device, rounds, block, known, tuned):
+def child(conn, name, device, rounds, block, known, tuned, no_check):
     "Send what is found, phase by phase, so that a death leaves what was known before it"
     from fastxtend_cl import check as check_module
     from fastxtend_cl.check import check_formats
@@ -191,18 +191,18 @@ def child(conn, name, device, rounds, block, known, tuned):
     def go_on(n): return not (n=='naive_check' and failed(known['naive']) or n=='check' and failed(known['ours']))
     phase('contiguous', contiguous)
     if 'contiguous' in arms and known['contiguous']['convolutions']:
-        phases = dict(ours=ours, check=right) if tuned else dict(ours=ours, check=right, naive=naively, naive_check=naive_right, times=times)
+        phases = dict(ours=ours, **({} if no_check else dict(check=right))) if tuned else dict(ours=ours, check=right, naive=naively, naive_check=naive_right, times=times)
         for n,f in phases.items():
             if go_on(n): phase(n, f)
     conn.close()
 
-def one(ctx, name, device, rounds, block, limit, tuned):
+def one(ctx, name, device, rounds, block, limit, tuned, no_check):
     "The row of one model: child processes until all phases are known"
     row,start = dict(name=name),time.time()
     while True:
         here,there = ctx.Pipe(duplex=False)
         p = ctx.Process(target=child,
-            args=(there, name, device, rounds, block, {k:v for k,v in row.items() if k not in ('name', 'contiguous')}, tuned),
+            args=(there, name, device, rounds, block, {k:v for k,v in row.items() if k not in ('name', 'contiguous')}, tuned, no_check),
             daemon=True)
         p.start(); there.close()
         doing,hung = None,False
@@ -256,6 +256,7 @@ def main(
     limit:int=300, # Seconds that a phase may take
     # What `to_channelslast()` does, tuned and in bf16, and no more: two steps and a check; writes zoo-tuned-DEVICE.jsonl and .json
     tuned:bool=False,
+    no_check:bool=False, # With `tuned`: two steps alone, which tell whether it dies, raises or is not finite
     tiny:bool=False, # Three models, nothing is kept
     report:bool=False, # Only summarise what is there
 ):
@@ -276,7 +277,7 @@ def main(
         bar = progress_bar(todo)
         for name in bar:
             bar.comment = name
-            row = one(ctx, name, device, 1 if tiny else rounds, 2 if tiny else block, limit, tuned)
+            row = one(ctx, name, device, 1 if tiny else rounds, 2 if tiny else block, limit, tuned, no_check)
             rows.append(row)
             if tiny: print(row, verdict(row, 'naive'), verdict(row, 'ours'))
             else:
