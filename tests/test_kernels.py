@@ -145,6 +145,7 @@ def test_without_the_fault_nothing_is_corrected():
 
 def test_a_faster_way_is_taken_only_by_a_clear_margin(monkeypatch):
     x,w,args = plain_case
+    monkeypatch.setattr(K._Bench, 'verify', lambda self, way: (1e-3, 0.)) # all are right and equally fast at first
     for t,taken in ((0.95, False), (0.5, True)):
         monkeypatch.setattr(K, '_now', K._Now())
         monkeypatch.setattr(K._Bench, 'race', lambda self, ways: {w: t if w.fp32 and not w.contiguous else 1. for w in ways})
