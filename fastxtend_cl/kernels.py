@@ -418,7 +418,7 @@ def _new(kernel, ks, call, device, timed):
     if not (backward and found.timed): _now.right_in_a_row[layer] = _now.right_in_a_row[layer]+1 if right else -math.inf
     return found
 
-# %% ../nbs/00c_kernels.ipynb #d3ae53b8
+# %% ../nbs/00c_kernels.ipynb #e0c4b82e
 def _conv_backward(kernel):
     def f(ks, *args):
         if _now.mode is None: return kernel.call_boxed(ks, *args)
@@ -427,8 +427,8 @@ def _conv_backward(kernel):
             transposed, *output_padding, groups, *mask)
         found = _now.books[_now.now, _now.kind].get(key)
         if found is None:
-            if not g.numel() or not x.numel() or g.dtype not in _tolerances or not g.dtype==x.dtype==w.dtype or not any(mask[:2]):
-                return kernel.call_boxed(ks, *args)
+            if (not g.numel() or not x.numel() or g.dtype not in _tolerances or not g.dtype==x.dtype==w.dtype or not any(mask[:2])
+                    or len(stride)!=x.ndim-2): return kernel.call_boxed(ks, *args) # torch expands lists of one number later
             found = _find(kernel, ks, key, args, x.device)
         if found.plain: return kernel.call_boxed(ks, *args)
         return _run(kernel, ks, found, args)
@@ -445,7 +445,7 @@ def _conv_forward(kernel):
             if not x.numel() or x.dtype not in _tolerances or x.dtype!=w.dtype or bias is not None and bias.dtype!=x.dtype or x.ndim!=w.ndim:
                 return kernel.call_boxed(ks, *args)
             try: shape = _out_shape(*args)
-            except (IndexError, TypeError): return kernel.call_boxed(ks, *args)
+            except ValueError: return kernel.call_boxed(ks, *args) # lists of one number, or of a wrong length
             if min(shape)<1: return kernel.call_boxed(ks, *args)
             g = torch.empty_strided(shape, strides_like(shape, x), dtype=x.dtype, device='meta')
             found = _find(kernel, ks, key, (g, x, w, None, *args[3:], (False, False, bias is not None)), x.device)

@@ -167,6 +167,15 @@ def test_errors_of_the_user_stay_torchs_own():
         for bad in ((g[:,:5], x, w), (g, x[:,:3], w)):
             with pytest.raises(RuntimeError): backward(*bad, plain_case[2])
 
+def test_arguments_of_one_number_for_all_dimensions():
+    "`aten::convolution` takes them and expands them itself"
+    _,x,w = inputs(*plain_case, torch.float32)
+    x.requires_grad_(); w.requires_grad_()
+    def run(): return torch.autograd.grad(aten.convolution(x, w, None, [2], [1], [1], False, [0], 1).square().sum(), (x, w))
+    want = run()
+    for mode in K.modes:
+        with tuned_kernels(mode): assert all(map(torch.equal, run(), want))
+
 # Kernels that end the process
 
 dies = '''
