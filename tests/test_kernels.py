@@ -1,5 +1,5 @@
 "Each convolution in the fastest correct way: faults, decisions, cache, and that nothing else notices"
-import copy, io, json, os, pickle, subprocess, sys, threading, time, warnings
+import copy, io, json, math, os, pickle, subprocess, sys, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 import pytest, torch
@@ -8,8 +8,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 import fastxtend_cl.kernels as K
+from fastxtend_cl import verify
 from fastxtend_cl.kernels import fixed_kernels, kernel_count, kernel_table, tuned_kernels, tuning_line
 from fastxtend_cl.memory import poisoned_memory
+from fastxtend_cl.verify import GpuKernelBench, KernelBench, gradient_error
 from fastxtend_cl.ways import Call, Way, as_is, candidates, canonical_contiguous, deadly, deadly_layers, suspicious, trusted
 from helpers import caught_warnings
 
@@ -105,7 +107,7 @@ def test_verification_alone_finds_the_faults(monkeypatch):
 def test_known_conditions_hold_where_memory_cannot_be_poisoned(monkeypatch):
     "The fault of the 1-D convolution shows by chance only; its condition does not"
     x,w,args = faults['short 1-D']
-    monkeypatch.setattr(K._Bench, 'verify', lambda self, way: (1e-3, 0.)) # all seems right
+    monkeypatch.setattr(KernelBench, 'verify', lambda self, way: (1e-3, 0.)) # all seems right
     with tuned_kernels(): backward(*inputs(x, w, args), args)
     (_,c), = [r for r in rows() if r[1].kernel=='wgrad']
     assert c.way!=as_is and 'not trusted' in c.errors['as is'] and c.reason=='wrong as is'
@@ -120,7 +122,7 @@ def plant(monkeypatch, change, which=as_is):
     def f(kernel, ks, way, args, mask):
         res = original(kernel, ks, way, args, mask)
         return tuple(None if t is None else change(t) for t in res) if way==which else res
-    monkeypatch.setattr(K, 'compute_gradients', f)
+    for module in (K, verify): monkeypatch.setattr(module, 'compute_gradients', f)
 
 def one_element(t):
     t = t.clone(); t.view(-1)[t.numel()//2] += 1.*t.abs().max()
@@ -145,10 +147,10 @@ def test_without_the_fault_nothing_is_corrected():
 
 def test_a_faster_way_is_taken_only_by_a_clear_margin(monkeypatch):
     x,w,args = plain_case
-    monkeypatch.setattr(K._Bench, 'verify', lambda self, way: (1e-3, 0.)) # all are right and equally fast at first
+    monkeypatch.setattr(KernelBench, 'verify', lambda self, way: (1e-3, 0.)) # all are right and equally fast at first
     for t,taken in ((0.95, False), (0.5, True)):
         monkeypatch.setattr(K, '_now', K._Now())
-        monkeypatch.setattr(K._Bench, 'race', lambda self, ways: {w: t if w.fp32 and not w.contiguous else 1. for w in ways})
+        monkeypatch.setattr(KernelBench, 'race', lambda self, ways: {w: t if w.fp32 and not w.contiguous else 1. for w in ways})
         with tuned_kernels(): backward(*inputs(x, w, args), args)
         assert all((c.way==Way(fp32=True))==taken for _,c in rows())
         K._now.known.clear()
@@ -277,7 +279,7 @@ def test_an_interrupt_while_deciding_leaves_nothing(monkeypatch):
     x,w,args = plain_case
     def interrupt(self, ways): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(K._Bench, 'race', interrupt)
+        m.setattr(KernelBench, 'race', interrupt)
         with pytest.raises(KeyboardInterrupt), tuned_kernels(): backward(*inputs(x, w, args), args)
     assert not rows()
     with tuned_kernels(): backward(*inputs(x, w, args), args)
@@ -298,7 +300,7 @@ def train(mode='tuned', steps=3):
 
 def test_fixed_kernels_time_nothing_and_repeat(monkeypatch):
     def timed(*args): raise AssertionError('timed')
-    monkeypatch.setattr(K._Bench, 'race', timed)
+    monkeypatch.setattr(KernelBench, 'race', timed)
     with fixed_kernels(): first = train()
     monkeypatch.undo()
 
@@ -315,8 +317,8 @@ def test_two_repeatable_runs_are_equal_also_with_tuning_between(how, monkeypatch
         finally:
             torch.use_deterministic_algorithms(False)
             torch.backends.cudnn.deterministic = flag
-    races,race = [],K._Bench.race
-    monkeypatch.setattr(K._Bench, 'race', lambda self, ways: races.append(1) or race(self, ways))
+    races,race = [],KernelBench.race
+    monkeypatch.setattr(KernelBench, 'race', lambda self, ways: races.append(1) or race(self, ways))
     first = run()
     assert not races
     train() # times all, and may choose others
@@ -327,8 +329,8 @@ def test_two_repeatable_runs_are_equal_also_with_tuning_between(how, monkeypatch
 # Shapes that vary
 
 def test_only_so_many_shapes_of_a_layer_are_timed(monkeypatch):
-    raced,race = [],K._Bench.race
-    monkeypatch.setattr(K._Bench, 'race', lambda self, ways: raced.append(self.call.x[0][2]) or race(self, ways))
+    raced,race = [],KernelBench.race
+    monkeypatch.setattr(KernelBench, 'race', lambda self, ways: raced.append(self.call.x[0][2]) or race(self, ways))
     (_,c,*_),w,args = plain_case
     with tuned_kernels(benchmark_limit=3):
         got = {n: backward(*inputs((2,c,n,n), w, args), args)[1] for n in range(8, 24)}
@@ -344,18 +346,18 @@ def test_the_nearest_shapes_choice_is_checked(monkeypatch):
     def f(kernel, ks, way, a, mask):
         res = original(kernel, ks, way, a, mask)
         return tuple(None if t is None else t*2 for t in res) if way==as_is and a[1].shape[2]==20 else res
-    monkeypatch.setattr(K._Bench, 'race', lambda self, ways: dict.fromkeys(ways, 1.))
+    monkeypatch.setattr(KernelBench, 'race', lambda self, ways: dict.fromkeys(ways, 1.))
     with tuned_kernels(benchmark_limit=1):
         backward(*inputs((2,c,8,8), w, args), args)
-        monkeypatch.setattr(K, 'compute_gradients', f)
+        for module in (K, verify): monkeypatch.setattr(module, 'compute_gradients', f)
         ts = inputs((2,c,20,20), w, args)
         for a,b in zip(backward(*ts, args), exact(*ts, args)): assert rel(a, b)<4e-3
     assert len([1 for _,c in rows() if c.reason=='nearest shape' and c.way==Way(fp32=True, contiguous=True)])==2
 
 def test_shapes_without_end_are_trusted_in_the_end(monkeypatch):
     "After ten times the limit, checks of a layer that were all right stop"
-    checked,verify = [],K._Bench.verify
-    monkeypatch.setattr(K._Bench, 'verify', lambda self, way: checked.append(self.call.x[0][2:]) or verify(self, way))
+    checked,verify = [],KernelBench.verify
+    monkeypatch.setattr(KernelBench, 'verify', lambda self, way: checked.append(self.call.x[0][2:]) or verify(self, way))
     w,args = (4,4,3,3),plain_case[2]
     with tuned_kernels(benchmark_limit=1):
         for n in range(8, 8+13): backward(*inputs((1,4,n,5), w, args), args)
@@ -365,14 +367,14 @@ def test_shapes_without_end_are_trusted_in_the_end(monkeypatch):
 
 def test_large_layers_are_judged_on_a_few_samples():
     call = Call(*[((64,8,512,512), (8*512*512,1,8*512,8), bf16)]*2, ((8,8,3,3), (72,1,24,8), bf16), *plain_case[2][:3], False, (0,0), 1, (True,)*3)
-    g,x,w,*_ = K.make_args(call)
+    g,x,w,*_ = verify.make_args(call)
     assert g.shape==x.shape==(2,8,512,512) and g.stride()==(8*512*512,1,8*512,8) and w.shape==(8,8,3,3)
 
 def no_memory(*args, **kwargs): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
 @pytest.mark.parametrize('where', ['make_args', 'verify', 'race'])
 def test_where_memory_runs_out_a_condition_decides(monkeypatch, where):
-    monkeypatch.setattr(*((K, where) if where=='make_args' else (K._Bench, where)), no_memory)
+    monkeypatch.setattr(*((verify, where) if where=='make_args' else (KernelBench, where)), no_memory)
     for name,way in (('dilated', Way(fp32=True, contiguous=True)), ('depthwise', as_is)):
         since = kernel_count()
         x,w,args = faults[name]
@@ -632,15 +634,15 @@ def test_another_setting_is_another_choice(what):
     finally: torch.set_num_threads(n); torch.set_float32_matmul_precision(p)
     assert kernel_count()==2 and not any(d.cached for d in K._now.log)
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '{"version": 99}', '{"version": 1}', '{"version": 1, "machines": []}',
-    '{"version": 1, "machines": {"a": 3}}', '\0\1'])
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"version": 99}', '{"version": 2}', '{"version": 2, "machines": []}',
+    '{"version": 2, "machines": {"a": 3}}', '\0\1'])
 def test_a_damaged_cache_is_written_anew(text):
     file = K._cache_file()
     file.parent.mkdir(parents=True); file.write_text(text)
     x,w,args = plain_case
     with caught_warnings() as caught, tuned_kernels(): backward(*inputs(x, w, args), args)
     assert [o.category for o in caught]==[K.KernelWarning] and 'cannot be used and will be measured again' in str(caught[0].message)
-    assert json.loads(file.read_text())['version']==1
+    assert json.loads(file.read_text())['version']==K._cache_version
 
 @pytest.mark.parametrize('change', [lambda c: {}, lambda c: {**c, 'way': 'magic'}, lambda c: {**c, 'way': 3}, lambda c: {**c, 'seconds': 'x'}, lambda c: None])
 def test_foreign_entries_are_decided_again(monkeypatch, change):
@@ -716,7 +718,103 @@ def test_random_convolutions_are_right(case):
     want = exact(*ts, args)
     for _ in range(2):
         with tuned_kernels(): got = backward(*ts, args)
-        for a,b in zip(got, want): assert K.gradient_error(a, b, dtype)<=1
+        for a,b in zip(got, want): assert gradient_error(a, b, dtype)<=1
     with tuned_kernels():
         for mask in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):
-            for a,b,m in zip(backward(*ts, args, mask), want, mask): assert not m or K.gradient_error(a, b, dtype)<=1
+            for a,b,m in zip(backward(*ts, args, mask), want, mask): assert not m or gradient_error(a, b, dtype)<=1
+
+# A GPU: its logic here, on a CPU that is said to be one; `FXCL_DEVICE=cuda` runs the rest there
+
+class Operator:
+    def __init__(self, op, change=lambda res: res): self.op,self.change = op,change
+    def call_boxed(self, ks, *args): return self.change(self.op(*args))
+
+def gpu_call(shape, w, args, dtype=torch.float16, last=True, mask=(True, True, True)):
+    ts = inputs(shape, w, args, dtype, last)
+    call = Call.of((*ts, None, *args, mask))
+    return Call(**{**vars(call), 'device': 'a GPU'}),ts
+
+grouped = {'grouped': ((5,24,9,8), (36,6,3,3), ([2,1],[1,1],[1,1],False,[0,0],4)), 'depthwise': ((4,32,9,9), (32,1,5,5), ([1,1],[2,2],[1,1],False,[0,0],32)),
+    'grouped, transposed': ((4,16,5,5), (16,3,3,3), ([2,2],[1,1],[1,1],True,[1,1],4)), 'grouped 3-D': ((4,8,4,5,5), (16,2,3,3,3), ([1]*3,[1]*3,[1]*3,False,[0]*3,4))}
+
+@pytest.mark.parametrize('last', [True, False])
+@pytest.mark.parametrize('name', grouped)
+def test_merged_groups_compute_the_same(name, last):
+    "In fp64: zeros are added between the groups, and nothing else"
+    shape,w,args = grouped[name]
+    call,ts = gpu_call(shape, w, args, torch.float64, last)
+    want,y = exact(*ts, args),aten.convolution(*ts[1:], None, *args)
+    ways = [o for o in candidates(Call(**{**vars(call), 'x': (*call.x[:2], bf16)}), 'dgrad') if o.merged>1]
+    assert ways
+    for way in ways:
+        assert args[-1]%way.merged==0
+        got = K.compute_gradients(Operator(aten.convolution_backward), None, way, (*ts, [ts[0].shape[1]], *args, [True]*3), [True]*3)
+        for a,b,t in zip(got, want, (*ts[1:], None)): assert rel(a, b)<1e-12 and (t is None or a.stride()==t.stride())
+        out = K.compute_forward(Operator(aten.convolution), None, way, (*ts[1:], None, *args))
+        assert rel(out, y)<1e-12 and out.is_contiguous(memory_format=formats[y.ndim] if last else torch.contiguous_format)
+
+def worst(name, kernel, change=lambda res: res, dtype=torch.float16, **kwargs):
+    "Error of each way to compute a kernel, as verified for a GPU"
+    shape,w,args = grouped[name]
+    call,_ = gpu_call(shape, w, args, dtype, mask=(False,)*3 if kernel=='forward' else (True,)*3)
+    op = aten.convolution if kernel=='forward' else aten.convolution_backward
+    bench = GpuKernelBench(Operator(op), None, call, kernel, torch.device('cpu'))
+    bench.few # the reference is right
+    bench.kernel = Operator(op, change)
+    return {str(o): bench.verify(o)[1] for o in candidates(call, kernel)}
+
+@pytest.mark.parametrize('kernel', ['forward', 'dgrad', 'wgrad'])
+@pytest.mark.parametrize('name', grouped)
+def test_ways_for_a_gpu_are_verified(name, kernel):
+    errors = worst(name, kernel)
+    assert {'as is', 'contiguous'}<{*errors} and all(e<=1 for e in errors.values())
+
+def spoil(change):
+    def f(res):
+        res = [None if t is None else t.clone() for t in (res if isinstance(res, (list, tuple)) else [res])]
+        for t in res: t is None or change(t)
+        return res if len(res)>1 else res[0]
+    return f
+
+@pytest.mark.parametrize('kernel', ['forward', 'dgrad', 'wgrad'])
+@pytest.mark.parametrize('change', [lambda t: t.mul_(1.05), lambda t: t[-1].zero_(), lambda t: t[(0,)*t.ndim].fill_(math.nan)],
+    ids=['scaled', 'last sample or channel', 'NaN'])
+def test_faults_on_a_gpu_are_found(kernel, change):
+    assert all(e>1 for e in worst('grouped', kernel, spoil(change)).values())
+
+def test_a_way_that_raises_on_a_gpu_is_no_candidate():
+    def fail(res): raise RuntimeError('no engine for this')
+    assert {*worst('grouped', 'dgrad', fail).values()}=={'RuntimeError: no engine for this'}
+
+def test_on_a_gpu_the_batch_is_kept_and_three_samples_are_compared():
+    call,_ = gpu_call((64,8,6,6), (8,8,3,3), ([1,1],[1,1],[1,1],False,[0,0],1))
+    bench = GpuKernelBench(Operator(aten.convolution_backward), None, call, 'wgrad', torch.device('cpu'))
+    (g,x,*_),picks,_ = bench.few
+    assert len(g)==len(x)==64 and picks.tolist()==[0,32,63] and (g.abs().sum((1,2,3))>0).nonzero().view(-1).tolist()==[0,32,63]
+
+def test_nothing_is_known_to_be_deadly_on_a_gpu():
+    for name in faults:
+        call,_ = gpu_call(*faults[name], dtype=bf16)
+        assert not suspicious(call) and not deadly(call) and as_is in candidates(call, 'wgrad')
+
+@pytest.mark.parametrize('wrong', [True, False])
+def test_average_pools_are_corrected_where_they_are_wrong(wrong):
+    "The kernel of CUDA's channels last up to torch 2.13 forgets the padding (issue 188344); here it is planted"
+    def pool(g, x, *args):
+        if wrong and not x.is_contiguous(): g = g.roll(1, -1)
+        return aten.avg_pool2d_backward(g, x, *args)
+    f = K._avg_pool_backward(Operator(pool))
+    x,args = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last),([3,3],[2,2],[1,1],False,True,None)
+    g = torch.randn_like(F.avg_pool2d(x, 3, 2, 1))
+    want = aten.avg_pool2d_backward(g.contiguous(), x.contiguous(), *args)
+    assert torch.allclose(f(None, g, x, *args), want)!=wrong
+    for mode in ('correct', 'tuned'):
+        with tuned_kernels(mode):
+            got = f(None, g, x, *args)
+            assert torch.allclose(got, want) and got.stride()==x.stride()
+    with tuned_kernels('survive'): assert torch.allclose(f(None, g, x, *args), want)!=wrong
+
+def test_calls_on_different_devices_are_different():
+    call,_ = gpu_call(*plain_case, dtype=bf16)
+    own = Call(**{**vars(call), 'device': 'cpu'})
+    assert own!=call and own.layer!=call.layer and K._key(own)!=K._key(call)

@@ -235,7 +235,7 @@ def test_faulty_kernels_in_bf16_train_right_weights(layers, setup):
         fit(learn, 1, 1e-2)
         return [p.detach()-s for p,s in zip(m.parameters(), start)]
     for a,b in zip(train(setup), train(lambda l: l)):
-        assert torch.isfinite(a).all() and (a-b).norm()<=0.1*b.norm()+1e-5
+        assert torch.isfinite(a).all() and (a-b).norm()<=0.2*b.norm()+1e-5
 
 # Nothing is put on a model
 
