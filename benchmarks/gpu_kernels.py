@@ -1,0 +1,118 @@
+"""Which kernels of a convolution lose in channels last, and by how much: `python benchmarks/gpu.py --parts kernels`
+
+Forward, dgrad and wgrad of the distinct convolutions of nine networks, in both formats, in fp16, fp32 and bf16: seconds and error of each
+way that `tuned_kernels` chooses from, verified and timed as it does. Writes results/convolutions-DEVICE.json after each network."""
+import time, warnings
+from collections import Counter, defaultdict
+from dataclasses import replace
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from fastxtend_cl.kernels import clear_margins
+from fastxtend_cl.verify import bench_of
+from fastxtend_cl.ways import Call, as_is, candidates, contiguous_strides, device_name, last_formats
+from common import save
+
+networks = {'resnet50': 2, 'regnetx_032': 2, 'regnety_032': 2, 'resnest50d': 2, 'mobilenetv2_100': 2, 'efficientnet_b0': 2, 'convnext_tiny': 2,
+    'densenet121': 2, 'unet3d': 3}
+
+def block3d(i, o):
+    return nn.Sequential(*[m for c in (i, o) for m in (nn.Conv3d(c, o, 3, padding=1, bias=False), nn.BatchNorm3d(o), nn.ReLU())])
+
+class UNet3d(nn.Module):
+    "A small 3-D U-Net: two steps down, two up, with concatenations"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c,self.d,self.e = (block3d(i, o) for i,o in ((1, 32), (32, 64), (64, 128), (128, 64), (64, 32)))
+        self.up1,self.up2,self.head,self.pool = nn.ConvTranspose3d(128, 64, 2, 2),nn.ConvTranspose3d(64, 32, 2, 2),nn.Conv3d(32, 2, 1),nn.MaxPool3d(2)
+    def forward(self, x):
+        a = self.a(x); b = self.b(self.pool(a))
+        d = self.d(torch.cat([b, self.up1(self.c(self.pool(b)))], 1))
+        return self.head(self.e(torch.cat([a, self.up2(d)], 1)))
+
+def network(name):
+    if name=='unet3d': return UNet3d()
+    import timm
+    return timm.create_model(name)
+
+class Calls(TorchDispatchMode):
+    "The distinct calls of `aten::convolution_backward`, and how often each is made"
+    def __init__(self): super().__init__(); self.found = Counter()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            call = Call.of(args)
+            self.found[replace(call, mask=(call.mask[0], True, False))] += 1
+        return func(*args, **(kwargs or {}))
+
+def convolutions_of(name, tiny):
+    "The distinct convolutions of a training step of a network, from a run without values"
+    shape = ((2, 3, 32, 32) if tiny else (64, 3, 224, 224)) if networks[name]==2 else ((1, 1, 8, 8, 8) if tiny else (2, 1, 64, 64, 64))
+    with torch.device('meta'), warnings.catch_warnings(), Calls() as calls:
+        warnings.simplefilter('ignore')
+        network(name)(torch.randn(shape)).sum().backward()
+    return calls.found
+
+def set_as(call, last, dtype, device):
+    "`call` in a format and dtype on a device"
+    def meta(m):
+        shape = m[0]
+        return shape,torch.empty(shape, device='meta', memory_format=last_formats[len(shape)]).stride() if last else contiguous_strides(shape),dtype
+    return replace(call, g=meta(call.g), x=meta(call.x), w=meta(call.w), device=device_name(device))
+
+class Operator:
+    "Calls an operator as `tuned_kernels` calls the kernel that it has replaced"
+    def __init__(self, op): self.op = op
+    def call_boxed(self, ks, *args): return self.op(*args)
+
+def kernel_rows(call, device):
+    "Milliseconds and error of each way to compute each kernel of a call"
+    res = {}
+    for name in ('forward', 'dgrad', 'wgrad') if call.mask[0] else ('forward', 'wgrad'):
+        one = replace(call, mask=(False,)*3) if name=='forward' else call
+        aten = torch.ops.aten
+        bench = bench_of(Operator(aten.convolution if name=='forward' else aten.convolution_backward), None, one, name, device)
+        try:
+            errors = {w: bench.verify(w)[1] for w in candidates(one, name)}
+            seconds = bench.race([w for w,e in errors.items() if not isinstance(e, str)])
+            res[name] = {str(w): dict(ms=1e3*seconds[w] if w in seconds else None, error=e) for w,e in errors.items()}
+        except RuntimeError as e: res[name] = dict(failed=str(e).splitlines()[0][:200])
+    return res
+
+def kind_of(call):
+    groups = call.groups>1 and ('depthwise' if call.w[0][1]==1 else 'grouped')
+    return f'{len(call.stride)}-D {groups or "ordinary"}'
+
+def totals(rows):
+    "Milliseconds of all convolutions of a step, by network, dtype, kind and kernel: contiguous, channels last, and the best of the ways there"
+    res = defaultdict(lambda: [0., 0., 0.])
+    for r in rows:
+        for name,ways in r.get('channels last', {}).items():
+            plain,last = r['contiguous'].get(name, {}).get(str(as_is)),ways.get(str(as_is))
+            if not (plain and last and plain['ms'] and last['ms']): continue
+            right = [o['ms'] for o in ways.values() if o['ms'] and not isinstance(o['error'], str) and o['error']<=1]
+            best = min([o for o in right if o<clear_margins[True]*last['ms']], default=last['ms'])
+            for key in ((r['model'], r['dtype'], 'all', 'all'), (r['model'], r['dtype'], r['kind'], name)):
+                for i,ms in enumerate((plain['ms'], last['ms'], best)): res[key][i] += r['count']*ms
+    return [dict(zip(('model', 'dtype', 'kind', 'kernel', 'contiguous', 'channels_last', 'best'), (*k, *(round(o, 4) for o in v)))) for k,v in res.items()]
+
+def run_kernels(device, tiny, seconds=110):
+    "Measure each distinct convolution once; written after each network"
+    start,seen,rows = time.time(),{},[]
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        for name in list(networks)[:1 if tiny else None] + ['unet3d']*tiny:
+            for call,count in convolutions_of(name, tiny).items():
+                row = dict(model=name, call=str(call).split(' fp')[0], dtype=str(dtype)[6:], kind=kind_of(call), count=count)
+                rows.append(row)
+                if time.time()-start>seconds: row['left_out'] = True; continue
+                for label,last in (('contiguous', False), ('channels last', True)):
+                    one = set_as(call, last, dtype, device)
+                    if one not in seen: seen[one] = kernel_rows(one, device)
+                    row[label] = seen[one]
+            print(f'{name:20}{str(dtype)[6:]:10}{sum("left_out" not in r for r in rows):5} measured, {time.time()-start:.0f} s', flush=True)
+            if not tiny: save(f'convolutions-{device.type}', rows=rows, totals=totals(rows), benchmark=torch.backends.cudnn.benchmark,
+                tf32=torch.backends.cudnn.allow_tf32)
+    for t in totals(rows):
+        if t['kind']=='all': print(f"{t['model']:20}{t['dtype']:10}{t['contiguous']:9.2f}{t['channels_last']:9.2f}{t['best']:9.2f} ms")
+    wrong = [(r['model'], r['call'], r['dtype'], label, k, w, o['error']) for r in rows for label in ('contiguous', 'channels last')
+        for k,ways in r.get(label, {}).items() for w,o in ways.items() if isinstance(o, dict) and not isinstance(o['error'], str) and o['error']>1]
+    print(f'{len(rows)} rows; {len(wrong)} kernels further from the reference than rounding explains', *wrong[:20], sep='\n')

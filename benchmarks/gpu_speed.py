@@ -1,0 +1,293 @@
+"""Images per second of a whole training step in mixed precision on a GPU: `python benchmarks/gpu_speed.py`
+
+Each arm trains its own copy of a network on one random batch that is already on the device: zero_grad, forward under autocast, loss,
+backward (through GradScaler in fp16), SGD. Arms are paired: in each round every arm runs a block of steps in random order, and the first
+step of a block is dropped. A row's ratio is that of its speed to the contiguous arm's, the median of the rounds with their minimum and
+maximum. Passes (`--passes`), the most important first: fp16; bf16; off, fp16 without `torch.backends.cudnn.benchmark`; compiled, fp16.
+Writes results/speed-DEVICE.json and .md after each network. Run again, it goes on where it was broken off: rows of this torch and this
+card are kept, failures too; `--refresh` measures what is named again. `--precompile` only fills inductor's cache on disk, in processes
+side by side. Kernels are tuned anew unless FASTXTEND_CL_CACHE names a folder. `--device cpu --tiny` tries the script."""
+import gc, math, os, random, statistics, subprocess, sys, tempfile, time, warnings
+from contextlib import nullcontext
+warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
+import torch
+from fastai.vision.all import create_unet_model # sets torch.backends.cudnn.benchmark
+from fastcore.script import call_parse
+from fastxtend_cl.bench import device_clock
+from fastxtend_cl.format import apply_channels_last, as_channels_last, channels_last_formats
+from fastxtend_cl.kernels import kernel_count, kernel_table, tuned_kernels, tuning_line
+from common import conditions, kept_rows, results, save
+
+sizes = {'resnet50': (256, 3, 224, 224), 'resnet18': (256, 3, 224, 224), 'efficientnet_b0': (256, 3, 224, 224),
+    'mobilenetv2_100': (256, 3, 224, 224), 'regnetx_032': (256, 3, 224, 224), 'regnety_032': (256, 3, 224, 224),
+    'resnest50d': (256, 3, 224, 224), 'convnext_tiny': (256, 3, 224, 224), 'densenet121': (128, 3, 224, 224),
+    'unet_resnet34': (64, 3, 224, 224), 'r3d_18': (32, 3, 8, 112, 112), 'unet3d': (2, 1, 128, 128, 128)}
+tiny_sizes = {n: (2, 3, 32, 32) for n in sizes} | {'r3d_18': (2, 3, 4, 32, 32), 'unet3d': (2, 1, 16, 16, 16)}
+base,again,plain,ours,compiled,maxed = ('contiguous', 'contiguous, again', "channels last, torch's kernels", 'ours', 'ours, compiled',
+    'ours, max-autotune')
+eager,mine = [base, again, plain, ours],[ours, compiled, maxed]
+# Pass to dtype, cudnn.benchmark, arms
+settings = {'fp16': (torch.float16, True, eager), 'bf16': (torch.bfloat16, True, eager), 'off': (torch.float16, False, eager),
+    'compiled': (torch.float16, True, [base, ours, compiled, maxed])}
+bytes_per_image = 478e6 # resnet50 at 224 pixels, eager training in 16 bits
+
+def network(name, size):
+    "The network of that name with random weights, made on the default device"
+    if name=='unet_resnet34':
+        import torchvision
+        return create_unet_model(torchvision.models.resnet34, 10, size[-2:], pretrained=False)
+    if name=='r3d_18':
+        from torchvision.models.video import r3d_18
+        return r3d_18()
+    if name=='unet3d':
+        try: from gpu_kernels import UNet3d
+        except ImportError: from gpu import UNet3d
+        return UNet3d()
+    import timm
+    return timm.create_model(name)
+
+def random_batch(name, size, device):
+    gen = torch.Generator(device).manual_seed(0)
+    x = torch.randn(size, generator=gen, device=device)
+    target = (size[0], *size[2:]) if name.startswith('unet') else size[:1]
+    return x,torch.randint(2 if name=='unet3d' else 10, target, generator=gen, device=device)
+
+def stepper(arm, name, x, y, dtype):
+    "A function that trains one step and returns its loss, and the model"
+    device,last,context = x.device,arm not in (base, again),tuned_kernels if arm in mine else nullcontext
+    torch.manual_seed(0)
+    with device: model = network(name, x.shape).to(device).train()
+    if arm==plain: model.to(memory_format=channels_last_formats[x.ndim]) # fastai's own callback raises on volumes
+    if arm in mine: apply_channels_last(model)
+    if arm==compiled: model.compile()
+    if arm==maxed: model.compile(mode='max-autotune-no-cudagraphs')
+    opt,scaler = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),torch.amp.GradScaler(device.type, enabled=dtype==torch.float16)
+    def step():
+        with context():
+            opt.zero_grad()
+            with torch.autocast(device.type, dtype):
+                out = model(as_channels_last(x) if last else x)
+                loss = torch.nn.functional.cross_entropy(out.float(), y)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            return loss.detach()
+    return step,model
+
+def begin(arm, name, x, y, dtype, warm):
+    "The step of an arm, what its first step showed, and the seconds of a step after `warm` further ones"
+    clock,since,start_bytes = device_clock(x.device),kernel_count(),0
+    if x.is_cuda: start_bytes = torch.cuda.memory_allocated(x.device)-x.nbytes-y.nbytes # of the other arms
+    step,model = stepper(arm, name, x, y, dtype)
+    clock.wait()
+    start = time.perf_counter()
+    loss = step().item()
+    clock.wait()
+    row = dict(first_seconds=time.perf_counter()-start, loss=loss,
+        grad_norm=torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
+    if arm in mine: row['tuning'] = dict(line=tuning_line(since), seconds=kernel_table(since).seconds)
+    if not warm: return step,row,None
+    if x.is_cuda: torch.cuda.reset_peak_memory_stats(x.device)
+    seconds = clock.steps(step, warm)[0].min()
+    if x.is_cuda: row['peak_mib'] = (torch.cuda.max_memory_allocated(x.device)-start_bytes)/2**20 # weights, batch and all of a step
+    return step,row,seconds
+
+def attempt(f, *args):
+    "What `f` returns and None, or None and why it failed"
+    try: return f(*args),None
+    except Exception as e: return None,f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'[:200]
+
+def out_of_memory(why): return why is not None and any(s in why for s in ('OutOfMemoryError', 'out of memory', 'ALLOC_FAILED'))
+
+def free(device):
+    gc.collect()
+    if device.type=='cuda': attempt(torch.cuda.empty_cache)
+
+def lost(device):
+    "Whether an error has left CUDA unusable in this process"
+    return device.type=='cuda' and attempt(torch.cuda.synchronize, device)[1] is not None
+
+def clocks(device):
+    "State of the card, only read"
+    if device.type!='cuda': return None
+    query = 'name,clocks.sm,clocks.mem,power.draw,driver_version,temperature.gpu'
+    r,why = attempt(lambda: subprocess.run(['nvidia-smi', f'--query-gpu={query}', '--format=csv,noheader'], capture_output=True,
+        text=True, timeout=20))
+    return why or r.stdout.strip() or r.stderr.strip()[:200]
+
+def copy_bandwidth(device):
+    "Bytes read and written per second by a copy of 2 GiB on the device, the best of 10"
+    a,b = (torch.randn(1<<29, device=device) for _ in range(2))
+    return 2*a.nbytes/device_clock(device).steps(lambda: b.copy_(a), 10)[0].min()
+
+def differences(row, want):
+    "How the first step of an arm differs from the contiguous one's, as entries of its row"
+    res,(a,b) = {},(row['loss'],want['loss'])
+    if not abs(a-b)<=0.05*abs(b)+0.05: res['wrong'] = f'loss {a:.4g}, contiguous {b:.4g}'
+    a,b = row['grad_norm'],want['grad_norm'] # not finite where the first scale is too high for fp16; sensitive to rounding in small batches
+    if math.isfinite(b) and not abs(a-b)<=0.2*b: res['doubt'] = f'norm of all gradients {a:.4g}, contiguous {b:.4g}'
+    return res
+
+def first_arm(name, size, device, dtype, warm):
+    x,y = random_batch(name, size, device)
+    return x,y,begin(base, name, x, y, dtype, warm)
+
+def start_arms(name, tries, device, dtype, arms, warm, over):
+    "The largest size that the contiguous arm trains on, the steps of all arms, their seconds and what they showed; None if time is over"
+    for size in tries:
+        first,why = attempt(first_arm, name, size, device, dtype, warm)
+        if not out_of_memory(why): break
+        free(device)
+    found,steps,times = {a: {} for a in arms},{},{}
+    for arm in arms:
+        if arm!=base:
+            if over(): return None
+            got,why = (None,'not run: contiguous failed') if first is None else attempt(begin, arm, name, *first[:2], dtype, warm)
+        else: got = first and first[2]
+        if why:
+            found[arm]['failed'] = why
+            free(device)
+            if lost(device):
+                for a in arms: found[a].setdefault('failed', f'not run: CUDA cannot be used after "{arm}" failed')
+                return size,{},{},found
+        else: steps[arm],found[arm],times[arm] = got
+    return size,steps,times,found
+
+def run_rounds(steps, clock, rounds, block, found, over):
+    "Seconds of a step by the device's clock and by the wall's, of each arm in each round; fewer rounds if time is over"
+    rng,marks = random.Random(0),{a: [] for a in steps}
+    for _ in range(rounds):
+        for arm in rng.sample(list(marks), len(marks)):
+            start = time.perf_counter()
+            seconds,why = attempt(clock.steps, steps[arm], block)
+            if why: found[arm]['failed'] = why; del marks[arm]
+            else: marks[arm].append((seconds[0][1:].mean(), (time.perf_counter()-start)/block))
+        if over() or base not in marks: break
+    return marks
+
+def measure(section, name, tries, device, arms, rounds, block, seconds, warm, bandwidth, over):
+    "Rows of one network in one pass, or None if time is over before the first round"
+    (dtype,benchmark,_),before,start = settings[section],clocks(device),time.time()
+    if device.type=='cpu': dtype = torch.bfloat16 # which trains in fp16 very slowly
+    torch.backends.cudnn.benchmark = benchmark
+    started = start_arms(name, tries, device, dtype, arms, warm, over)
+    if started is None: return None
+    size,steps,times,found = started
+    want = dict(found[base])
+    if times: block = max(2, min(block, int(seconds/rounds/sum(times.values())))) # slow networks: shorter blocks, not fewer rounds
+    marks = run_rounds(steps, device_clock(device), rounds, block, found, over)
+    for arm,row in found.items():
+        row.update(section=section, model=name, arm=arm, batch=size[0], size=list(size), dtype=str(dtype)[6:], benchmark=benchmark)
+        if arm not in marks or base not in marks: row.setdefault('failed', 'not timed: contiguous failed'); continue
+        pairs = [b[0]/o[0] for b,o in zip(marks[base], marks[arm])]
+        device_s,wall_s = (statistics.median(t) for t in zip(*marks[arm]))
+        row.update(ms=1e3*device_s, wall_ms=1e3*wall_s, images=size[0]/device_s, ratio=[statistics.median(pairs), min(pairs), max(pairs)],
+            pairs=len(pairs), block=block)
+        if len(pairs)<min(rounds, 8): row['cut'] = True
+        row.update(differences(row, want))
+        if name=='resnet50' and arm in eager and bandwidth: row['share_of_roof'] = bytes_per_image*row['images']/bandwidth
+    found[base].update(clocks=[before, clocks(device)], seconds=time.time()-start)
+    return [*found.values()]
+
+def fill_cache(names, shapes, device, arms, over):
+    "One training step of each compiled arm"
+    for name in names:
+        for arm in [a for a in arms if a in (compiled, maxed)]:
+            if over(): return print(f'time is over before {name}')
+            start = time.time()
+            dtype = torch.bfloat16 if device.type=='cpu' else torch.float16
+            _,why = attempt(lambda: begin(arm, name, *random_batch(name, shapes[name], device), dtype, 0))
+            print(f'{name}, {arm}: {why or "compiled"}, {time.time()-start:.0f} s', flush=True)
+            torch.compiler.reset()
+            free(device)
+
+def said(row):
+    "Ratio of a row in a table"
+    if row is None: return ''
+    if 'failed' in row: return 'failed'
+    few = f", n={row['pairs']}" if row['pairs']<8 else ''
+    return '{:.2f} ({:.2f} to {:.2f})'.format(*row['ratio'])+few+', wrong'*('wrong' in row)
+
+def table(rows, section):
+    "Markdown: a row for each network of a pass"
+    found,(_,benchmark,arms) = {(r['model'], r['arm']): r for r in rows if r['section']==section},settings[section]
+    arms = [a for a in arms if a!=base and any(k[1]==a for k in found)]
+    def images(r): return f"{r['images']:,.0f}" if r and 'images' in r else ''
+    dtype,more = next(iter(found.values()))['dtype'],', compiled'*(section=='compiled')
+    lines = [f"{dtype}{more}, cudnn.benchmark {'on' if benchmark else 'off'}", '',
+        f'| | batch | contiguous, images/s | {" | ".join(arms)} | ours, images/s |', f'|---|--:|--:|{"--:|"*len(arms)}--:|']
+    for n in [n for n in sizes if (n, base) in found]:
+        r = found[n, base]
+        lines.append(' | '.join([f'| {n}', str(r['batch']), images(r) or 'failed', *(said(found.get((n, a))) for a in arms),
+            images(found.get((n, ours)))])+' |')
+    return '\n'.join(lines)
+
+def page(rows, head):
+    "Markdown: a table for each pass, where ours is behind, and what failed"
+    found = {(r['section'], r['model'], r['arm']): r['ratio'][0] for r in rows if 'ratio' in r}
+    behind = [f'{m} ({s})' for (s,m,a),r in found.items() if a==ours and (s, m, plain) in found and r<0.98*max(1, found[s, m, plain])]
+    notes = [f"- {r['model']} ({r['section']}), {r['arm']}: {k}: {r[k]}" for r in rows for k in ('failed', 'wrong', 'doubt') if k in r]
+    return '\n\n'.join([head, *(table(rows, s) for s in settings if any(r['section']==s for r in rows)),
+        f"Behind the better of contiguous and torch's own channels last by more than 2 %: {', '.join(behind) or 'none'}.",
+        '\n'.join(notes) or 'No arm failed, and all losses agree.'])+'\n'
+
+def header():
+    c,cudnn = conditions(),torch.backends.cudnn
+    return (f"A training step in mixed precision: times as fast as contiguous, the median of paired rounds and their range (of 8 it "
+        f"covers the true median with 99.2 %; n tells fewer). {c['gpu'] or c['cpu']}, torch {c['torch']}, cuDNN {cudnn.version()}, "
+        f"{c['date']}, TF32 in cuDNN {'on' if cudnn.allow_tf32 else 'off'}, matmul precision {torch.get_float32_matmul_precision()}.")
+
+@call_parse
+def main(
+    names:str=','.join(sizes), # Networks, separated by commas
+    passes:str='fp16,bf16,off,compiled', # Passes, separated by commas
+    names_off:str='resnet50,efficientnet_b0,regnetx_032,r3d_18', # Of them, those for the pass `off`
+    device:str='cuda' if torch.cuda.is_available() else 'cpu',
+    rounds:int=8, # Rounds; in each, every arm runs one block
+    block:int=4, # Steps a block; the first is dropped
+    seconds:float=15, # For the rounds of a network; slow ones run blocks of 2 or 3 steps
+    limit:float=420, # Seconds for everything
+    max_autotune:bool=False, # Also compile with mode max-autotune
+    precompile:bool=False, # Only fill inductor's cache on disk with the compiled arms
+    refresh:bool=False, # Measure again what has been measured, of these networks and passes
+    tiny:bool=False, # Batches of 2, small images, one round; writes nothing
+):
+    "Measure and write benchmarks/results/speed-DEVICE.json and .md"
+    device,start = torch.device(device),time.time()
+    def over(): return time.time()-start>limit
+    asked,title,shapes = passes.split(','),f'speed-{device.type}',tiny_sizes if tiny else sizes
+    bad = ({*asked}-{*settings}) | ({*names.split(','), *names_off.split(',')}-{*sizes})
+    if bad: sys.exit(f'unknown pass or network: {", ".join(bad)}')
+    if tiny: rounds,block = 1,2
+    elif rounds<2: sys.exit('one round is for --tiny')
+    def arms_of(section): return [a for a in settings[section][2] if a!=maxed or max_autotune]
+    def names_of(section):
+        some = ['resnet18'] if tiny and section!='fp16' else names_off.split(',') if section=='off' else sizes
+        return [n for n in names.split(',') if n in some]
+    card = torch.cuda.get_device_name(device) if device.type=='cuda' else device.type
+    rows = kept_rows(title, dict(card=card), tiny)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        os.environ.setdefault('FASTXTEND_CL_CACHE', folder)
+        if precompile:
+            known = {r['model']: r['size'] for r in rows if r['arm']==base and not tiny} # the batch that fitted
+            return fill_cache(names.split(','), shapes | known, device, arms_of('compiled'), over)
+        bandwidth = copy_bandwidth(device) if device.type=='cuda' else None
+        for section,name in [(s, n) for s in asked for n in names_of(s)]:
+            arms,done = arms_of(section),{r['arm']: r for r in rows if (r['section'], r['model'])==(section, name)}
+            if not refresh and all(a in done and not done[a].get('cut') for a in arms): continue
+            tries = [(n, *shapes[name][1:]) for n in (shapes[name][0]>>i for i in range(1 if tiny else 3)) if n]
+            new = None if over() else measure(section, name, tries, device, arms, rounds, block, seconds, 1 if tiny else 3, bandwidth, over)
+            if new is None: print(f'{limit:g} s are over before {name} ({section}); run it again to go on'); break
+            rows = [r for r in rows if (r['section'], r['model'])!=(section, name)]+new
+            print(f"{section:9}{name:16}", *[f"{r['arm']}: {r.get('failed') or format(r['ratio'][0], '.2f')}" for r in new[1:]],
+                new[0].get('failed') or f"{new[0]['images']:.0f}/s contiguous, batch {new[0]['batch']}", f"{new[0]['seconds']:.0f} s",
+                sep='  ', flush=True)
+            if section=='compiled': torch.compiler.reset() # else the limit of recompilations is met after a few networks
+            free(device)
+            if not tiny:
+                save(title, rows=rows, card=card, cudnn=torch.backends.cudnn.version(), tf32=torch.backends.cudnn.allow_tf32,
+                    matmul=torch.get_float32_matmul_precision(), copy_bandwidth=bandwidth, bytes_per_image=bytes_per_image)
+                (results/f'{title}.md').write_text(page(rows, header()))
+            if lost(device): sys.exit(f'CUDA cannot be used any more in this process, after {name} ({section}): run it again to go on')
+    print(page(rows, header()))
