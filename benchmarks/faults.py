@@ -10,6 +10,7 @@ of torch's kernels were wrong, and whether one of ours was.
 random convolutions of here in both formats and three precisions."""
 import contextlib, itertools, json, math, os, random, time
 from collections import Counter
+from copy import deepcopy
 from functools import partial
 import torch
 import torch.nn.functional as F
@@ -142,38 +143,42 @@ def attempt(f, want, dtype, mode=None):
 
 def wrong(error): return isinstance(error, float) and error>1
 
-operators = ['F.avg_pool2d(x, 2, 1, 1)', 'F.avg_pool2d(x, 2, 2, 1)', 'F.avg_pool2d(x, 3, 2, 1)', 'F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)',
-    'F.avg_pool2d(x, 3, 2, 1, ceil_mode=True)', 'F.avg_pool2d(x, 2, 2)', 'F.max_pool2d(x, 3, 2, 1)', 'F.max_pool2d(x, 3, 2, 1, ceil_mode=True)',
-    'F.adaptive_avg_pool2d(x, 1)', 'F.adaptive_avg_pool2d(x, 4)', 'F.adaptive_max_pool2d(x, 4)', 'F.lp_pool2d(x.abs()+1, 2, 3)',
-    'F.interpolate(x, scale_factor=2)', 'F.interpolate(x, scale_factor=2, mode="bilinear")', 'F.interpolate(x, size=7, mode="bilinear", antialias=True)',
+operators = ['F.avg_pool2d(x, 2, 1, 1)', 'F.avg_pool2d(x, 2, 2, 1)', 'F.avg_pool2d(x, 3, 2, 1)',
+    'F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)', 'F.avg_pool2d(x, 3, 2, 1, ceil_mode=True)', 'F.avg_pool2d(x, 2, 2)',
+    'F.max_pool2d(x, 3, 2, 1)', 'F.max_pool2d(x, 3, 2, 1, ceil_mode=True)', 'F.adaptive_avg_pool2d(x, 1)', 'F.adaptive_avg_pool2d(x, 4)',
+    'F.adaptive_max_pool2d(x, 4)', 'F.lp_pool2d(x.abs()+1, 2, 3)', 'F.interpolate(x, scale_factor=2)',
+    'F.interpolate(x, scale_factor=2, mode="bilinear")', 'F.interpolate(x, size=7, mode="bilinear", antialias=True)',
     'F.interpolate(x, scale_factor=2, mode="bicubic")', 'F.pad(x, [1]*4, mode="reflect")', 'F.pad(x, [1]*4, mode="replicate")',
-    'F.pad(x, [1]*4, mode="circular")', 'F.pixel_shuffle(x, 2)', 'F.batch_norm(x, None, None, training=True)', 'F.group_norm(x, 4)', 'F.instance_norm(x)',
-    'F.local_response_norm(x, 5)', 'F.log_softmax(x, 1)', 'F.unfold(x, 3)', 'F.cross_entropy(x, x.detach().argmin(1))', 'F.avg_pool3d(v, 3, 2, 1)',
-    'F.avg_pool3d(v, 3, 2, 1, count_include_pad=False)', 'F.max_pool3d(v, 3, 2, 1)', 'F.adaptive_avg_pool3d(v, 2)', 'F.adaptive_avg_pool3d(v, 1)',
+    'F.pad(x, [1]*4, mode="circular")', 'F.pixel_shuffle(x, 2)', 'F.batch_norm(x, None, None, training=True)', 'F.group_norm(x, 4)',
+    'F.instance_norm(x)', 'F.local_response_norm(x, 5)', 'F.log_softmax(x, 1)', 'F.unfold(x, 3)',
+    'F.cross_entropy(x, x.detach().argmin(1))', 'F.avg_pool3d(v, 3, 2, 1)', 'F.avg_pool3d(v, 3, 2, 1, count_include_pad=False)',
+    'F.max_pool3d(v, 3, 2, 1)', 'F.adaptive_avg_pool3d(v, 2)', 'F.adaptive_avg_pool3d(v, 1)',
     'F.interpolate(v, scale_factor=2, mode="trilinear")', 'F.batch_norm(v, None, None, training=True)', 'F.group_norm(v, 4)']
 
 def operator_row(expr, device):
-    "Errors of an operator's output and input gradient, in both formats, by torch and inside `tuned_kernels` (pytorch issue 188344 and relatives)"
+    """Errors of an operator's output and input gradient, in both formats, by torch and inside `tuned_kernels`: pytorch issue 188344 and
+    relatives"""
     gen,res = torch.Generator().manual_seed(0),{}
-    name,source = ('v', torch.randn(3, 8, 7, 9, 9, generator=gen)) if '(v' in expr else ('x', torch.randn(3, 8, 15, 16, generator=gen))
-    def run(t, g=None):
-        t = t.requires_grad_()
-        y = eval(expr, dict(F=F, **{name: t}))
-        return y.detach(),torch.autograd.grad(y, t, torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) if g is None else g(y))[0]
+    name,shape = ('v', (3, 8, 7, 9, 9)) if '(v' in expr else ('x', (3, 8, 15, 16))
+    source = torch.randn(shape, generator=gen)
+    def run(t, last=False):
+        y = eval(expr, dict(F=F, **{name: t.requires_grad_()}))
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        return y.detach(),torch.autograd.grad(y, t, in_format(g, last).to(y))[0]
     for dtype in (torch.float32, torch.float16):
         if dtype==torch.float16 and 'max' in expr: continue # ties
         x = source.to(dtype)
         y,want = run(x.double())
-        def g(o, y=y): return in_format(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)), last).to(o)
         for last,mode in itertools.product((False, True), (None, 'correct', 'tuned')):
             key = f"{precisions[dtype]} {'channels last' if last else 'contiguous'}, {mode or 'plain'}"
             try:
-                with kernels(mode): got = run(in_format(x.to(device), last), g)
+                with kernels(mode): got = run(in_format(x.to(device), last), last)
                 res[key] = [gradient_error(a.cpu(), b, dtype) for a,b in zip(got, (y, want))]
             except RuntimeError as e:
                 alive(device)
                 res[key] = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
-    return dict(operator=expr, **(dict(report=188344) if 'avg_pool2d(' in expr else {}), errors=res, wrong=[k for k,v in res.items() if not isinstance(v, str) and max(v)>1])
+    bad = [k for k,v in res.items() if not isinstance(v, str) and max(v)>1]
+    return dict(operator=expr, report=188344 if 'avg_pool2d(' in expr else None, errors=res, wrong=bad)
 
 def slices(x, g, w, name, step):
     "What the native kernel computes in fp32, for a few slices of depth at a time"
@@ -190,7 +195,7 @@ def three(g, x, w, args):
 
 def large_row(device, tiny, dtype, last, benchmark):
     "The volume of pytorch issue 163539, of which most slices were wrong in bf16"
-    if device.type=='cuda': torch.cuda.set_per_process_memory_fraction(min(1., 40e9/torch.cuda.get_device_properties(device).total_memory))
+    if device.type=='cuda': torch.cuda.set_per_process_memory_fraction(min(1., 40e9/torch.cuda.mem_get_info(device)[1]))
     torch.manual_seed(0)
     d,h,n = (4, 20, 20) if tiny or device.type!='cuda' else (124, 1282, 722)
     x,g,w = (torch.randn(s, device=device, dtype=torch.bfloat16) for s in ((1, 16, d, h, n), (1, 16, d, h-2, n-2), (16, 16, 1, 3, 3)))
@@ -209,8 +214,9 @@ def large_row(device, tiny, dtype, last, benchmark):
             except RuntimeError as e: errors[key] = f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'; alive(device)
             if device.type=='cuda': torch.cuda.empty_cache()
             if not wrong(errors[key]): break
-    return dict(report=163539, shape=list(x.shape), dtype=precisions[dtype], channels_last=last, benchmark=benchmark, errors=errors, wrong_slices=where,
-        gigabytes=torch.cuda.max_memory_allocated()/1e9 if device.type=='cuda' else None, wrong=[k for k,e in errors.items() if wrong(e)])
+    most = torch.cuda.max_memory_allocated()/1e9 if device.type=='cuda' else None
+    return dict(report=163539, shape=list(x.shape), dtype=precisions[dtype], channels_last=last, benchmark=benchmark, errors=errors,
+        wrong_slices=where, gigabytes=most, wrong=[k for k,e in errors.items() if wrong(e)])
 
 def draw_network(rng):
     "A random small network of convolutions as plain data"
@@ -226,20 +232,19 @@ def draw_network(rng):
         o = groups*rng.randint(1, max(1, 64//groups))
         layers.append(dict(i=c, o=o, k=k, s=s, p=p, d=d, groups=groups))
         size,c = new,o
-    return dict(nd=nd, shape=shape, layers=layers, seed=rng.randrange(1<<30))
+    return layers and dict(nd=nd, shape=shape, layers=layers, seed=rng.randrange(1<<30))
 
-def network_rows(c, device):
+def network_rows(c, device, benchmark):
     "Gradients of all weights and the input, with cuDNN and without, against double precision (pytorch issue 150700)"
     torch.manual_seed(c['seed'])
     conv = nn.Conv1d if c['nd']==1 else nn.Conv2d
     model = nn.Sequential(*[m for l in c['layers'] for m in (conv(l['i'], l['o'], l['k'], l['s'], l['p'], l['d'], l['groups']), nn.GELU())])
-    source,state = torch.randn(c['shape']),{k: v.clone() for k,v in model.state_dict().items()}
+    source = torch.randn(c['shape'])
     def grads(dtype, last, on, autocast=False):
-        net = model.to(device, dtype)
-        net.load_state_dict(state)
+        net = deepcopy(model).to(device, dtype)
         if last: net = net.to(memory_format=torch.channels_last)
         x = in_format(source.to(device, dtype), last).requires_grad_()
-        with cudnn(enabled=on), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with cudnn(enabled=on, benchmark=benchmark), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = (net(x).float() if dtype!=torch.float64 else net(x)).square().mean()
             return [g.double() for g in torch.autograd.grad(loss, [x, *net.parameters()])]
     exact,count = grads(torch.float64, False, False),{}
@@ -250,8 +255,9 @@ def network_rows(c, device):
         e = far(got := grads(torch.float32, last, True, low))
         name = f"{c['nd']}d {'bf16' if low else 'fp32'} {'channels last' if last else 'contiguous'}"
         count[name] = [1, int(not e<=allowed)]
-        if not e<=allowed: yield dict(report=150700, setting=name, distance=e, allowed=allowed, without_cudnn=far(grads(torch.float32, last, False, low)),
-            norm_ratio=sum(g.square().sum() for g in got).sqrt().item()/max(norm, 1e-30), case=c)
+        if e<=allowed: continue
+        yield dict(report=150700, setting=name, distance=e, allowed=allowed, without_cudnn=far(grads(torch.float32, last, False, low)),
+            benchmark=benchmark, norm_ratio=sum(g.square().sum() for g in got).sqrt().item()/max(norm, 1e-30), case=c)
     yield dict(count=count)
 
 def kind(c):
@@ -260,7 +266,7 @@ def kind(c):
     return f"{len(w)-2}d {grouping}{' transposed' if transposed else ''}"
 
 def random_rows(c, device, benchmark):
-    "All three kernels of a random convolution in both formats and three precisions; values that all of these hold exactly, so with one reference"
+    "All three kernels of a random convolution in both formats and three precisions, of values that all of these hold exactly"
     g,x,w = ((t*32).round().clamp(-127, 127).div(32).to(device) for t in tensors(dict(c, dtype='fp32', formats=[False]*3)))
     with cudnn(enabled=False): exact = {n: f() for n,f in three(g.double(), x.double(), w.double(), c['args']).items()}
     count = {}
@@ -270,8 +276,10 @@ def random_rows(c, device, benchmark):
                 e = attempt(f, exact[name], dtype)
                 key = f"{kind(c)} {precisions[dtype]} {'channels last' if last else 'contiguous'} {name}"
                 count[key] = [1, int(wrong(e)), int(wrong(e) and e>clearly), int(isinstance(e, str))]
-                if isinstance(e, str) or wrong(e): yield dict(kind=key, error=e, again=attempt(f, exact[name], dtype), corrected=attempt(f, exact[name], dtype, 'correct'),
-                    benchmark=benchmark, case={k: c[k] for k in ('x', 'w', 'args', 'seed')})
+                if not isinstance(e, str) and not wrong(e): continue
+                again,corrected = attempt(f, exact[name], dtype),attempt(f, exact[name], dtype, 'correct')
+                yield dict(kind=key, error=e, again=again, corrected=corrected, benchmark=benchmark,
+                    case={k: c[k] for k in ('x', 'w', 'args', 'seed')})
     yield dict(count=count)
 
 def verdicts(rows, counts):
@@ -289,13 +297,15 @@ def endless(make, run):
     for i in itertools.count():
         if c := make(rng): yield c,partial(run, c, i)
 
+bf16,fp16,fp32 = torch.bfloat16,torch.float16,torch.float32
+large_cases = [(bf16, False, False), (bf16, True, False), (bf16, False, True), (bf16, True, True), (fp16, False, True), (fp16, True, True),
+    (fp32, False, False), (fp32, True, False)] # dtype, channels last, benchmark
+
 # Name to a generator of pairs: what it is, and a function that returns a row or an iterable of rows
 sections = dict(
     operators=lambda device, tiny: ((e, partial(operator_row, e, device)) for e in operators),
-    large=lambda device, tiny: ((f'{o}', partial(large_row, device, tiny, *o)) for o in ((torch.bfloat16, False, False), (torch.bfloat16, True, False),
-        (torch.bfloat16, False, True), (torch.bfloat16, True, True), (torch.float16, False, True), (torch.float16, True, True), (torch.float32, False, False),
-        (torch.float32, True, False))),
-    networks=lambda device, tiny: endless(lambda rng: (c := draw_network(rng))['layers'] and c, lambda c, i: network_rows(c, device)),
+    large=lambda device, tiny: ((f'{o}', partial(large_row, device, tiny, *o)) for o in large_cases),
+    networks=lambda device, tiny: endless(draw_network, lambda c, i: network_rows(c, device, i%2==0)),
     random=lambda device, tiny: endless(lambda rng: c if usable(c := draw(rng)) else None, lambda c, i: random_rows(c, device, i%2==0)))
 
 @call_parse

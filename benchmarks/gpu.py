@@ -31,7 +31,8 @@ def short(o):
 
 class Rows:
     "Rows of a part: printed, and written to results/gpu-PART-DEVICE.json"
-    def __init__(self, part, device, tiny): self.name,self.tiny,self.rows,self.counts,self.start = f'gpu-{part}-{device}',tiny,[],{},time.time()
+    def __init__(self, part, device, tiny):
+        self.name,self.tiny,self.rows,self.counts,self.start = f'gpu-{part}-{device.type}',tiny,[],{},time.time()
 
     def add(self, **row):
         self.rows.append(row := short(row))
@@ -78,7 +79,7 @@ def child(module, name, device, tiny, skip, until, file):
             try: torch.ones(1, device=device).add(1).item()
             except RuntimeError: os._exit(77) # the device is lost to this process
         say(took=round(time.time()-start, 2))
-        if device.type=='cuda': torch.cuda.empty_cache()
+        if device.type=='cuda' and name not in endless: torch.cuda.empty_cache()
     say(done=True)
     out.close()
     os._exit(0) # helpers of a compiler may be left
@@ -86,16 +87,18 @@ def child(module, name, device, tiny, skip, until, file):
 class Section:
     "A section in a process, which is started again behind what has ended it"
     def __init__(self, module, name, device, tiny, until, folder):
-        self.args,self.name,self.until,self.file,self.errors = (module, name, str(device), tiny),name,until,Path(folder)/name,Path(folder)/f'{name}.err'
-        self.begun,self.read,self.at,self.done,self.starts,self.crashed = 0,0,None,False,0,0
+        self.args,self.name,self.until = (module, name, str(device), tiny),name,until
+        self.file,self.errors = Path(folder)/name,Path(folder)/f'{name}.err'
+        self.begun,self.read,self.at,self.done,self.crashed = 0,0,None,False,0
         self.file.touch()
         self.run()
 
     def run(self):
-        self.starts,self.since = self.starts+1,time.time()
+        self.since,own = time.time(),{**env, 'TORCHINDUCTOR_CACHE_DIR': f'{self.file}.inductor'}
         code = f'import gpu; gpu.child(*{(*self.args, self.begun, self.until, str(self.file))!r})'
         with self.errors.open('w') as err:
-            self.p = subprocess.Popen([sys.executable, '-c', code], cwd=here, env={**env, 'TORCHINDUCTOR_CACHE_DIR': f'{self.file}.inductor'}, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
+            self.p = subprocess.Popen([sys.executable, '-c', code], cwd=here, env=own, stdout=subprocess.DEVNULL, stderr=err,
+                start_new_session=True)
 
     def kill(self):
         with contextlib.suppress(ProcessLookupError): os.killpg(self.p.pid, signal.SIGKILL)
@@ -118,20 +121,23 @@ class Section:
             if 'at' in m: self.at,self.begun = m['at'],self.begun+1
             if 'row' in m: rows.add(section=self.name, **m['row'], **({} if 'case' in m['row'] else dict(at=self.at)))
             if 'took' in m and self.name not in endless: rows.rows[-1].setdefault('took', m['took'])
-            for k,v in m.get('count', {}).items(): rows.counts[k] = [a+b for a,b in itertools.zip_longest(rows.counts.get(k, []), v, fillvalue=0)]
+            for k,v in m.get('count', {}).items():
+                rows.counts[k] = [a+b for a,b in itertools.zip_longest(rows.counts.get(k, []), v, fillvalue=0)]
             self.done |= 'done' in m
-        if self.done: self.kill() if not ended else None
+        if self.done: self.kill()
         elif ended or (why := self.overdue()): self.restart(rows, None if ended else why)
         return bool(new)
 
     def overdue(self):
         now = time.time()
-        return 'killed at the limit' if now>self.until+12 else 'killed: no answer' if self.name in endless and now-self.since>45 else None
+        if now>self.until+12: return 'killed at the limit'
+        if self.name in endless and now-self.since>45: return 'killed: no answer'
 
     def restart(self, rows, why):
         self.kill()
         tail = self.errors.read_text()[-1500:].splitlines()
-        if why or self.p.returncode!=77: rows.add(section=self.name, at=self.at, failed=why or f'ended with status {self.p.returncode}', trace=tail)
+        if why or self.p.returncode!=77:
+            rows.add(section=self.name, at=self.at, failed=why or f'ended with status {self.p.returncode}', trace=tail)
         self.crashed += 1
         idle = self.crashed>3 and not self.begun # it cannot even begin
         self.done = idle or self.crashed>30 or time.time()>self.until-5
@@ -141,8 +147,8 @@ def run_sections(part, device, tiny, seconds):
     module,names = parts[part]
     rows = Rows(part, device, tiny)
     with tempfile.TemporaryDirectory() as folder:
-        sections = [Section(module, n, device, tiny, rows.start+(min(seconds, 20) if tiny and n in endless else seconds), folder)
-            for n in names.split(',')]
+        limits = {n: min(seconds, 20) if tiny and n in endless else seconds for n in names.split(',')}
+        sections = [Section(module, n, device, tiny, rows.start+l, folder) for n,l in limits.items()]
         try:
             while any(not s.done for s in sections):
                 time.sleep(.3)
@@ -151,11 +157,11 @@ def run_sections(part, device, tiny, seconds):
             for s in sections: s.kill()
     if part=='faults': rows.add(verdicts=importlib.import_module(module).verdicts(rows.rows, rows.counts))
     rows.keep()
-    if rows.counts: print('tried:', sum(v[0] for v in rows.counts.values()), 'results of', len(rows.counts), 'kinds; those with wrong or failed ones:')
+    if rows.counts: print(f'{sum(v[0] for v in rows.counts.values())} results of {len(rows.counts)} kinds; those wrong or failed:')
     for k,v in sorted(rows.counts.items()):
         if any(v[1:]): print(f'{k:60}', *v)
     found = [r for r in rows.rows if r.get('wrong')]
-    print(f'{part}: {len(rows.rows)} rows, {len(rows.bad)} failed or not right', *([f'{len(found)} with wrong results'] if found else []), sep=', ')
+    print(f'{part}: {len(rows.rows)} rows, {len(rows.bad)} failed or not right, {len(found)} with wrong results')
     return not rows.bad
 
 # The other parts
@@ -164,15 +170,18 @@ def run_plan(device, tiny, seconds):
     "What `plan_formats` finds, on networks of grouped convolutions and one in three dimensions"
     from fastxtend_cl.cli import model_step
     from fastxtend_cl.plan import plan_formats
+    torch.backends.cudnn.benchmark = False # its searches take longer than what is measured here
     def find(name, bs, size):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             step = model_step(name, bs, size, device=str(device))
-        plan = plan_formats(step, torch.float16 if device.type=='cuda' else torch.bfloat16, budget=5 if tiny else 15, cache=False, bar=False)
+        dtype = torch.float16 if device.type=='cuda' else torch.bfloat16
+        plan = plan_formats(step, dtype, budget=5 if tiny else 15, cache=False, bar=False)
         print(plan, flush=True)
         return plan.to_dict()
     rows = Rows('plan', device, tiny)
-    for case in (('mobilenetv2_050', 2, 32), ('r3d_18', 1, 32)) if tiny else (('regnetx_032', 64, 224), ('resnest50d', 64, 224), ('r3d_18', 8, 112)):
+    small,large = [('mobilenetv2_050', 2, 32), ('r3d_18', 1, 32)],[('regnetx_032', 64, 224), ('resnest50d', 64, 224), ('r3d_18', 8, 112)]
+    for case in small if tiny else large:
         rows.attempt(lambda: find(*case), model=case[0], bs=case[1], size=case[2])
         if device.type=='cuda': torch.cuda.empty_cache()
     return not rows.bad
@@ -193,11 +202,13 @@ def finish(command, seconds, cwd, **more):
         with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
         p.wait()
         out.seek(0)
-        return dict(status=status, seconds=round(time.time()-start, 1), tail=out.read()[-20_000:], **({} if status==0 else dict(ok=False)))
+        more = {} if status==0 else dict(ok=False)
+        return dict(status=status, seconds=round(time.time()-start, 1), tail=out.read()[-20_000:], **more)
 
 def run_script(part, command, device, tiny, seconds, rows=None):
     rows = rows or Rows(part, device, tiny)
-    rows.attempt(lambda: finish([sys.executable, *command, '--device', str(device), *['--tiny']*tiny], seconds, here), script=' '.join(command))
+    rows.attempt(lambda: finish([sys.executable, *command, '--device', str(device), *['--tiny']*tiny], seconds, here),
+        script=' '.join(command))
     if rows.rows[-1].get('ok') is False: print(rows.rows[-1]['tail'][-3000:])
     return not rows.bad
 
@@ -209,9 +220,9 @@ def run_scripts(device, tiny, seconds):
         if tiny and command[0]=='traces.py': command = [*command, '--names', 'resnet18']
         run_script('scripts', command, device, tiny, 240, rows)
     size = dict(epochs=1, arch='xresnet18', size=32, bs=256, limit=3) if tiny else dict(epochs=4, arch='resnet50', size=128, bs=64)
-    args = [a for k,v in size.items() for a in (f'--{k}', str(v))]
-    rows.attempt(lambda: finish([sys.executable, '-c', 'import sys; from fastxtend_cl.cli import main; sys.exit(main())', 'demo', '--json',
-        '--device', str(device), *args], 240, here.parent), script='demo')
+    args = ['demo', '--json', '--device', str(device), *[a for k,v in size.items() for a in (f'--{k}', str(v))]]
+    code = 'import sys; from fastxtend_cl.cli import main; sys.exit(main())'
+    rows.attempt(lambda: finish([sys.executable, '-c', code, *args], 240, here.parent), script='demo')
     return not rows.bad
 
 # Tests
@@ -221,9 +232,10 @@ tests = ['amp', 'format', 'training', 'step', 'check', 'trace', 'kernels', 'tune
 def pytest_runtest_logreport(report):
     "This file as a plugin of pytest: write each result at once, so that they are there when pytest is killed"
     if os.environ.get('PYTEST_XDIST_WORKER') or report.when!='call' and report.passed: return
-    with open(os.environ['FXCL_GPU_TESTS'], 'a') as f:
-        f.write(json.dumps(dict(test=report.nodeid, outcome=report.outcome if report.when=='call' or not report.failed else f'error in {report.when}',
-            seconds=round(report.duration, 2), **(dict(trace=report.longreprtext.splitlines()[-15:]) if report.failed else {})))+'\n')
+    outcome = report.outcome if report.when=='call' or not report.failed else f'error in {report.when}'
+    row = dict(test=report.nodeid, outcome=outcome, seconds=round(report.duration, 2))
+    if report.failed: row['trace'] = report.longreprtext.splitlines()[-15:]
+    with open(os.environ['FXCL_GPU_TESTS'], 'a') as f: f.write(json.dumps(row)+'\n')
 
 def has(module): return importlib.util.find_spec(module) is not None
 
@@ -233,7 +245,8 @@ def run_tests(device, tiny, seconds):
         file = Path(folder)/'results'
         file.touch()
         command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'gpu', '--tb=short', '--durations=10',
-            *['-n', '6']*has('xdist'), *['--timeout', '120']*has('pytest_timeout'), *[f'tests/test_{t}.py' for t in (['amp'] if tiny else tests)]]
+            *['-n', '6']*has('xdist'), *['--timeout', '120']*has('pytest_timeout'),
+            *[f'tests/test_{t}.py' for t in tests[:1 if tiny else None]]]
         res = finish(command, 110, here.parent, FXCL_DEVICE=str(device), FXCL_GPU_TESTS=str(file))
         found = [json.loads(l) for l in file.read_text().splitlines()]
     for r in found:
@@ -241,7 +254,7 @@ def run_tests(device, tiny, seconds):
     counts = dict(Counter(r['outcome'] for r in found))
     rows.add(summary=counts, slowest=sorted([(r['seconds'], r['test']) for r in found], reverse=True)[:10], **res)
     rows.keep()
-    print(*res['tail'].splitlines()[-15:], f'tests: {counts}, {"killed when the time was over" if res["status"] is None else res["seconds"]}', sep='\n')
+    print(*res['tail'].splitlines()[-15:], f'tests: {counts}', 'killed when the time was over' if res['status'] is None else '', sep='\n')
     return not rows.bad
 
 def unknown(names):
@@ -263,11 +276,12 @@ def main(
     if why := unknown(names): sys.exit(why)
     limit = seconds or (100 if tiny else 80)
     if len(names)>1: # each in a process of its own, so that a lost device or its memory is one part's
-        failed = [n for n in names if subprocess.run([sys.executable, str(here/'gpu.py'), '--device', device, '--parts', n, '--seconds', str(limit),
-            *['--tiny']*tiny], env=env).returncode]
+        own = [sys.executable, str(here/'gpu.py'), '--device', device, '--seconds', str(limit), *['--tiny']*tiny]
+        failed = [n for n in names if subprocess.run([*own, '--parts', n], env=env).returncode]
         print(f'failed: {", ".join(failed)}' if failed else f'all right: {parts}')
         sys.exit(int(bool(failed)))
     name,device = names[0],torch.device(device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that sections end, too
     print(f'== {name} on {device}', flush=True)
     run = dict(plan=run_plan, tests=run_tests, kernels=run_kernels, speed=run_speed, scripts=run_scripts)
     try: ok = run[name](device, tiny, limit) if name in run else run_sections(name, device, tiny, limit)

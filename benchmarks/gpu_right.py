@@ -1,6 +1,6 @@
-"""Is training in channels last right on a GPU? The parts right, faults and checks of `python benchmarks/gpu.py`; the part faults is in faults.py
+"""Is training in channels last right on a GPU? The parts right and checks of `python benchmarks/gpu.py`
 
-`parts` are made of sections that gpu.py runs side by side, each in a process of its own."""
+They are made of sections that gpu.py runs side by side, each in a process of its own; those of the part faults are in faults.py."""
 import contextlib, itertools, tempfile, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 from copy import deepcopy
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
-from fastai.vision.all import (SGD, Adam, Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, TensorCategory, TensorImage, TensorMask,
-    create_unet_model, load_learner)
+from fastai.vision.all import (SGD, Adam, Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, TensorCategory, TensorImage,
+    TensorMask, create_unet_model, load_learner)
 import fastxtend_cl.all
 from fastxtend_cl.amp import DeviceMixedPrecision, amp_modes
 from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
@@ -135,13 +135,14 @@ def exported(device, tiny):
 
 def methods(device, tiny):
     "What the methods of a Learner say, each with a few seconds"
-    for name,kwargs in dict(check_channelslast={}, trace_channelslast={}, bench_channelslast=dict(limit=2. if tiny else 5., epochs=False, bar=False),
-            plan_channelslast=dict(budget=2. if tiny else 5., cache=False, bar=False)).items():
+    limit = 2. if tiny else 5.
+    for name,kwargs in dict(check={}, trace={}, bench=dict(limit=limit, epochs=False, bar=False),
+            plan=dict(budget=limit, cache=False, bar=False)).items():
         learn = small_learner(device).to_channelslast()
-        with quiet(learn): res = getattr(learn, name)(**kwargs)
-        before = [l for l in str(res).splitlines() if l.strip()][:6]
-        yield dict(method=name, verdict=str(getattr(res, 'verdict', '')), says=before, losses=fitted(learn),
-            ok=name!='check_channelslast' or res.ok is not False)
+        with quiet(learn): res = getattr(learn, f'{name}_channelslast')(**kwargs)
+        says = [l for l in str(res).splitlines() if l.strip()][:6]
+        yield dict(method=name, verdict=str(getattr(res, 'verdict', '')), says=says, losses=fitted(learn),
+            ok=name!='check' or res.ok is not False)
 
 def compiled(device, how):
     "Losses of a compiled model and of the same model, not compiled, in channels last"
@@ -150,17 +151,22 @@ def compiled(device, how):
         learn = small_learner(device)
         if compile and how=='torch.compile(model)': learn.model = torch.compile(learn.model)
         if compile and how=='model.compile()': learn.model.compile()
-        plan = FormatPlan(f'channels last {amp}, tuned', 'channels_last', amp, True, True) if compile and how=='plan with compile=True' else None
-        return learn.to_channelslast(amp_mode=amp, plan=plan)
-    want,got = fitted(made(False)),fitted(made(True))
-    return dict(how=how, amp=amp, losses=dict(eager=want, compiled=got), ok=all(abs(a-b)<=.03*abs(a) for a,b in zip(want, got)))
+        plan = FormatPlan(f'channels last {amp}', 'channels_last', amp, tuned=True, compile=True)
+        return learn.to_channelslast(amp_mode=amp, plan=plan if compile and how=='plan with compile=True' else None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    got = fitted(made(True))
+    graphs,breaks = torch._dynamo.utils.counters['stats'].get('unique_graphs', 0),dict(torch._dynamo.utils.counters['graph_break'])
+    want = fitted(made(False))
+    return dict(how=how, amp=amp, losses=dict(eager=want, compiled=got), graphs=graphs, breaks=breaks,
+        ok=graphs>0 and all(abs(a-b)<=.03*abs(a) for a,b in zip(want, got)))
 
 def cuda_graph(device, mode):
     "Gradients of a captured training step, replayed on new batches, against eager ones"
     if device.type!='cuda': return dict(skipped='needs a GPU')
     seed_all(0)
-    model,(x,y) = apply_channels_last(small_model().to(device)),(torch.randn(16, 3, 32, 32, device=device).to(memory_format=torch.channels_last),
-        torch.arange(16, device=device)%10)
+    model,y = apply_channels_last(small_model().to(device)),torch.arange(16, device=device)%10
+    x = in_format(torch.randn(16, 3, 32, 32, device=device), True)
     eager,errors = deepcopy(model),[]
     def grads(model, x):
         model.zero_grad(set_to_none=True)
@@ -184,56 +190,72 @@ def cuda_graph(device, mode):
 
 def amp_case(name, tiny):
     "Model, inputs and targets"
-    n,size = (6 if name=='r3d_18' else 12, 64) if tiny else (24, 128)
-    y = torch.arange(n)%10
+    n,size = (6 if name=='r3d_18' else 12, 64) if tiny else (48, 128)
+    x,y = torch.randn(n, 3, size, size),torch.arange(n)%10
     if name=='unet_resnet18':
-        return create_unet_model(torchvision.models.resnet18, 4, (size, size), pretrained=False),torch.randn(n, 3, size, size),torch.randint(4, (n, size, size))
-    if name=='r3d_18': return torchvision.models.get_model(name, num_classes=10),torch.randn(n, 3, *((2, 16, 16) if tiny else (8, 64, 64))),y
+        return create_unet_model(torchvision.models.resnet18, 4, (size, size), pretrained=False),x,torch.randint(4, (n, size, size))
+    if name=='r3d_18':
+        return torchvision.models.video.r3d_18(num_classes=10),torch.randn(n, 3, *((2, 16, 16) if tiny else (8, 64, 64))),y
     import timm
-    return timm.create_model(name, num_classes=10, drop_rate=0.),torch.randn(n, 3, size, size),y
+    model = timm.create_model(name, num_classes=10, drop_rate=0.)
+    for m in model.modules():
+        if hasattr(m, 'bn3'): nn.init.constant_(m.bn3.weight, .2) # of resnet50 it is 0, so that inner layers have no gradient
+    return model,x,y
 
-def three_steps(name, device, tiny, set_up):
+def three_steps(name, device, tiny, set_up, lr):
     "Losses of three steps of SGD from a fixed seed, and the change of each weight"
     seed_all(0)
     model,x,y = amp_case(name, tiny)
     learn = learner(model, x, y, len(x)//3, device, opt_func=SGD)
     before = [p.detach().clone() for p in model.parameters()]
     set_up(learn)
-    losses = fitted(learn, lr=1e-4)
+    losses = fitted(learn, lr=lr)
     return losses,[p.detach().double()-b.double() for p,b in zip(model.parameters(), before)],learn.losses.rows[-1][1]
 
+def small_rate(name, device, tiny):
+    "The learning rate with which a step changes the weights by a hundred-thousandth, so that three steps are no chaos"
+    seed_all(0)
+    model,x,y = amp_case(name, tiny)
+    model,n = model.to(device),len(x)//3
+    F.cross_entropy(model(x[:n].to(device)), y[:n].to(device)).backward()
+    return 1e-5*(sum(p.square().sum() for p in model.parameters())/sum(p.grad.square().sum() for p in model.parameters())).sqrt().item()
+
 def amp_rows(name, device, tiny):
-    with cudnn(allow_tf32=False, benchmark=False): want,change,_ = three_steps(name, device, tiny, lambda learn: None)
+    with cudnn(allow_tf32=False, benchmark=False):
+        lr = small_rate(name, device, tiny)
+        want,change,_ = three_steps(name, device, tiny, lambda learn: None, lr)
     for mode in amp_modes(device):
-        kwargs = dict(init_scale=1024.) if mode.value=='fp16' else {}
+        kwargs = dict(init_scale=128.) if mode.value=='fp16' else {}
         losses,scales,far = dict(reference=want),{},{}
         for arm,set_up in dict(contiguous=lambda learn: learn.add_cb(DeviceMixedPrecision(mode, **kwargs)),
                 ours=lambda learn: learn.to_channelslast(amp_mode=mode, **kwargs)).items():
-            losses[arm],got,scales[arm] = three_steps(name, device, tiny, set_up)
+            losses[arm],got,scales[arm] = three_steps(name, device, tiny, set_up, lr)
             far[arm] = relative(got, change)
-        yield dict(model=name, amp=mode.value, losses=losses, scale=scales, update_distance=far,
+        yield dict(model=name, amp=mode.value, lr=lr, losses=losses, scale=scales, update_distance=far,
             ok=None if far['contiguous']>.5 else far['ours']<=1.5*far['contiguous']+.01, rule='ok: distance of our update from that of '
-            'contiguous fp32 <= 1.5 times that of contiguous mixed precision + 0.01; None: the latter is above 0.5, rounding alone explains all')
+            'contiguous fp32 <= 1.5 times that of contiguous mixed precision + 0.01; None: the latter is above 0.5, rounding explains all')
 
 # Checks
 
-grouped = ['mobilenetv2_100', 'resnest50d', 'inception_v3', 'regnetx_002', 'regnety_004', 'resnext50_32x4d', 'mobilenetv3_small_100', 'efficientnet_b0',
-    'convnext_atto', 'ghostnet_100', 'mixnet_s', 'repvgg_a0', 'fastvit_t8', 'edgenext_xx_small']
+grouped = ['mobilenetv2_100', 'resnest50d', 'inception_v3', 'regnetx_002', 'regnety_004', 'resnext50_32x4d', 'mobilenetv3_small_100',
+    'efficientnet_b0', 'convnext_atto', 'ghostnet_100', 'mixnet_s', 'repvgg_a0', 'fastvit_t8', 'edgenext_xx_small']
 
 def padded_pool(device):
     "Distance of the padded average pool's input gradient from double precision, alone and as `check_formats` sees it"
     torch.manual_seed(0)
-    x,g,pool = torch.randn(4, 8, 15, 15, device=device),torch.randn(4, 8, 8, 8, device=device),nn.AvgPool2d(3, 2, 1)
+    pixels,g,pool = torch.randn(4, 8, 15, 15, device=device),torch.randn(4, 8, 8, 8, device=device),nn.AvgPool2d(3, 2, 1)
     def grad(dtype, last):
-        a = in_format(x, last, dtype).requires_grad_()
+        a = in_format(pixels, last, dtype).requires_grad_()
         pool(a).backward(in_format(g, last, dtype))
         return a.grad.double()
     exact = grad(torch.float64, False)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(3, 2, 1), nn.Conv2d(8, 8, 3),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).to(device)
     for mode in (False, 'correct', 'tuned'):
-        with kernels(mode): alone = {f: relative([grad(torch.float32, f=='channels last')], [exact]) for f in ('contiguous', 'channels last')}
-        c = check_formats(TrainingStep(model, torch.randn(8, 3, 32, 32, device=device), torch.arange(8, device=device)%4, F.cross_entropy, tuned=mode))
+        with kernels(mode):
+            alone = {f: relative([grad(torch.float32, l)], [exact]) for f,l in (('contiguous', False), ('channels last', True))}
+        x,y = torch.randn(8, 3, 32, 32, device=device),torch.arange(8, device=device)%4
+        c = check_formats(TrainingStep(model, x, y, F.cross_entropy, tuned=mode))
         yield dict(kernels=mode or 'plain', alone=alone, check=dict(verdict=c.verdict, reason=c.reason, first=c.first))
 
 def check(name, device, tiny, dtype):
@@ -243,24 +265,28 @@ def check(name, device, tiny, dtype):
     for tuned in ('tuned', False):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=10).to(device)
-        c = check_formats(TrainingStep(model, torch.randn(n, 3, size, size, device=device), torch.arange(n, device=device)%10, F.cross_entropy,
-            torch.optim.SGD(model.parameters(), lr=0.01), autocast=dtype, tuned=tuned))
-        yield dict(model=name, dtype=precisions[dtype], kernels=tuned or 'plain', ok=c.ok, reason=c.reason, first=c.first, wrong=c.wrong[:10], seconds=c.seconds)
+        x,y = torch.randn(n, 3, size, size, device=device),torch.arange(n, device=device)%10
+        opt = torch.optim.SGD(model.parameters(), lr=0.01)
+        c = check_formats(TrainingStep(model, x, y, F.cross_entropy, opt, autocast=dtype, tuned=tuned))
+        yield dict(model=name, dtype=precisions[dtype], kernels=tuned or 'plain', ok=c.ok, reason=c.reason, first=c.first,
+            wrong=c.wrong[:10], seconds=c.seconds)
         if c.ok is not False: return
 
-def some(*steps): return lambda device, tiny: iter([(n, partial(f, device, *[tiny]*t, *more)) for n,f,t,*more in steps])
+def steps(*these): return lambda device, tiny: iter([(n, partial(f, device, *more)) for n,f,*more in these])
 
 fused = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
-hows = 'torch.compile(model)','model.compile()','plan with compile=True'
+small_steps = [('optimizers across a conversion', across_conversion),
+    *((f'checkpoint, {n}, saved {"channels last" if l else "contiguous"}', checkpoint, f, l)
+        for n,f in (('Adam', Adam), ('fused AdamW', fused)) for l in (True, False)),
+    *((f'CUDA graph, {m or "plain"}', cuda_graph, m) for m in (None, 'correct', 'tuned'))]
+in_tiny = [("fp16 against fastai's own callbacks", like_fastai), ('export', exported), ('methods', methods)]
+amp_networks = ['mobilenetv2_100', 'r3d_18', 'resnet50', 'unet_resnet18', 'efficientnet_b0']
+
+def check_steps(dtype): return lambda device, tiny: ((n, partial(check, n, device, tiny, dtype)) for n in grouped[:1 if tiny else None])
 
 # Name to a generator of pairs: what it is, and a function that returns a row or an iterable of rows
 sections = dict(
-    small=some(('optimizers across a conversion', across_conversion, False), ("fp16 against fastai's own callbacks", like_fastai, True),
-        *((f'checkpoint, {o}, saved {"channels last" if l else "contiguous"}', checkpoint, False, f, l) for o,f in (('Adam', Adam), ('fused AdamW', fused)) for l in (True, False)),
-        ('export', exported, True), *((f'CUDA graph, {m or "plain"}', cuda_graph, False, m) for m in (None, 'correct', 'tuned')), ('methods', methods, True)),
-    compile=some(*((f'compile, {h}', compiled, False, h) for h in hows)),
-    amp=lambda device, tiny: ((n, partial(amp_rows, n, device, tiny)) for n in (('mobilenetv2_100', 'r3d_18') if tiny else
-        ('mobilenetv2_100', 'r3d_18', 'resnet50', 'unet_resnet18', 'efficientnet_b0'))),
-    fp16=lambda device, tiny: ((n, partial(check, n, device, tiny, torch.float16)) for n in grouped[:1 if tiny else None]),
-    bf16=lambda device, tiny: ((n, partial(check, n, device, tiny, torch.bfloat16)) for n in grouped[:1 if tiny else None]),
-    pool=some(('padded pool', padded_pool, False)))
+    small=lambda device, tiny: steps(*small_steps, *((n, f, tiny) for n,f in in_tiny))(device, tiny),
+    compile=steps(*((f'compile, {h}', compiled, h) for h in ('torch.compile(model)', 'model.compile()', 'plan with compile=True'))),
+    amp=lambda device, tiny: ((n, partial(amp_rows, n, device, tiny)) for n in amp_networks[:2 if tiny else None]),
+    fp16=check_steps(torch.float16), bf16=check_steps(torch.bfloat16), pool=steps(('padded pool', padded_pool)))

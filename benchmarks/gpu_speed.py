@@ -3,7 +3,8 @@
 Each arm trains its own copy of a network on one random batch that is already on the device: zero_grad, forward under autocast, loss,
 backward (through GradScaler in fp16), SGD. Arms are paired: in each round every arm runs a block of steps in random order, and the first
 step of a block is dropped. A row's ratio is that of its speed to the contiguous arm's, the median of the rounds with their minimum and
-maximum. Passes (`--passes`), the most important first: fp16; bf16; off, fp16 without `torch.backends.cudnn.benchmark`; compiled, fp16.
+maximum. Passes (`--passes`), the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai sets it, whose
+search makes the first step long; compiled, fp16; bf16.
 Writes results/speed-DEVICE.json and .md after each network. Run again, it goes on where it was broken off: rows of this torch and this
 card are kept, failures too; `--refresh` measures what is named again. `--precompile` only fills inductor's cache on disk, in processes
 side by side. Kernels are tuned anew unless FASTXTEND_CL_CACHE names a folder. `--device cpu --tiny` tries the script."""
@@ -27,8 +28,8 @@ base,again,plain,ours,compiled,maxed = ('contiguous', 'contiguous, again', "chan
     'ours, max-autotune')
 eager,mine = [base, again, plain, ours],[ours, compiled, maxed]
 # Pass to dtype, cudnn.benchmark, arms
-settings = {'fp16': (torch.float16, True, eager), 'bf16': (torch.bfloat16, True, eager), 'off': (torch.float16, False, eager),
-    'compiled': (torch.float16, True, [base, ours, compiled, maxed])}
+settings = {'fp16': (torch.float16, False, eager), 'on': (torch.float16, True, eager),
+    'compiled': (torch.float16, False, [base, ours, compiled, maxed]), 'bf16': (torch.bfloat16, False, eager)}
 bytes_per_image = 478e6 # resnet50 at 224 pixels, eager training in 16 bits
 
 def network(name, size):
@@ -54,7 +55,7 @@ def random_batch(name, size, device):
 
 def stepper(arm, name, x, y, dtype):
     "A function that trains one step and returns its loss, and the model"
-    device,last,context = x.device,arm not in (base, again),tuned_kernels if arm in mine else nullcontext
+    device,last = x.device,arm not in (base, again)
     torch.manual_seed(0)
     with device: model = network(name, x.shape).to(device).train()
     if arm==plain: model.to(memory_format=channels_last_formats[x.ndim]) # fastai's own callback raises on volumes
@@ -63,7 +64,7 @@ def stepper(arm, name, x, y, dtype):
     if arm==maxed: model.compile(mode='max-autotune-no-cudagraphs')
     opt,scaler = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),torch.amp.GradScaler(device.type, enabled=dtype==torch.float16)
     def step():
-        with context():
+        with tuned_kernels(model=model) if arm in mine else nullcontext():
             opt.zero_grad()
             with torch.autocast(device.type, dtype):
                 out = model(as_channels_last(x) if last else x)
@@ -196,7 +197,7 @@ def fill_cache(names, shapes, device, arms, over):
             if over(): return print(f'time is over before {name}')
             start = time.time()
             dtype = torch.bfloat16 if device.type=='cpu' else torch.float16
-            _,why = attempt(lambda: begin(arm, name, *random_batch(name, shapes[name], device), dtype, 0))
+            why = attempt(lambda: begin(arm, name, *random_batch(name, shapes[name], device), dtype, 0))[1]
             print(f'{name}, {arm}: {why or "compiled"}, {time.time()-start:.0f} s', flush=True)
             torch.compiler.reset()
             free(device)
@@ -240,8 +241,8 @@ def header():
 @call_parse
 def main(
     names:str=','.join(sizes), # Networks, separated by commas
-    passes:str='fp16,bf16,off,compiled', # Passes, separated by commas
-    names_off:str='resnet50,efficientnet_b0,regnetx_032,r3d_18', # Of them, those for the pass `off`
+    passes:str='fp16,on,compiled,bf16', # Passes, separated by commas
+    names_on:str='resnet50,resnet18,regnetx_032', # Of them, those for the pass `on`
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
     rounds:int=8, # Rounds; in each, every arm runs one block
     block:int=4, # Steps a block; the first is dropped
@@ -256,13 +257,13 @@ def main(
     device,start = torch.device(device),time.time()
     def over(): return time.time()-start>limit
     asked,title,shapes = passes.split(','),f'speed-{device.type}',tiny_sizes if tiny else sizes
-    bad = ({*asked}-{*settings}) | ({*names.split(','), *names_off.split(',')}-{*sizes})
+    bad = ({*asked}-{*settings}) | ({*names.split(','), *names_on.split(',')}-{*sizes})
     if bad: sys.exit(f'unknown pass or network: {", ".join(bad)}')
     if tiny: rounds,block = 1,2
     elif rounds<2: sys.exit('one round is for --tiny')
     def arms_of(section): return [a for a in settings[section][2] if a!=maxed or max_autotune]
     def names_of(section):
-        some = ['resnet18'] if tiny and section!='fp16' else names_off.split(',') if section=='off' else sizes
+        some = ['resnet18'] if tiny and section!='fp16' else names_on.split(',') if section=='on' else sizes
         return [n for n in names.split(',') if n in some]
     card = torch.cuda.get_device_name(device) if device.type=='cuda' else device.type
     rows = kept_rows(title, dict(card=card), tiny)

@@ -206,7 +206,7 @@ _fastai_one_batch = getattr(Learner.one_batch, '_wrapped', Learner.one_batch)
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`, with the kernels and the precision that the callbacks ask for"
     mode = kernels_mode(self)
-    with tuned_kernels(mode) if mode else nullcontext():
+    with tuned_kernels(mode, model=self.model) if mode else nullcontext():
         try: return _fastai_one_batch(self, i, b)
         finally:
             for cb in self.cbs:

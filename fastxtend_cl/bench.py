@@ -28,6 +28,7 @@ from .format import _tensors_in, as_channels_last, as_contiguous, conv_params, f
 from .kernels import tuned_kernels
 from .memory import kept_memory
 from .step import StepResult, TrainingStep
+from .ways import can_tune
 
 # %% ../nbs/06_bench.ipynb #6f7b3d41
 class Clock:
@@ -526,7 +527,7 @@ def _label(memory_format, precision, tuned=False):
 def present_label(step, now):
     "Name of the setting that the step has now, as that of an arm"
     tuned = step.kernels=='tuned' if now.tuned is None else now.tuned
-    return _label(_format(step, now), _precision(step), tuned and step.device.type=='cpu')
+    return _label(_format(step, now), _precision(step), tuned and can_tune(step.model, step.device))
 
 # %% ../nbs/06_bench.ipynb #650a8024
 def format_arms(
@@ -535,12 +536,12 @@ def format_arms(
 ) -> dict: # Name to `Arm`
     """The arms that `bench_formats` knows: contiguous and channels last, in each precision that the device has
 
-    On a CPU also with tuned kernels, except contiguous in the precision of the weights."""
+    Where `tuned_kernels` has a choice also with that, except contiguous in the precision of the weights."""
     formats = ['contiguous', 'channels_last'] if conv_params(step.model) else ['contiguous']
     own = _precision(replace(step, autocast=None))
     dtypes = [None] + (precisions(step.device) if own=='fp32' else [])
     res = [Arm(_label(f, _names[d] if d else own), f, d, tuned=False) for d in dtypes for f in formats]
-    if step.device.type=='cpu' and len(formats)>1: res += [replace(a, name=f'{a.name}, tuned', tuned=True) for a in res[1:]]
+    if len(formats)>1 and can_tune(step.model, step.device): res += [replace(a, name=f'{a.name}, tuned', tuned=True) for a in res[1:]]
     if compile:
         res += [Arm('now, compiled', compile=True),
             *[replace(a, name=f'{a.name}, compiled', compile=True) for a in res if a.memory_format==formats[-1]]]
@@ -635,7 +636,7 @@ def _step_lane(step, arm, inference, present, on):
     def run(body):
         with kept_memory(arm.keep_memory), step.preserved(on=on):
             f = _attempt(_prepare, step, arm, inference, kept)
-            with tuned_kernels(step.kernels): return body(f) # also for inference, and for functions of the user
+            with tuned_kernels(step.kernels, model=step.model): return body(f) # also for inference, and for functions of the user
     lane = _Lane(arm.name, run, partial(_first, step, kept, present))
     lane.kept,lane.arm = kept,arm
     return lane

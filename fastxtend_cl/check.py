@@ -19,11 +19,12 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from .format import _tensors_in, convolutions
+from .verify import tf32_allowed
 from .step import TrainingStep
 
 # %% ../nbs/04_check.ipynb #8394fe92
 margin = 4.
-epsilon = {'fp32': 3e-5, 'bf16': 2**-8, 'fp16': 2**-11}
+epsilon = {'fp32': 3e-5, 'tf32': 2**-11, 'bf16': 2**-8, 'fp16': 2**-11}
 untold = 0.5 # relative distance from which rounding alone can explain anything
 
 # %% ../nbs/04_check.ipynb #2f25f7a9
@@ -215,13 +216,18 @@ def _mean_floor(model, key, exact):
     share = 1. if momentum is None else momentum
     return margin*share*(var.sum().sqrt()/exact[key].norm().clamp_min(1e-30)).item()
 
-def _rows(precision, ours, contiguous, noisy, exact, model):
+def _unit(step, dtype):
+    "Relative rounding of a precision; on CUDA, cuDNN may round the inputs of convolutions in fp32 to TF32"
+    tf32 = dtype is None and step.device.type=='cuda' and tf32_allowed()
+    return epsilon['tf32' if tf32 else _names[dtype]]
+
+def _rows(precision, unit, ours, contiguous, noisy, exact, model):
     rows = []
     for key,e in exact.items():
         if key not in ours or key not in contiguous: continue
         c,l,s = distance(contiguous[key], e),distance(ours[key], e),_sensitivity(noisy, exact, key)
-        allowed = max(_allowed(c, s), epsilon[precision]*max(1., _mean_floor(model, key, exact)))
-        rows.append(CheckRow(*key, precision, c, l, allowed, _verdict(c, l, allowed, max(margin*s, epsilon[precision]))))
+        allowed = max(_allowed(c, s), unit*max(1., _mean_floor(model, key, exact)))
+        rows.append(CheckRow(*key, precision, c, l, allowed, _verdict(c, l, allowed, max(margin*s, unit))))
     return rows
 
 def _verdict(contiguous, channels_last, allowed, rounding):
@@ -244,7 +250,7 @@ class _Runs:
 
     def noisy(self, dtype, seed):
         "A run in double precision with planted errors: forwards, and in common, as large as those measured in `dtype`"
-        eps,exact = epsilon[_names[dtype]],self('contiguous', torch.float64)[1]
+        eps,exact = _unit(self.step, dtype),self('contiguous', torch.float64)[1]
         ws = [self(f, dtype)[1] for f in ('channels_last', 'contiguous')]
         def size(k):
             return min(eps, max((distance(w.out[k], exact.out[k]) for w in ws if k in w.out and k in exact.out), default=eps))
@@ -253,14 +259,14 @@ class _Runs:
 
 def _compare(runs, dtype):
     "Rows of one precision, and where a fault starts"
-    name = _names[dtype]
+    name,unit = _names[dtype],_unit(runs.step, dtype)
     (ours,our_watch),(base,base_watch),(exact,watch) = (runs('channels_last', dtype),runs('contiguous', dtype),
         runs('contiguous', torch.float64))
     noisy = [runs.noisy(dtype, 0)]
-    rows = _rows(name, ours, base, [o for o,_ in noisy], exact, runs.step.model)
-    if any(r.channels_last>_allowed(r.contiguous, epsilon[name]) for r in rows): # it hangs on the sensitivity
+    rows = _rows(name, unit, ours, base, [o for o,_ in noisy], exact, runs.step.model)
+    if any(r.channels_last>_allowed(r.contiguous, unit) for r in rows): # it hangs on the sensitivity
         noisy += [runs.noisy(dtype, i) for i in (1,2)]
-        rows = _rows(name, ours, base, [o for o,_ in noisy], exact, runs.step.model)
+        rows = _rows(name, unit, ours, base, [o for o,_ in noisy], exact, runs.step.model)
     if not any(r.verdict=='wrong' for r in rows): return rows,None
     module,phase = _locate(our_watch, base_watch, [w for _,w in noisy], watch,
         [r.name for r in rows if r.verdict=='wrong' and r.kind=='gradient'])

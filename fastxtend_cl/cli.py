@@ -168,6 +168,7 @@ def demo(
         model = find_arch(arch)
         from fastxtend_cl.learner import Learner
         from fastxtend_cl.amp import native_amp_mode
+        from fastxtend_cl.ways import can_tune
     mode = native_amp_mode(device)
     arms = [('contiguous fp32', lambda learn: learn), ('channels last fp32', lambda learn: learn.to_channelslast(use_amp=False))]
     if mode: arms.append((f'channels last {mode.value}', lambda learn: learn.to_channelslast(amp_mode=mode)))
@@ -178,7 +179,7 @@ def demo(
     if not json: print('\nthe first batches once more in double precision', flush=True)
     exact = exact_difference(model, size, min(bs, 32))
     if not json: print('one training step in turns, paired', flush=True)
-    tuned = ', tuned' if device.type=='cpu' else ''
+    tuned = ', tuned' if can_tune(learns['contiguous fp32'].model, device) else ''
     measured = learns['contiguous fp32'].bench_channelslast([name+tuned for name,_ in arms[1:]], limit=limit, epochs=False,
         bar=not json and _terminal())
     report = {**demo_report(learns, exact, device, arch, epochs, size, bs), 'bench': measured.to_dict()}

@@ -8,18 +8,19 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/kernels.html.md"""
 __all__ = ['clear_margins', 'modes', 'KernelChoice', 'Decision', 'KernelWarning', 'cache_folder', 'conditions', 'tuned_kernels',
            'fixed_kernels', 'kernel_count', 'tuning_line', 'KernelTable', 'kernel_table']
 
-# %% ../nbs/00c_kernels.ipynb #681ecd77
+# %% ../nbs/00c_kernels.ipynb #00bb7cb6
 import hashlib, json, math, os, platform, sys, tempfile, threading, time, warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 import torch
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from .verify import bench_of, is_memory_error, tf32_allowed, tolerances
-from .ways import (Call, Way, as_is, candidates, compute_forward, compute_gradients, deadly, dense_like, kernels_wanted,
+from .ways import (Call, Way, as_is, can_tune, candidates, compute_forward, compute_gradients, deadly, dense_like, kernels_wanted,
     last_formats, restrided, strides_like, suspicious, trusted)
 
 # %% ../nbs/00c_kernels.ipynb #e1c80acb
@@ -237,15 +238,16 @@ class _Now:
 
 _now = _Now()
 
-# %% ../nbs/00c_kernels.ipynb #2dac39de
+# %% ../nbs/00c_kernels.ipynb #67388efa
 @contextmanager
 def tuned_kernels(
     # 'tuned': the fastest correct way, timed at first sight. 'correct': torch's own, unless it computes wrong results.
     # 'survive': torch's own, unless it can end the process
     mode:str='tuned',
     benchmark_limit:int=10, # Shapes of one layer that are timed, as `torch.backends.cudnn.benchmark_limit`; others take the nearest one's choice
+    model:nn.Module|None=None, # On a GPU, nothing is put between torch and cuDNN where this model has no choice; None: it may have
 ):
-    """A context in which each convolution on a CPU is computed in the fastest correct way
+    """A context in which each convolution on a CPU, and each grouped one on a CUDA GPU, is computed in the fastest correct way
 
     It holds for the whole process, in all threads, as torch's own flags do; the innermost of nested contexts counts. The first
     step inside takes a few seconds longer, once per machine. Raises a `ValueError` for another mode."""
@@ -254,7 +256,7 @@ def tuned_kernels(
         raise ValueError(f'benchmark_limit must be a number of shapes, 0 or more, got {benchmark_limit!r}')
     own = (mode, benchmark_limit)
     with _lock:
-        _install()
+        _install(mode, model)
         _now.stack.append(own); _now.set()
     try: yield
     finally:
@@ -274,7 +276,7 @@ def fixed_kernels():
     finally:
         with _lock: _now.fixed -= 1
 
-# %% ../nbs/00c_kernels.ipynb #b9ccc975
+# %% ../nbs/00c_kernels.ipynb #010e5ca2
 def _find(kernel, ks, key, args, device):
     "The `Decision` of a call that was not met yet in this mode"
     if device.type=='cuda' and torch.cuda.is_current_stream_capturing(): return _as_torch # a graph allows no measuring
@@ -285,6 +287,7 @@ def _find(kernel, ks, key, args, device):
         if key in book: return book[key]
         if len(book)>20_000: book.clear() # shapes without end
         if kind=='survive': found = _known_deadly(call)
+        elif call.gpu and kind=='correct': found = _as_torch # no convolution was seen wrong there (benchmarks/results/gpu-faults-cuda.json)
         else:
             found = kind!='correct' and (_now.books[_now.now, 'tuned'].get(key) or _now.cached(call))
             if found and found.timed and kind=='tuned': _add_timed(call, found)
@@ -458,23 +461,34 @@ def _avg_pool_backward(kernel):
 def _contiguous_pool(kernel, ks, g, x, args):
     return restrided(kernel.call_boxed(ks, g.contiguous(), x.contiguous(), *args), dense_like(x.shape, x.stride()), x.dtype)
 
-# %% ../nbs/00c_kernels.ipynb #02faa21f
-_library = None
+# %% ../nbs/00c_kernels.ipynb #60e03d0f
+_libraries,_choices = {},WeakKeyDictionary()
 
-def _install():
-    "Register the functions, once"
-    global _library
-    if _library is not None: return
+def _register(name, makers):
+    "Put each function before the kernel that its operator has, once"
+    if name in _libraries: return
     lib = torch.library.Library('aten', 'IMPL')
-    makers = [('convolution', _conv_forward, 'CPU'), ('convolution_backward', _conv_backward, 'CPU'), ('nll_loss2d_backward', _nll_backward, 'CPU'),
-        *((n, partial(_with_strides, at=at, always=n in _corrected), 'CPU') for n,at in _strided.items()),
-        ('mean.dim', _mean, 'AutogradCPU'), ('_pad_circular', _pad_circular, 'AutogradCPU'), ('_pad_circular', _pad_circular, 'CPU')]
-    if torch.version.cuda: makers += [('convolution', _conv_forward, 'CUDA'), ('convolution_backward', _conv_backward, 'CUDA'),
-        ('avg_pool2d_backward', _avg_pool_backward, 'CUDA')]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Warning only once for all operators') # torch 2.11 says that a kernel is replaced
-        for name,make,key in makers: lib.impl(name, make(torch.library.get_kernel(f'aten::{name}', key)), key, with_keyset=True)
-    _library = lib
+        for op,make,key in makers: lib.impl(op, make(torch.library.get_kernel(f'aten::{op}', key)), key, with_keyset=True)
+    _libraries[name] = lib
+
+@lru_cache(1)
+def _has_cuda(): return torch.version.cuda is not None and torch.cuda.is_available()
+
+def _may_tune_on_cuda(model):
+    if not _has_cuda() or model is None: return _has_cuda()
+    if model not in _choices: _choices[model] = can_tune(model, torch.device('cuda'))
+    return _choices[model]
+
+def _install(mode, model):
+    "Register what a mode needs; the way through Python costs a few microseconds a call, so a GPU's convolutions only for models that gain"
+    _register('CPU', [('convolution', _conv_forward, 'CPU'), ('convolution_backward', _conv_backward, 'CPU'), ('nll_loss2d_backward', _nll_backward, 'CPU'),
+        *((n, partial(_with_strides, at=at, always=n in _corrected), 'CPU') for n,at in _strided.items()),
+        ('mean.dim', _mean, 'AutogradCPU'), ('_pad_circular', _pad_circular, 'AutogradCPU'), ('_pad_circular', _pad_circular, 'CPU')])
+    if _has_cuda(): _register('CUDA pools', [('avg_pool2d_backward', _avg_pool_backward, 'CUDA')])
+    if mode=='tuned' and _may_tune_on_cuda(model):
+        _register('CUDA convolutions', [('convolution', _conv_forward, 'CUDA'), ('convolution_backward', _conv_backward, 'CUDA')])
 
 # %% ../nbs/00c_kernels.ipynb #c2c91c1a
 def kernel_count() -> int:

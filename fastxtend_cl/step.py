@@ -642,7 +642,7 @@ def run(self:TrainingStep,
     if not self.model.training: self.model.train()
     self._zero_grad()
     if seed is not None: seed_all(seed)
-    with torch.inference_mode(False), torch.enable_grad(), tuned_kernels(self.kernels):
+    with torch.inference_mode(False), torch.enable_grad(), tuned_kernels(self.kernels, model=self.model):
         with _AsDouble() if dtype==torch.float64 else nullcontext(), _SameRandom() if seed is not None else nullcontext():
             out,loss = self._forward(dtype)
             _check_loss(loss, keep!='loss')

@@ -652,7 +652,7 @@ def trace_format(
         shape=None if x is None else list(x.shape),
         autocast=str(step.autocast).removeprefix('torch.') if step.autocast else 'no autocast', compiled=_compiled(step.model))
     tracer,seconds = _traced(step)
-    with tuned_kernels(step.kernels): costs = _Costs(step.device, budget*seconds).measure(tracer.losses)
+    with tuned_kernels(step.kernels, model=step.model): costs = _Costs(step.device, budget*seconds).measure(tracer.losses)
     leaks,left = [],[]
     for g in _merged(tracer.losses): (left if tracer.leaves(g[0]) else leaks).append((g, _row(g, costs, seconds)))
     rows,aside = (sorted((r for _,r in o), key=lambda r: (-r.seconds, -r.bytes)) for o in (leaks, left))

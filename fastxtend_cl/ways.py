@@ -7,7 +7,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/ways.html.md"""
 # %% auto #0
 __all__ = ['low_precision', 'last_formats', 'as_is', 'contiguous_strides', 'dense_like', 'restrided', 'canonical_contiguous',
            'device_name', 'Call', 'Way', 'trusted', 'compute_gradients', 'compute_forward', 'strides_like', 'deadly',
-           'suspicious', 'deadly_layers', 'mask_of', 'kernels_wanted', 'merges', 'candidates']
+           'suspicious', 'deadly_layers', 'mask_of', 'kernels_wanted', 'can_tune', 'candidates']
 
 # %% ../nbs/00a_ways.ipynb #60ab2fae
 import itertools, math
@@ -110,7 +110,7 @@ def __str__(self:Call):
         kind if kind!='depthwise' else '', *(f'{n} {_all(v)}' for n,v in (('stride', self.stride), ('dilation', self.dilation)) if max(v)>1)]
     return ', '.join(p for p in parts if p) + f', on {"x".join(map(str, (x[0], *x[2:])))} {_words.get(self.dtype, self.dtype)}'
 
-# %% ../nbs/00a_ways.ipynb #69c9b4bc
+# %% ../nbs/00a_ways.ipynb #6b72ffae
 @dataclass(frozen=True)
 class Way:
     "How to compute a gradient"
@@ -118,11 +118,9 @@ class Way:
     contiguous:bool=False
     tiled:bool=False # wgrad only
     padded:bool=False # wgrad only
-    merged:int=1 # So many groups are computed as one, with zeros between them
+    dense:bool=False # All groups as one, with zeros between them
 
-    def __str__(self):
-        names = [n for n in ('fp32', 'contiguous', 'tiled', 'padded') if getattr(self, n)]
-        return ', '.join([*names, *[f'merged by {self.merged}']*(self.merged>1)]) or 'as is'
+    def __str__(self): return ', '.join(n for n,on in vars(self).items() if on) or 'as is'
 
 as_is = Way()
 
@@ -134,7 +132,7 @@ def trusted(
     way = Way(fp32=call.low, contiguous=True)
     return replace(way, padded=True) if deadly(call, way, kernel) else way
 
-# %% ../nbs/00a_ways.ipynb #c7de16e3
+# %% ../nbs/00a_ways.ipynb #69506010
 def _starts(k): return [*range(0, k-3, 3), k-3] if k>3 else [0]
 
 def _tiled(kernel, ks, g, x, w, args):
@@ -158,16 +156,15 @@ def _written_out(g, x, stride, padding, dilation, transposed, *rest):
     g,x = (F.pad(g, pads),x) if transposed else (g,F.pad(x, pads))
     return g,x,[stride, [0]*len(padding), dilation, transposed, *rest]
 
-def _merge(w, m, groups, fmt):
-    "A weight in which each `m` groups are one"
-    a,b,*k = w.shape
-    res = torch.empty((a, m*b, *k), dtype=w.dtype, device=w.device, memory_format=fmt).zero_()
-    _blocks(res, m, groups).copy_(w.unflatten(0, (groups//m, m, a//groups)).movedim(1, -1))
+def _dense(w, groups, fmt):
+    "A weight in which all groups are one"
+    res = torch.empty((w.shape[0], groups*w.shape[1], *w.shape[2:]), dtype=w.dtype, device=w.device, memory_format=fmt).zero_()
+    _blocks(res, groups).copy_(w.unflatten(0, (groups, -1)).movedim(0, -1))
     return res
 
-def _blocks(w, m, groups):
-    "What is not zero in a merged weight; the last dimension counts the groups that are one"
-    return w.unflatten(0, (groups//m, m, w.shape[0]//groups)).unflatten(3, (m, w.shape[1]//m)).diagonal(dim1=1, dim2=3)
+def _blocks(w, groups):
+    "What is not zero in a dense weight; the last dimension counts the groups"
+    return w.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2)
 
 def _format(x): return last_formats[x.ndim] if x.ndim in last_formats and x.shape[1]>1 and x.stride(1)==1 else torch.contiguous_format
 
@@ -175,7 +172,7 @@ def _can_tile(call):
     w,(stride,_,dilation,transposed,_,groups) = call.w[0],call.args
     return len(w)==4 and groups>1 and max(w[2:])>3 and max(dilation)==1 and not transposed
 
-# %% ../nbs/00a_ways.ipynb #819a936c
+# %% ../nbs/00a_ways.ipynb #ea5ea930
 def _ready(t, way):
     if way.fp32: t = t.float()
     return canonical_contiguous(t) if way.contiguous else t
@@ -191,7 +188,7 @@ def compute_gradients(kernel, ks, way, args, mask):
     if way==as_is: return kernel.call_boxed(ks, g, x, w, bias, *rest, list(mask))
     groups = rest[-1]
     if way.padded: g,x,rest = _written_out(g, x, *rest)
-    if way.merged>1: w,rest = _merge(w, way.merged, groups, _format(x)),[*rest[:-1], groups//way.merged]
+    if way.dense: w,rest = _dense(w, groups, _format(x)),[*rest[:-1], 1]
     gf,xf = _ready(g, way),_ready(x, way) if mask[1] else _shell(x, way)
     if way.tiled:
         gx,gw = None,_tiled(kernel, ks, gf, xf, w, rest)
@@ -203,16 +200,16 @@ def compute_gradients(kernel, ks, way, args, mask):
     if mask[0]: gx = restrided(gx, dense_like(x.shape, x.stride()), x.dtype)
     if mask[1]:
         w = args[2]
-        if way.merged>1: gw = _blocks(gw, way.merged, groups).movedim(-1, 1).reshape(w.shape)
+        if way.dense: gw = _blocks(gw, groups).movedim(-1, 0).reshape(w.shape)
         gw = restrided(gw, dense_like(w.shape, w.stride()), w.dtype)
     return gx if mask[0] else None,gw if mask[1] else None,gb.to(w.dtype) if mask[2] else None
 
-# %% ../nbs/00a_ways.ipynb #e8d33b6e
+# %% ../nbs/00a_ways.ipynb #e2460165
 def compute_forward(kernel, ks, way, args):
     "The output, computed in one way"
     x,w,bias,*rest = args
     if way==as_is: return kernel.call_boxed(ks, *args)
-    if way.merged>1: w,rest = _merge(w, way.merged, rest[-1], _format(x)),[*rest[:-1], rest[-1]//way.merged]
+    if way.dense: w,rest = _dense(w, rest[-1], _format(x)),[*rest[:-1], 1]
     y = kernel.call_boxed(ks, _ready(x, way), _ready(w, way), bias if bias is None else _ready(bias, way), *rest)
     return restrided(y, dense_like(y.shape, dense_like(x.shape, x.stride()) if x.shape==y.shape else strides_like(y.shape, x)), x.dtype)
 
@@ -288,17 +285,24 @@ def deadly_layers(
         if _narrow_pointwise(call): res.append(n)
     return res
 
-# %% ../nbs/00a_ways.ipynb #0e4f8c8a
+# %% ../nbs/00a_ways.ipynb #42039b86
 _masks = {'dgrad': (True, False, False), 'wgrad': (False, True, True), 'forward': (False,)*3}
 
 def mask_of(call, kernel): return tuple(a and b for a,b in zip(_masks[kernel], call.mask))
 
 def kernels_wanted(call): return [k for k,on in zip(('dgrad', 'wgrad'), call.mask) if on] or ['forward']
 
-def merges(call):
-    "How many groups might be computed as one"
-    groups,wide = call.groups,call.w[0][1]
-    return [m for m in range(2, groups+1) if groups%m==0 and (m*wide in (8, 16, 32) if wide==1 else m*wide<=256 or m==groups<=8)]
+def _grouped(groups, weight):
+    "Whether a convolution in two dimensions has groups of several channels, which cuDNN computes slowly in channels last"
+    return groups>1 and weight[1]>1 and len(weight)==4
+
+def can_tune(
+    model:nn.Module,
+    device:torch.device, # Where it trains
+) -> bool:
+    "Whether `tuned_kernels` has a choice: on a CPU always, on a CUDA GPU where the model has grouped convolutions"
+    if device.type!='cuda': return device.type=='cpu'
+    return any(isinstance(m, _ConvNd) and _grouped(m.groups, (m.in_channels, m.in_channels//m.groups, *m.kernel_size)) for m in model.modules())
 
 def candidates(
     call:Call,
@@ -307,7 +311,7 @@ def candidates(
     "Ways to compute this, without those that may end the process"
     if call.dtype==torch.float64: return [as_is] # torch's native kernels, for which nothing is known to be wrong
     layouts = (False, True) if any(s!=contiguous_strides(shape) for shape,s,_ in (call.g, call.x, call.w)) else (False,)
-    if call.gpu: return [*(Way(contiguous=c) for c in layouts), *(Way(merged=m) for m in merges(call))]
+    if call.gpu: return [as_is] if not _grouped(call.groups, call.w[0]) else [*(Way(contiguous=c) for c in layouts), *[Way(dense=True)]*(call.groups<=16)]
     dtypes = (False, True) if call.low else (False,)
     ways = [Way(a, b) for b in layouts for a in dtypes]
     if kernel=='wgrad':

@@ -122,7 +122,7 @@ def tiny_double(seed=0, **kwargs):
 
 def tiny_learner(dls=None, model=None, seed=0, **kwargs):
     torch.manual_seed(seed)
-    return Learner(dls or tensor_dls(), model or tiny_cnn(), **{'loss_func': CrossEntropyLossFlat(), **kwargs})
+    return Learner(dls or tensor_dls(), (model or tiny_cnn()).to(device), **{'loss_func': CrossEntropyLossFlat(), **kwargs})
 
 @contextmanager
 def quiet(learn, silent=True):

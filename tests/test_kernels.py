@@ -12,12 +12,12 @@ from fastxtend_cl import verify
 from fastxtend_cl.kernels import fixed_kernels, kernel_count, kernel_table, tuned_kernels, tuning_line
 from fastxtend_cl.memory import poisoned_memory
 from fastxtend_cl.verify import GpuKernelBench, KernelBench, gradient_error
-from fastxtend_cl.ways import Call, Way, as_is, candidates, canonical_contiguous, deadly, deadly_layers, suspicious, trusted
+from fastxtend_cl.ways import Call, Way, as_is, can_tune, candidates, canonical_contiguous, deadly, deadly_layers, suspicious, trusted
 from helpers import caught_warnings
 
 aten,bf16 = torch.ops.aten,torch.bfloat16
 formats = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
-native_bf16 = torch.cpu.get_capabilities().get('avx512_bf16') is True
+native_bf16 = torch.cpu.get_capabilities().get('avx512_bf16') is True and not torch.cpu.get_capabilities().get('amx_bf16') # AMX has other kernels
 glibc = sys.platform=='linux'
 
 @pytest.fixture(autouse=True)
@@ -716,12 +716,14 @@ def test_random_convolutions_are_right(case):
     ts = inputs(x, w, args, dtype, last)
     if sliced: ts = (torch.cat([ts[0], ts[0]], 1)[:,:ts[0].shape[1]], *ts[1:])
     want = exact(*ts, args)
+    summands = ts[0].double().abs().sum([0, *range(2, ts[0].ndim)]) # of the bias gradient, which may cancel
+    def right(got, mask=(True, True, True)):
+        for a,b,m in zip(got[:2], want, mask): assert not m or gradient_error(a, b, dtype)<=1
+        if mask[2]: assert ((got[2]-want[2]).abs()<=4*torch.finfo(dtype).eps*summands).all()
     for _ in range(2):
-        with tuned_kernels(): got = backward(*ts, args)
-        for a,b in zip(got, want): assert gradient_error(a, b, dtype)<=1
+        with tuned_kernels(): right(backward(*ts, args))
     with tuned_kernels():
-        for mask in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):
-            for a,b,m in zip(backward(*ts, args, mask), want, mask): assert not m or gradient_error(a, b, dtype)<=1
+        for mask in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)): right(backward(*ts, args, mask), mask)
 
 # A GPU: its logic here, on a CPU that is said to be one; `FXCL_DEVICE=cuda` runs the rest there
 
@@ -739,15 +741,12 @@ grouped = {'grouped': ((5,24,9,8), (36,6,3,3), ([2,1],[1,1],[1,1],False,[0,0],4)
 
 @pytest.mark.parametrize('last', [True, False])
 @pytest.mark.parametrize('name', grouped)
-def test_merged_groups_compute_the_same(name, last):
+def test_dense_groups_compute_the_same(name, last):
     "In fp64: zeros are added between the groups, and nothing else"
     shape,w,args = grouped[name]
     call,ts = gpu_call(shape, w, args, torch.float64, last)
     want,y = exact(*ts, args),aten.convolution(*ts[1:], None, *args)
-    ways = [o for o in candidates(Call(**{**vars(call), 'x': (*call.x[:2], bf16)}), 'dgrad') if o.merged>1]
-    assert ways
-    for way in ways:
-        assert args[-1]%way.merged==0
+    for way in (Way(dense=True), Way(dense=True, contiguous=True)):
         got = K.compute_gradients(Operator(aten.convolution_backward), None, way, (*ts, [ts[0].shape[1]], *args, [True]*3), [True]*3)
         for a,b,t in zip(got, want, (*ts[1:], None)): assert rel(a, b)<1e-12 and (t is None or a.stride()==t.stride())
         out = K.compute_forward(Operator(aten.convolution), None, way, (*ts[1:], None, *args))
@@ -767,7 +766,8 @@ def worst(name, kernel, change=lambda res: res, dtype=torch.float16, **kwargs):
 @pytest.mark.parametrize('name', grouped)
 def test_ways_for_a_gpu_are_verified(name, kernel):
     errors = worst(name, kernel)
-    assert {'as is', 'contiguous'}<{*errors} and all(e<=1 for e in errors.values())
+    assert {*errors}==({'as is', 'contiguous', 'dense'} if name.startswith('grouped') and '3-D' not in name else {'as is'})
+    assert all(e<=1 for e in errors.values())
 
 def spoil(change):
     def f(res):
@@ -791,6 +791,25 @@ def test_on_a_gpu_the_batch_is_kept_and_three_samples_are_compared():
     bench = GpuKernelBench(Operator(aten.convolution_backward), None, call, 'wgrad', torch.device('cpu'))
     (g,x,*_),picks,_ = bench.few
     assert len(g)==len(x)==64 and picks.tolist()==[0,32,63] and (g.abs().sum((1,2,3))>0).nonzero().view(-1).tolist()==[0,32,63]
+
+@pytest.mark.parametrize('conv,tunable', [(nn.Conv2d(8, 8, 3, groups=2), True), (nn.ConvTranspose2d(8, 8, 3, groups=2), True), (nn.Conv2d(8, 8, 3), False),
+    (nn.Conv2d(8, 8, 3, groups=8), False), (nn.Conv2d(8, 16, 3, groups=8), False), (nn.Conv3d(8, 8, 3, groups=2), False), (nn.Conv1d(8, 8, 3, groups=2), False)])
+def test_which_models_have_a_choice_on_a_gpu(conv, tunable):
+    "As `candidates` says of their calls; on a CPU all have one, elsewhere none"
+    model,x = nn.Sequential(nn.Flatten(0, 0), conv),torch.randn(2, 8, *[7]*len(conv.kernel_size))
+    assert [can_tune(model, torch.device(d)) for d in ('cpu', 'cuda', 'mps')]==[True, tunable, False]
+    y = conv(x)
+    call = Call.of((y, x, conv.weight, None, conv.stride, conv.padding, conv.dilation, isinstance(conv, nn.ConvTranspose2d), conv.output_padding, conv.groups, (True,)*3))
+    call = Call(**{**vars(call), 'device': 'a GPU'})
+    assert (candidates(call, 'dgrad')!=[as_is])==tunable
+
+def test_only_what_a_model_needs_is_put_before_a_gpus_kernels(monkeypatch):
+    seen = []
+    monkeypatch.setattr(K, '_has_cuda', lambda: True); monkeypatch.setattr(K, '_register', lambda name, makers: seen.append(name))
+    for mode,model,n in (('tuned', nn.Conv2d(8, 8, 3), 2), ('tuned', nn.Conv2d(8, 8, 3, groups=2), 3), ('correct', nn.Conv2d(8, 8, 3, groups=2), 2), ('tuned', None, 3)):
+        seen.clear()
+        with tuned_kernels(mode, model=model): pass
+        assert seen==['CPU', 'CUDA pools', 'CUDA convolutions'][:n]
 
 def test_nothing_is_known_to_be_deadly_on_a_gpu():
     for name in faults:
