@@ -160,7 +160,7 @@ def run_sections(part, device, tiny, seconds):
     if rows.counts: print(f'{sum(v[0] for v in rows.counts.values())} results of {len(rows.counts)} kinds; those wrong or failed:')
     for k,v in sorted(rows.counts.items()):
         if any(v[1:]): print(f'{k:60}', *v)
-    found = [r for r in rows.rows if r.get('wrong')]
+    found = [r for r in rows.rows if r.get('wrong') or 'case' in r]
     print(f'{part}: {len(rows.rows)} rows, {len(rows.bad)} failed or not right, {len(found)} with wrong results')
     return not rows.bad
 
