@@ -461,7 +461,7 @@ def _avg_pool_backward(kernel):
 def _contiguous_pool(kernel, ks, g, x, args):
     return restrided(kernel.call_boxed(ks, g.contiguous(), x.contiguous(), *args), dense_like(x.shape, x.stride()), x.dtype)
 
-# %% ../nbs/00c_kernels.ipynb #60e03d0f
+# %% ../nbs/00c_kernels.ipynb #5583036c
 _libraries,_choices = {},WeakKeyDictionary()
 
 def _register(name, makers):
@@ -470,7 +470,9 @@ def _register(name, makers):
     lib = torch.library.Library('aten', 'IMPL')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Warning only once for all operators') # torch 2.11 says that a kernel is replaced
-        for op,make,key in makers: lib.impl(op, make(torch.library.get_kernel(f'aten::{op}', key)), key, with_keyset=True)
+        for op,make,key in makers:
+            f = make(torch.library.get_kernel(f'aten::{op}', key))
+            lib.impl(op, torch.compiler.disable(f) if torch.__version__<'2.14' else f, key, with_keyset=True) # before, Dynamo compiled `f` itself
     _libraries[name] = lib
 
 @lru_cache(1)

@@ -145,6 +145,21 @@ def test_randomness_without_a_seed_cannot_be_told():
     res = check_formats(step_of(network(Clock())))
     assert res.ok is None and res.verdict=='cannot tell' and 'two runs of the same step from the same seed differ' in res.reason
 
+def test_on_a_gpu_only_forward_passes_have_to_repeat():
+    once = {(k,'a'): torch.ones(3) for k in ('loss', 'output', 'buffer', 'gradient', 'weight')}
+    for kind in ('loss', 'output', 'buffer', 'gradient', 'weight'):
+        again = {**once, (kind,'a'): 2*torch.ones(3)}
+        assert check._unlike(again, once, torch.device('cpu'))==1
+        assert check._unlike(again, once, torch.device('cuda'))==(kind in ('loss', 'output', 'buffer'))
+
+def test_rounding_to_tf32_is_allowed_for(monkeypatch):
+    step = step_of(network(nn.Identity()))
+    on_gpu = lambda: type('Step', (), dict(device=torch.device('cuda')))
+    monkeypatch.setattr(check, 'tf32_allowed', lambda: True)
+    assert [check._unit(o, None) for o in (step, on_gpu())]==[check.epsilon['fp32'], 2**-11] and check._unit(on_gpu(), torch.bfloat16)==2**-8
+    monkeypatch.setattr(check, 'tf32_allowed', lambda: False)
+    assert check._unit(on_gpu(), None)==check.epsilon['fp32']
+
 def test_rounding_that_explains_anything_cannot_be_told():
     "A sum that cancels to a thousandth of a unit of bf16"
     class Cancel(nn.Module):

@@ -1,6 +1,7 @@
 "Each convolution in the fastest correct way: faults, decisions, cache, and that nothing else notices"
 import copy, io, json, math, os, pickle, subprocess, sys, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as F
@@ -837,3 +838,18 @@ def test_calls_on_different_devices_are_different():
     call,_ = gpu_call(*plain_case, dtype=bf16)
     own = Call(**{**vars(call), 'device': 'cpu'})
     assert own!=call and own.layer!=call.layer and K._key(own)!=K._key(call)
+
+class Net(nn.Module):
+    def __init__(self): super().__init__(); self.a,self.b = nn.Conv2d(3, 16, 3),nn.Conv2d(16, 16, 3, groups=4)
+    def forward(self, x): return self.b(self.a(x).relu())
+
+@pytest.mark.parametrize('model', [nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)), Net()], ids=['Sequential', 'own'])
+def test_compiled_models_have_the_graphs_that_they_have_without(model):
+    "The functions that stand before torch's kernels are not compiled"
+    def graphs(context):
+        torch._dynamo.reset()
+        seen,m,x = [],copy.deepcopy(model),torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+        m.compile(backend=lambda gm, args: seen.append(len(gm.graph.nodes)) or gm)
+        with context: m(x).square().mean().backward()
+        return seen
+    assert graphs(tuned_kernels())==graphs(nullcontext())
