@@ -200,6 +200,7 @@ def large_row(device, tiny, dtype, last, benchmark):
     d,h,n = (4, 20, 20) if tiny or device.type!='cuda' else (124, 1282, 722)
     x,g,w = (torch.randn(s, device=device, dtype=torch.bfloat16) for s in ((1, 16, d, h, n), (1, 16, d, h-2, n-2), (16, 16, 1, 3, 3)))
     errors,where = {},{}
+    def bad(key): return wrong(errors[key]) and errors[key]>(10 if key.startswith('wgrad') else 1) # its sums have 114 million terms
     args = [in_format(t, last, dtype) for t in (g, x, w)]
     for name,f in three(*args, [[1]*3, [0]*3, [1]*3, False, [0]*3, 1]).items():
         for mode in (None, 'correct'):
@@ -213,10 +214,10 @@ def large_row(device, tiny, dtype, last, benchmark):
                 del got
             except RuntimeError as e: errors[key] = f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'; alive(device)
             if device.type=='cuda': torch.cuda.empty_cache()
-            if not wrong(errors[key]): break
+            if not bad(key): break
     most = torch.cuda.max_memory_allocated()/1e9 if device.type=='cuda' else None
     return dict(report=163539, shape=list(x.shape), dtype=precisions[dtype], channels_last=last, benchmark=benchmark, errors=errors,
-        wrong_slices=where, gigabytes=most, wrong=[k for k,e in errors.items() if wrong(e)])
+        wrong_slices=where, gigabytes=most, wrong=[k for k in errors if bad(k)])
 
 def draw_network(rng):
     "A random small network of convolutions as plain data"

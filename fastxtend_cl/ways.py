@@ -285,24 +285,25 @@ def deadly_layers(
         if _narrow_pointwise(call): res.append(n)
     return res
 
-# %% ../nbs/00a_ways.ipynb #42039b86
+# %% ../nbs/00a_ways.ipynb #a4d12c45
 _masks = {'dgrad': (True, False, False), 'wgrad': (False, True, True), 'forward': (False,)*3}
 
 def mask_of(call, kernel): return tuple(a and b for a,b in zip(_masks[kernel], call.mask))
 
 def kernels_wanted(call): return [k for k,on in zip(('dgrad', 'wgrad'), call.mask) if on] or ['forward']
 
-def _grouped(groups, weight):
-    "Whether a convolution in two dimensions has groups of several channels, which cuDNN computes slowly in channels last"
-    return groups>1 and weight[1]>1 and len(weight)==4
+def _slow_on_a_gpu(groups, weight):
+    """Whether cuDNN was seen slow in channels last at convolutions of this kind: in two dimensions with groups of several channels, and,
+    in fp32, depthwise ones with kernels of 7x7 (benchmarks/results/convolutions-cuda.md)"""
+    return groups>1 and len(weight)==4 and (weight[1]>1 or max(weight[2:])>5)
 
 def can_tune(
     model:nn.Module,
     device:torch.device, # Where it trains
 ) -> bool:
-    "Whether `tuned_kernels` has a choice: on a CPU always, on a CUDA GPU where the model has grouped convolutions"
+    "Whether `tuned_kernels` has a choice: on a CPU always, on a CUDA GPU where the model has convolutions that cuDNN computes slowly"
     if device.type!='cuda': return device.type=='cpu'
-    return any(isinstance(m, _ConvNd) and _grouped(m.groups, (m.in_channels, m.in_channels//m.groups, *m.kernel_size)) for m in model.modules())
+    return any(isinstance(m, _ConvNd) and _slow_on_a_gpu(m.groups, (m.in_channels, m.in_channels//m.groups, *m.kernel_size)) for m in model.modules())
 
 def candidates(
     call:Call,
@@ -311,7 +312,10 @@ def candidates(
     "Ways to compute this, without those that may end the process"
     if call.dtype==torch.float64: return [as_is] # torch's native kernels, for which nothing is known to be wrong
     layouts = (False, True) if any(s!=contiguous_strides(shape) for shape,s,_ in (call.g, call.x, call.w)) else (False,)
-    if call.gpu: return [as_is] if not _grouped(call.groups, call.w[0]) else [*(Way(contiguous=c) for c in layouts), *[Way(dense=True)]*(call.groups<=16)]
+    if call.gpu:
+        depthwise = call.w[0][1]==1
+        if not _slow_on_a_gpu(call.groups, call.w[0]) or depthwise and call.low: return [as_is]
+        return [*(Way(contiguous=c) for c in layouts), *[Way(dense=True)]*(call.groups<=16 and not depthwise)]
     dtypes = (False, True) if call.low else (False,)
     ways = [Way(a, b) for b in layouts for a in dtypes]
     if kernel=='wgrad':

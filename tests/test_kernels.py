@@ -794,15 +794,17 @@ def test_on_a_gpu_the_batch_is_kept_and_three_samples_are_compared():
     assert len(g)==len(x)==64 and picks.tolist()==[0,32,63] and (g.abs().sum((1,2,3))>0).nonzero().view(-1).tolist()==[0,32,63]
 
 @pytest.mark.parametrize('conv,tunable', [(nn.Conv2d(8, 8, 3, groups=2), True), (nn.ConvTranspose2d(8, 8, 3, groups=2), True), (nn.Conv2d(8, 8, 3), False),
-    (nn.Conv2d(8, 8, 3, groups=8), False), (nn.Conv2d(8, 16, 3, groups=8), False), (nn.Conv3d(8, 8, 3, groups=2), False), (nn.Conv1d(8, 8, 3, groups=2), False)])
+    (nn.Conv2d(8, 8, 3, groups=8), False), (nn.Conv2d(8, 16, 3, groups=8), False), (nn.Conv2d(8, 8, 7, groups=8), True), (nn.Conv3d(8, 8, 3, groups=2), False), (nn.Conv1d(8, 8, 3, groups=2), False)])
 def test_which_models_have_a_choice_on_a_gpu(conv, tunable):
     "As `candidates` says of their calls; on a CPU all have one, elsewhere none"
     model,x = nn.Sequential(nn.Flatten(0, 0), conv),torch.randn(2, 8, *[7]*len(conv.kernel_size))
+    x = x.contiguous(memory_format=formats[x.ndim])
     assert [can_tune(model, torch.device(d)) for d in ('cpu', 'cuda', 'mps')]==[True, tunable, False]
     y = conv(x)
     call = Call.of((y, x, conv.weight, None, conv.stride, conv.padding, conv.dilation, isinstance(conv, nn.ConvTranspose2d), conv.output_padding, conv.groups, (True,)*3))
     call = Call(**{**vars(call), 'device': 'a GPU'})
     assert (candidates(call, 'dgrad')!=[as_is])==tunable
+    if conv.groups==8: assert candidates(Call(**{**vars(call), 'x': (*call.x[:2], torch.float16)}), 'dgrad')==[as_is]
 
 def test_only_what_a_model_needs_is_put_before_a_gpus_kernels(monkeypatch):
     seen = []
