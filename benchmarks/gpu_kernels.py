@@ -106,6 +106,8 @@ def totals(rows):
                 for i,ms in enumerate((plain['ms'], last['ms'], best)): res[key][i] += r['count']*ms
     return [dict(zip(('model', 'dtype', 'kind', 'kernel', 'contiguous', 'channels_last', 'best'), (*k, *(round(o, 4) for o in v)))) for k,v in res.items()]
 
+columns,formats = ['ms', 'call_ms', 'error'],('contiguous', 'channels last') # milliseconds of the GPU and of the call; multiples of rounding
+
 def page(rows, head):
     "Markdown: what all convolutions of a step take, by network and precision, and by kind and kernel"
     def table(found, names):
@@ -117,8 +119,10 @@ def page(rows, head):
 
 def save(device, rows, **about):
     "Write what was found, a row a line"
-    text = json.dumps(dict(conditions=conditions(), **about, totals=totals(rows)), indent=1)[:-2]
-    lines = ',\n'.join(json.dumps(r) for r in rows if 'left_out' not in r)
+    text = json.dumps(dict(conditions=conditions(), **about, totals=totals(rows), columns=columns), indent=1)[:-2]
+    def short(ways): return {w: [o.get(k) for k in columns] if isinstance(o, dict) else o for w,o in ways.items()}
+    def plain(r): return {k: {n: short(ways) for n,ways in v.items()} if k in formats else v for k,v in r.items()}
+    lines = ',\n'.join(json.dumps(plain(r)) for r in rows if 'left_out' not in r)
     (results/f'convolutions-{device.type}.json').write_text(f'{text},\n "rows": [\n{lines}]}}\n')
     c = conditions()
     (results/f'convolutions-{device.type}.md').write_text(page(rows, f"All convolutions of a training step: milliseconds of the GPU, forward, dgrad and "
@@ -134,7 +138,7 @@ def run_kernels(device, tiny, seconds=110):
                 row = dict(model=name, call=str(call).split(' fp')[0], dtype=str(dtype)[6:], kind=kind_of(call), count=count)
                 rows.append(row)
                 if time.time()-start>seconds: row['left_out'] = True; continue
-                for label,last in (('contiguous', False), ('channels last', True)):
+                for label,last in zip(formats, (False, True)):
                     one = set_as(call, last, dtype, device)
                     if one not in seen: seen[one] = kernel_rows(one, device)
                     row[label] = seen[one]
@@ -142,6 +146,6 @@ def run_kernels(device, tiny, seconds=110):
             if not tiny: save(device, rows, benchmark=torch.backends.cudnn.benchmark, tf32=torch.backends.cudnn.allow_tf32)
     for t in totals(rows):
         if t['kind']=='all': print(f"{t['model']:20}{t['dtype']:10}{t['contiguous']:9.2f}{t['channels_last']:9.2f}{t['best']:9.2f} ms")
-    wrong = [(r['model'], r['call'], r['dtype'], label, k, w, o['error']) for r in rows for label in ('contiguous', 'channels last')
+    wrong = [(r['model'], r['call'], r['dtype'], label, k, w, o['error']) for r in rows for label in formats
         for k,ways in r.get(label, {}).items() for w,o in ways.items() if isinstance(o, dict) and not isinstance(o['error'], str) and o['error']>1]
     print(f'{len(rows)} rows; {len(wrong)} kernels further from the reference than rounding explains', *wrong[:20], sep='\n')
