@@ -19,7 +19,7 @@ from fastcore.script import call_parse
 from common import save
 
 here = Path(__file__).resolve().parent
-env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), str(here.parent), str(here)]))}
+env = {'OMP_NUM_THREADS': '2', **os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), str(here.parent), str(here)]))}
 parts = {'plan': None, 'faults': ('faults', 'operators,large,networks,random'), 'right': ('gpu_right', 'small,compile,amp'),
     'checks': ('gpu_right', 'pool,fp16,bf16'), 'tests': None, 'kernels': None, 'speed': None, 'scripts': None} # Shortest first
 

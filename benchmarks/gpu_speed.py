@@ -4,7 +4,7 @@ Each arm trains its own copy of a network on one random batch that is already on
 backward (through GradScaler in fp16), SGD. Arms are paired: in each round every arm runs a block of steps in random order, and the first
 step of a block is dropped. A row's ratio is that of its speed to the contiguous arm's, the median of the rounds with their minimum and
 maximum. Passes (`--passes`), the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai sets it, whose
-search makes the first step long; compiled, fp16; bf16.
+search makes the first step long; compiled, fp16; bf16; small, fp16 with batches of 8, where the processor is what a step waits for.
 Writes results/speed-DEVICE.json and .md after each network. Run again, it goes on where it was broken off: rows of this torch and this
 card are kept, failures too; `--refresh` measures what is named again. `--precompile` only fills inductor's cache on disk, in processes
 side by side. Kernels are tuned anew unless FASTXTEND_CL_CACHE names a folder. `--device cpu --tiny` tries the script."""
@@ -29,7 +29,8 @@ base,again,plain,ours,compiled,maxed = ('contiguous', 'contiguous, again', "chan
 eager,mine = [base, again, plain, ours],[ours, compiled, maxed]
 # Pass to dtype, cudnn.benchmark, arms
 settings = {'fp16': (torch.float16, False, eager), 'on': (torch.float16, True, eager),
-    'compiled': (torch.float16, False, [base, ours, compiled, maxed]), 'bf16': (torch.bfloat16, False, eager)}
+    'compiled': (torch.float16, False, [base, ours, compiled, maxed]), 'bf16': (torch.bfloat16, False, eager),
+    'small': (torch.float16, False, eager)}
 bytes_per_image = 478e6 # resnet50 at 224 pixels, eager training in 16 bits
 
 def network(name, size):
@@ -252,8 +253,8 @@ def header():
 @call_parse
 def main(
     names:str=','.join(sizes), # Networks, separated by commas
-    passes:str='fp16,on,compiled,bf16', # Passes, separated by commas
-    names_on:str='resnet50,resnet18,regnetx_032', # Of them, those for the pass `on`
+    passes:str='fp16,on,compiled,bf16,small', # Passes, separated by commas
+    names_on:str='resnet50,resnet18,regnetx_032', # Of them, those for the passes `on` and `small`
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
     rounds:int=8, # Rounds; in each, every arm runs one block
     block:int=4, # Steps a block; the first is dropped
@@ -274,7 +275,7 @@ def main(
     elif rounds<2: sys.exit('one round is for --tiny')
     def arms_of(section): return [a for a in settings[section][2] if a!=maxed or max_autotune]
     def names_of(section):
-        some = ['resnet18'] if tiny and section!='fp16' else names_on.split(',') if section=='on' else sizes
+        some = ['resnet18'] if tiny and section!='fp16' else names_on.split(',') if section in ('on', 'small') else sizes
         return [n for n in names.split(',') if n in some]
     card = torch.cuda.get_device_name(device) if device.type=='cuda' else device.type
     rows = kept_rows(title, dict(card=card), tiny)
@@ -288,7 +289,8 @@ def main(
         for section,name in [(s, n) for s in asked for n in names_of(s)]:
             arms,done = arms_of(section),{r['arm']: r for r in rows if (r['section'], r['model'])==(section, name)}
             if not refresh and all(a in done and not done[a].get('cut') for a in arms): continue
-            tries = [(n, *shapes[name][1:]) for n in (shapes[name][0]>>i for i in range(1 if tiny else 3)) if n]
+            first = min(shapes[name][0], 8) if section=='small' else shapes[name][0]
+            tries = [(n, *shapes[name][1:]) for n in (first>>i for i in range(1 if tiny else 3)) if n]
             new = None if over() else measure(section, name, tries, device, arms, rounds, block, seconds, 1 if tiny else 3, bandwidth, over)
             if new is None: print(f'{limit:g} s are over before {name} ({section}); run it again to go on'); break
             rows = [r for r in rows if (r['section'], r['model'])!=(section, name)]+new
