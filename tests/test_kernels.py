@@ -783,6 +783,15 @@ def spoil(change):
 def test_faults_on_a_gpu_are_found(kernel, change):
     assert all(e>1 for e in worst('grouped', kernel, spoil(change)).values())
 
+def test_only_torchs_own_way_is_searched_for_by_cudnn(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    bench = GpuKernelBench(Operator(aten.convolution_backward, lambda res: seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark)) or res), None,
+        gpu_call(*grouped['grouped'])[0], 'dgrad', torch.device('cpu'))
+    assert all(bench.verify(w)[1]<=1 for w in (as_is, Way(contiguous=True), Way(dense=True)))
+    assert seen==[(False, False), (True, True), (True, False), (True, False)] # the reference, and each way
+    assert torch.backends.cudnn.benchmark and torch.backends.cudnn.enabled
+
 def test_a_way_that_raises_on_a_gpu_is_no_candidate():
     def fail(res): raise RuntimeError('no engine for this')
     assert {*worst('grouped', 'dgrad', fail).values()}=={'RuntimeError: no engine for this'}
