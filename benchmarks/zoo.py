@@ -1,5 +1,5 @@
-"""Every family of timm and torchvision below 60 million parameters, fastai's own networks, and 5-D ones: what a training
-step does in channels last
+"""Every family of timm and torchvision below 60 million parameters, fastai's own networks, 5-D ones, and networks of other packages
+(segmentation_models_pytorch, MONAI, nnU-Net's architectures, torchvision's detectors): what a training step does in channels last
 
 Each model runs in a child process of its own, contiguous, converted naively by `model.to(memory_format=...)`, and
 converted by this package.
@@ -23,6 +23,41 @@ deeplabv3_resnet50 fcn_resnet50 lraspp_mobilenet_v3_large'''.split()
 video_models = 'r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b swin3d_t'.split()
 fastai_models = ('xresnet18 xresnet34 xresnet50 xresnext50 xse_resnet18 xse_resnext50 xresnet18+sa xresnet50+sa '
     'unet+resnet18 unet+resnet34 unet+xresnet18 unet+resnet18+sa'.split())
+
+# Need `pip install segmentation_models_pytorch monai dynamic_network_architectures`; measured where they are named
+smp_models = 'Unet+resnet18 UnetPlusPlus+resnet18 FPN+efficientnet-b0 DeepLabV3Plus+mobilenet_v2 MAnet+resnet18 Segformer+mit_b0'.split()
+monai_models = 'UNet+2 UNet+3 AttentionUnet+3 SegResNet+3 DenseNet121+2 VNet+3'.split()
+nnunet_models = 'PlainConvUNet+2 PlainConvUNet+3 ResidualEncoderUNet+2 ResidualEncoderUNet+3'.split()
+detection_models = 'ssdlite320_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn'.split()
+
+class Detector(torch.nn.Module):
+    "A detector of torchvision with a box for each image: it returns its losses"
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x):
+        box = dict(boxes=x.new_tensor([[8., 8., 40., 40.]]), labels=torch.ones(1, dtype=torch.int64, device=x.device))
+        return self.model([*x], [box]*len(x))
+
+def elsewhere(source, n, image, batch):
+    "A network of another package, and the shape of its input"
+    arch,_,option = n.partition('+')
+    if source=='smp':
+        import segmentation_models_pytorch as smp
+        return getattr(smp, arch)(option, encoder_weights=None, classes=classes),(batch, 3, image, image)
+    if source=='detection':
+        import torchvision
+        return Detector(torchvision.models.get_model(n, weights=None, weights_backbone=None, num_classes=classes)),(batch, 3, image, image)
+    nd = int(option)
+    shape = (batch, 1, image, image) if nd==2 else (2, 1, 32, 32, 32)
+    if source=='monai':
+        from monai.networks import nets
+        more = {'UNet': dict(channels=(16, 32, 64), strides=(2, 2), num_res_units=2), 'AttentionUnet': dict(channels=(16, 32, 64), strides=(2, 2))}.get(arch, {})
+        size = {} if arch=='VNet' and nd==3 else dict(spatial_dims=nd)
+        return getattr(nets, arch)(in_channels=1, out_channels=classes, **size, **more),shape
+    from dynamic_network_architectures.architectures import unet
+    conv,norm = (torch.nn.Conv2d,torch.nn.InstanceNorm2d) if nd==2 else (torch.nn.Conv3d,torch.nn.InstanceNorm3d)
+    blocks = 'n_blocks_per_stage' if arch.startswith('Residual') else 'n_conv_per_stage'
+    return getattr(unet, arch)(1, 4, [16, 32, 64, 128], conv, 3, [1, 2, 2, 2], **{blocks: 2}, num_classes=classes, n_conv_per_stage_decoder=[2]*3,
+        conv_bias=True, norm_op=norm, norm_op_kwargs=dict(affine=True), nonlin=torch.nn.LeakyReLU, deep_supervision=True),shape
 
 def timm_names(per_family=2, below=60e6):
     "Up to `per_family` sizes of each of timm's families: the smallest, the largest, and what is between"
@@ -62,6 +97,7 @@ def build(name, image=image, batch=batch, own_size=False):
         elif source=='video': shape = (1, 3, 16, 224, 224) if own_size or n.startswith('mvit') else (2, 3, 8, 64, 64)
         elif own_size: shape = (batch, 3, 299, 299) if n=='inception_v3' else (batch, 3, 224, 224)
         model = torchvision.models.get_model(n, weights=None, num_classes=classes, **kw)
+    elif source in ('smp', 'monai', 'nnunet', 'detection'): model,shape = elsewhere(source, n, image, batch)
     else:
         from fastai.vision import all as fv
         arch,*options = n.split('+')
