@@ -666,8 +666,12 @@ def everything(learn):
     return [*learn.cbs, *(copy.copy({k:v for k,v in vars(cb).items() if k!='learn'}) for cb in learn.cbs),
         sorted(k for k in vars(learn)), [cb.learn for cb in learn.cbs]]
 
-wrong = [(dict(growth=2), TypeError, "^GradScaler has no argument 'growth': it takes init_scale"),
-    (dict(device='cpu'), TypeError, "GradScaler has no argument 'device'"),
+wrong = [(dict(growth=2), TypeError, r"^unknown argument 'growth'; did you mean 'growth_factor'\?$"),
+    (dict(ampmode='bf16'), TypeError, r"^unknown argument 'ampmode'; did you mean 'amp_mode'\?$"),
+    (dict(keep_memry=True), TypeError, r"^unknown argument 'keep_memry'; did you mean 'keep_memory'\?$"),
+    (dict(device='cpu'), TypeError, "^unknown argument 'device': choose from use_amp, amp_mode, .*, enabled$"),
+    (dict(budget=10), TypeError, r"^unknown argument 'budget'; it belongs to `plan_channelslast`: "
+        r"`to_channelslast\(plan=learn.plan_channelslast\(budget=10\)\)`$"),
     (dict(init_scale='big'), TypeError, "GradScaler takes numbers, received init_scale='big'"),
     (dict(growth_factor=0.5), ValueError, 'The growth factor must be > 1.0'),
     (dict(use_amp=1), TypeError, '^use_amp is True or False, received 1$'),
