@@ -11,6 +11,7 @@ __all__ = ['amp_dtypes', 'scaler_args', 'amp_modes', 'cpu_bf16', 'native_amp_mod
 # %% ../nbs/01_amp.ipynb #31a03514
 import inspect, warnings
 from contextlib import nullcontext
+from difflib import get_close_matches
 from numbers import Number
 from pathlib import Path
 import torch
@@ -98,11 +99,15 @@ scaler_args = [p for p in inspect.signature(GradScaler).parameters if p!='device
 
 def check_scaler_args(
     kwargs:dict, # Arguments for `GradScaler`, except its device
+    own:tuple=(), # Names of the caller's other arguments, one of which may be misspelled
 ):
     """Raise a `TypeError` for arguments that `GradScaler` does not have or that are no numbers, a `ValueError` for
     values it refuses"""
-    if wrong := [k for k in kwargs if k not in scaler_args]:
-        raise TypeError(f'GradScaler has no argument {", ".join(map(repr, wrong))}: it takes {", ".join(scaler_args)}')
+    names = dict.fromkeys([*own, *scaler_args])
+    if wrong := next((k for k in kwargs if k not in scaler_args), None):
+        near = get_close_matches(wrong.lower(), names, 1)
+        if near: raise TypeError(f'unknown argument {wrong!r}; did you mean {near[0]!r}?')
+        raise TypeError(f'unknown argument {wrong!r}: choose from {", ".join(names)}')
     if wrong := [f'{k}={v!r}' for k,v in kwargs.items() if not isinstance(v, Number)]:
         raise TypeError(f'GradScaler takes numbers, received {", ".join(wrong)}')
     try: GradScaler('cpu', **{**kwargs, 'enabled': True})
@@ -113,8 +118,8 @@ def learner_device(
     learn:Learner,
 ) -> torch.device: # That of its data, or else that of its model
     "The device that the next fit of `learn` will run on"
-    dls = getattr(learn, 'dls', None)
-    device = dls.device if getattr(dls, 'loaders', None) else None # fastai's raises where there are none
+    try: device = getattr(getattr(learn, 'dls', None), 'device', None) # plain PyTorch loaders have none
+    except IndexError: device = None # fastai's `DataLoaders` without a loader
     if device is None: device = next((p.device for p in learn.model.parameters()), 'cpu')
     return torch.device(device)
 
@@ -127,7 +132,7 @@ class DeviceMixedPrecision(MixedPrecision):
         amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'; None takes what the device does natively
         **kwargs
     ):
-        check_scaler_args(kwargs)
+        check_scaler_args(kwargs, ('amp_mode',))
         self.amp_mode = None if amp_mode is None else as_amp_mode(amp_mode)
         self.kwargs,self.autocast,self._entered,self._said = kwargs,None,False,None
 
@@ -197,7 +202,8 @@ def kernels_mode(
     learn:Learner,
 ) -> str|None: # 'tuned', 'correct', or None: as torch does
     "The mode of `tuned_kernels` that `learn` trains in: the strongest that its callbacks ask for"
-    asked = {cb.kernels for cb in learn.cbs if hasattr(type(cb), 'kernels')} # an instance would ask Learner and model, too
+    asked = [cb.kernels for cb in learn.cbs if hasattr(type(cb), 'kernels')] # an instance would ask Learner and model, too
+    asked = [k for k in asked if isinstance(k, str)] # a callback of somebody else may mean something else by it
     return next((m for m in ('tuned', 'correct') if m in asked), None)
 
 _fastai_one_batch = getattr(Learner.one_batch, '_wrapped', Learner.one_batch)
@@ -205,11 +211,20 @@ _fastai_one_batch = getattr(Learner.one_batch, '_wrapped', Learner.one_batch)
 @patch
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`, with the kernels and the precision that the callbacks ask for"
-    mode = kernels_mode(self)
+    mode,amp = kernels_mode(self),self._grab_cbs(DeviceMixedPrecision)
+    outside = amp.filter(lambda cb: cb.autocast is None) # of a fit
+    for cb in outside: cb.before_fit()
     with tuned_kernels(mode, model=self.model) if mode else nullcontext():
         try: return _fastai_one_batch(self, i, b)
         finally:
-            for cb in self.cbs:
-                if isinstance(cb, DeviceMixedPrecision): cb.leave()
+            for cb in amp: cb.leave()
+            for cb in outside: cb.after_fit()
 
-Learner.one_batch._wrapped = _fastai_one_batch
+def _wraps(
+    method, # Of this package
+    original, # fastai's
+):
+    "Give `method` the signature of the `original` that it calls"
+    method._wrapped,method.__signature__ = original,inspect.signature(original)
+
+_wraps(Learner.one_batch, _fastai_one_batch)

@@ -485,7 +485,7 @@ class Arm:
     def __post_init__(self):
         if self.memory_format not in (None, 'contiguous', 'channels_last'):
             raise ValueError(f"memory_format is 'contiguous', 'channels_last' or None, received {self.memory_format!r}")
-        if isinstance(self.dtype, str) and self.dtype!='as is':
+        if self.dtype not in ('as is', *_names):
             raise ValueError(f"dtype must be None, torch.float16, torch.bfloat16 or 'as is', got {self.dtype!r}")
         if self.setup is not None and not callable(self.setup):
             raise TypeError(f'the arm {self.name!r} is a function of the step, received {type(self.setup).__name__}')
@@ -847,4 +847,7 @@ def _add_more(res, step, lanes, inference, loader, clock, limit, interrupted):
     if loader is None or interrupted or inference: return
     names = dict.fromkeys(('now', res.best.arm))
     chosen = [l for n in names for l in lanes if l.name==n and not l.arm.setup]
+    if lanes[0].arm.setup:
+        res.notes.append('Whole epochs were not measured: the current setting is a function of the step.')
+        return
     res.loader = _whole(step, chosen, loader, clock, limit/4)

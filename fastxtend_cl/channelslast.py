@@ -8,7 +8,8 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/channelslast.html.md"""
 __all__ = ['ChannelsLastTfm', 'ChannelsLastCallback', 'KeepMemoryCallback', 'less_random']
 
 # %% ../nbs/02_channelslast.ipynb #c21a2d50
-import warnings
+import inspect, warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from types import ModuleType
@@ -25,12 +26,12 @@ from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import DisplayedTransform, Pipeline
-from .amp import DeviceMixedPrecision, as_amp_mode, check_scaler_args, learner_device
+from .amp import DeviceMixedPrecision, _wraps, as_amp_mode, check_scaler_args, learner_device
 from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last,
     as_contiguous, contiguous_meanwhile, convert_format, format_of, format_warnings)
 from .kernels import fixed_kernels, kernel_count, tuning_line
 from .memory import can_keep_memory, kept_memory
-from .plan import FormatPlan
+from .plan import FormatPlan, plan_formats
 from .step import generators, seed_all
 
 # %% ../nbs/02_channelslast.ipynb #fd74f427
@@ -51,17 +52,19 @@ class ChannelsLastCallback(ChannelsLast):
     ):
         super().__init__()
         self.plan,self.tune,self.tfm,self._said = plan,tune,ChannelsLastTfm(),set()
-        self.amp_added,self.amp_displaced,self.compiled = None,None,False
+        self.as_is = None,False # memory format, and whether tuned, where the plan leaves them as they are
+        self.amp_displaced,self.keep_added = None,None
 
     @property
     def kernels(self):
         "The mode of `tuned_kernels` for each batch"
-        return 'tuned' if self.tune and (self.plan is None or self.plan.tuned) else 'correct'
+        tuned = self.plan is None or (self.plan.tuned if self.plan.changes else self.as_is[1])
+        return 'tuned' if self.tune and tuned else 'correct'
 
     @property
     def memory_format(self):
         "That of model and batch; None: as they are"
-        return 'channels_last' if self.plan is None else self.plan.memory_format
+        return 'channels_last' if self.plan is None else self.plan.memory_format or self.as_is[0]
 
     def before_fit(self):
         "Convert the model, its gradients and the optimizer's state, where that has not been done"
@@ -72,7 +75,8 @@ class ChannelsLastCallback(ChannelsLast):
     def before_batch(self):
         "Convert image-like inputs and targets"
         if self.plan is not None: self.notice_size()
-        if self.memory_format=='channels_last': self.learn.xb,self.learn.yb = self.tfm(self.learn.xb),self.tfm(self.learn.yb)
+        if self.memory_format=='channels_last': # PyTorch's loaders give lists, which a transform would not look into
+            self.learn.xb,self.learn.yb = self.tfm(tuple(self.learn.xb)),self.tfm(tuple(self.learn.yb))
 
     def after_fit(self):
         "Say in one line which kernels were tuned, if any"
@@ -115,28 +119,27 @@ def _no_keep(learn):
     else: return []
     return [NoEffectWarning(f'keep_memory=True has no effect: {why}')]
 
-def _set_keep(learn, keep):
-    "Give `learn` a `KeepMemoryCallback` if it can have an effect, or take it away; None leaves it"
-    if keep is None: return
-    learn.remove_cbs(learn._grab_cbs(KeepMemoryCallback))
-    if keep and not _no_keep(learn): learn.add_cb(KeepMemoryCallback())
+def _set_keep(learn, cb, keep):
+    "Give `learn` a `KeepMemoryCallback`, or take it away; None takes away that which an earlier `to_channelslast` has added"
+    learn.remove_cbs([o for o in learn._grab_cbs(KeepMemoryCallback) if o is cb.keep_added or keep is False])
+    cb.keep_added = KeepMemoryCallback() if keep and not learn._grab_cbs(KeepMemoryCallback) else None
+    learn.add_cbs(cb.keep_added)
 
 _fastai_fit = getattr(Learner.fit, '_wrapped', Learner.fit)
 
 @patch
-@delegates(_fastai_fit)
 def fit(self:Learner,
     n_epoch, # Epochs
     lr=None, # Learning rate; None: `self.lr`
     wd=None, # Weight decay; None: `self.wd`
     cbs=None, # Callbacks for this fit only
-    **kwargs
+    *args, **kwargs
 ):
     "Fit `self.model` for `n_epoch` using `cbs`, with memory kept if there is a `KeepMemoryCallback`"
     asked = any(isinstance(cb, KeepMemoryCallback) for cb in [*self.cbs, *L(cbs)])
-    with kept_memory() if asked else nullcontext(): return _fastai_fit(self, n_epoch, lr=lr, wd=wd, cbs=cbs, **kwargs)
+    with kept_memory() if asked else nullcontext(): return _fastai_fit(self, n_epoch, lr, wd, cbs, *args, **kwargs)
 
-Learner.fit._wrapped = _fastai_fit
+_wraps(Learner.fit, _fastai_fit)
 
 # %% ../nbs/02_channelslast.ipynb #99f04a8e
 @contextmanager
@@ -154,6 +157,13 @@ def less_random(
         torch.backends.cudnn.benchmark,torch.backends.cudnn.deterministic = flags
 
 # %% ../nbs/02_channelslast.ipynb #a2392a97
+def _check_names(kwargs):
+    "Raise a `TypeError` for arguments that neither `to_channelslast` nor `GradScaler` has"
+    if k := next((k for k in kwargs if k in inspect.signature(plan_formats).parameters), None):
+        raise TypeError(f'unknown argument {k!r}; it belongs to `plan_channelslast`: '
+            f'`to_channelslast(plan=learn.plan_channelslast({k}={kwargs[k]!r}))`')
+    check_scaler_args(kwargs, tuple(inspect.signature(Learner.to_channelslast).parameters)[1:])
+
 def _asked_amp(use_amp, amp_mode, to_fp16, scaler_kwargs):
     "Check the arguments of `Learner.to_channelslast`; returns whether to use mixed precision, and its mode or None"
     for name,v in (('use_amp', use_amp), ('to_fp16', to_fp16)):
@@ -166,16 +176,15 @@ def _asked_amp(use_amp, amp_mode, to_fp16, scaler_kwargs):
             f'and {"use_amp" if to_fp16 is None else "to_fp16"}=False for none: leave one of them out')
     if to_fp16 and amp_mode is False:
         raise ValueError('to_fp16=True asks for mixed precision, and amp_mode=False for none: leave one of them out')
-    check_scaler_args(scaler_kwargs)
     return use and amp_mode is not False, mode
 
 # %% ../nbs/02_channelslast.ipynb #31f05d7b
 def _own_amp(learn):
     "The mixed precision callback that `learn` would have if `to_channelslast` had never been called, or None"
     cb,amps = first(learn._grab_cbs(ChannelsLastCallback)),learn._grab_cbs(MixedPrecision)
-    theirs = [o for o in amps if not cb or o is not cb.amp_added]
+    theirs = [o for o in amps if 'replaces' not in vars(o)]
     if theirs: return theirs[-1]
-    return cb.amp_displaced if cb and (amps or cb.amp_added is None) else None
+    return first(amps).replaces if amps else cb and cb.amp_displaced
 
 # %% ../nbs/02_channelslast.ipynb #8cb1c49b
 def _new_amp(learn, own, use, mode, scaler_kwargs):
@@ -205,8 +214,8 @@ def _new_amp(learn, own, use, mode, scaler_kwargs):
 def _asked_plan(learn, plan, use, mode, compile):
     "The `FormatPlan` that `to_channelslast` was asked for"
     if isinstance(plan, FormatPlan):
-        if plan.autocast and (not use or mode and mode.value!=plan.autocast):
-            raise ValueError(f'the plan computes in {plan.autocast}, '
+        if plan.changes and (plan.autocast and not use or mode and mode.value!=plan.autocast):
+            raise ValueError(f'the plan computes in {plan.autocast or "fp32"}, '
                 f'and the arguments ask for {mode.value if use and mode else "fp32"}: leave them out, or plan again with them')
         return plan
     if plan!='auto': raise ValueError(f"plan must be 'auto', a FormatPlan or None, got {plan!r}")
@@ -215,15 +224,32 @@ def _asked_plan(learn, plan, use, mode, compile):
     return learn.plan_channelslast(use_amp=use, amp_mode=mode, compile=compile)
 
 # %% ../nbs/02_channelslast.ipynb #62490b26
-def _set_compiled(model, cb):
-    "Compile `model` if the plan of `cb` says so, or take that back; a model that the user has compiled stays compiled"
-    compile = cb.plan is not None and cb.plan.compile
-    if cb.compiled and not compile: model._compiled_call_impl,cb.compiled = None,False
-    elif compile and model._compiled_call_impl is None:
+def _set_compiled(model, compile):
+    "Compile `model`, or take that back; a model that the user has compiled stays compiled"
+    now = model._compiled_call_impl
+    if now is not None and not compile and getattr(now, 'of_plan', False): model._compiled_call_impl = None
+    elif compile and now is None:
         model.compile()
-        cb.compiled = True
+        model._compiled_call_impl.of_plan = True
+
+def _set_callbacks(learn, cb, amp, own):
+    "Let `learn` have `cb` and `amp`, or no mixed precision, in place of others of their kind"
+    for old in learn._grab_cbs((ChannelsLast,MixedPrecision)):
+        if old is not cb and old is not amp: learn.remove_cb(old)
+    for o in (cb,amp):
+        if o is None: continue
+        if o not in learn.cbs: learn.add_cb(o)
+        setattr(learn, o.name, o) # removing a callback of the same name takes the attribute away
+    if amp is not None and amp is not own: amp.replaces = own
+    cb.amp_displaced = own if amp is None else None
 
 # %% ../nbs/02_channelslast.ipynb #73af62e2
+def _as_is(learn):
+    "Memory format, and whether its kernels are tuned, that `learn` trains with"
+    cb = first(learn._grab_cbs(ChannelsLastCallback))
+    if cb: return cb.memory_format,cb.kernels=='tuned'
+    return 'channels_last' if learn._grab_cbs(ChannelsLast) else None,False
+
 @patch
 @delegates(GradScaler, but=['device'])
 def to_channelslast(self:Learner,
@@ -235,7 +261,7 @@ def to_channelslast(self:Learner,
     # False: never time kernels, only replace those that compute wrong results
     tune:bool=True,
     # A memory format and precision for the whole model: 'auto' finds the fastest, within the precision allowed.
-    # None: channels last
+    # One that changes nothing leaves the format, and the precision unless an argument asks for one. None: channels last
     plan:str|FormatPlan|None=None,
     compile:bool=False, # A compiled model is allowed for the plan, too
     # On a CPU, keep freed memory while training: `KeepMemoryCallback`. None: as the plan says
@@ -246,37 +272,30 @@ def to_channelslast(self:Learner,
 
     Raises a `TypeError` for arguments that `GradScaler` does not have, a `ValueError` for a mode that the device does
     not have and for arguments that contradict each other; then nothing has changed."""
+    _check_names(kwargs)
     use,mode = _asked_amp(use_amp, amp_mode, to_fp16, kwargs)
     if not isinstance(tune, bool): raise TypeError(f'tune must be True or False, got {tune!r}')
     if keep_memory is not None and not isinstance(keep_memory, bool):
         raise TypeError(f'keep_memory is True, False or None, received {keep_memory!r}')
     if compile and plan!='auto':
         raise ValueError("compile=True is for plan='auto', which measures whether it pays; without, call `learn.model.compile()`")
+    own,asked = _own_amp(self),bool(kwargs) or mode is not None or to_fp16 or not use
     if plan is not None:
         plan = _asked_plan(self, plan, use, mode, compile)
         if keep_memory is None and plan.keep_memory: keep_memory = True
-        if not plan.changes:
-            for w in _no_keep(self) if keep_memory else [NoEffectWarning(plan.reason)]: warnings.warn(w, stacklevel=2)
-            _set_keep(self, keep_memory)
-            return self
-        use,mode = plan.autocast is not None,plan.autocast and as_amp_mode(plan.autocast)
-    own = _own_amp(self)
-    new,idle = _new_amp(self, own, use, mode, kwargs)
-    if keep_memory: idle += _no_keep(self)
+        if plan.changes: use,mode = plan.autocast is not None,plan.autocast and as_amp_mode(plan.autocast)
+    if plan is None or plan.changes or asked: new,idle = _new_amp(self, own, use, mode, kwargs)
+    else:
+        amps = self._grab_cbs(MixedPrecision)
+        new,idle = own if own in amps else first(amps),[] if keep_memory else [NoEffectWarning(plan.reason)]
+    useless = _no_keep(self) if keep_memory else []
     cb = first(self._grab_cbs(ChannelsLastCallback)) or ChannelsLastCallback()
-    cb.warn_once(idle + format_warnings(self.model))
-    for old in self._grab_cbs(ChannelsLast):
-        if old is not cb: self.remove_cb(old)
-    if cb not in self.cbs: self.add_cb(cb)
-    for old in self._grab_cbs(MixedPrecision):
-        if old is not new: self.remove_cb(old)
-    if new is not None and new not in self.cbs: self.add_cb(new)
-    cb.plan,cb.tune = plan,tune
-    _set_compiled(self.model, cb)
-    for o in (cb,new): # removing a callback of the same name takes the attribute away
-        if o is not None: setattr(self, o.name, o)
-    cb.amp_added,cb.amp_displaced = (None,None) if new is own else (new,own)
-    _set_keep(self, keep_memory)
+    as_is = _as_is(self)
+    cb.warn_once(idle + useless + (format_warnings(self.model) if plan is None or plan.memory_format=='channels_last' else []))
+    if plan is None or plan.changes: _set_compiled(self.model, plan is not None and plan.compile)
+    _set_callbacks(self, cb, new, own)
+    cb.plan,cb.tune,cb.as_is = plan,tune,as_is
+    if plan is None or plan.changes or keep_memory is not None: _set_keep(self, cb, False if useless else keep_memory)
     return self
 
 # %% ../nbs/02_channelslast.ipynb #0a0d5a4c
@@ -285,9 +304,8 @@ def to_contiguous(self:Learner,
     to_fp32:bool=False, # Remove mixed precision as well
 ) -> Learner: # The same `Learner`
     "Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; optionally to single precision"
-    cb = first(self._grab_cbs(ChannelsLastCallback))
-    if cb and cb.compiled: self.model._compiled_call_impl = None
     apply_contiguous(self.model, self.opt)
+    _set_compiled(self.model, False)
     return self.remove_cbs([ChannelsLast, KeepMemoryCallback, *([MixedPrecision] if to_fp32 else [])])
 
 # %% ../nbs/02_channelslast.ipynb #cfc30032
@@ -311,24 +329,29 @@ _fastai_save,_fastai_load,_fastai_export = (getattr(o, '_wrapped', o) for o in (
 @delegates(save_model)
 def save(self:Learner, file, **kwargs):
     "Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, in contiguous format"
-    if not self._grab_cbs(ChannelsLast): return _fastai_save(self, file, **kwargs)
+    if not self._grab_cbs(ChannelsLastCallback): return _fastai_save(self, file, **kwargs)
     file,opt = join_path_file(file, self.path/self.model_dir, ext='.pth'),getattr(self, 'opt', None)
-    save_model(file, _ContiguousState(get_model(self.model)), opt and _ContiguousState(opt), **kwargs)
+    save_model(file, _ContiguousState(get_model(self.model)), None if opt is None else _ContiguousState(opt), **kwargs)
     return file
 
-Learner.save._wrapped = _fastai_save
+_wraps(Learner.save, _fastai_save)
 
 # %% ../nbs/02_channelslast.ipynb #efadc2cf
+def _state_by_param(opt):
+    "Whether `opt`, and what it wraps, keeps a state by parameter, as PyTorch's and fastai's do"
+    return all(isinstance(getattr(o, 'state', None), Mapping)
+        for o in (opt, *(vars(opt)[n] for n in ('opt', 'optimizer') if n in vars(opt))))
+
 @patch
 @delegates(load_model)
 def load(self:Learner, file, device=None, **kwargs):
     """Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`, in the format
     that the model has"""
     _fastai_load(self, file, device=device, **kwargs)
-    align_state(self.model, self.opt)
+    if _state_by_param(self.opt): align_state(self.model, self.opt)
     return self
 
-Learner.load._wrapped = _fastai_load
+_wraps(Learner.load, _fastai_load)
 
 # %% ../nbs/02_channelslast.ipynb #b404fc38
 def _plain_callback(cb, device):
@@ -337,6 +360,16 @@ def _plain_callback(cb, device):
     if not isinstance(cb, DeviceMixedPrecision): return cb
     mode = cb.mode_on(device)
     return mode and MixedPrecision(mode, **cb.kwargs)
+
+def _pipelines(learn):
+    "The pipelines of transforms of the loaders of `learn`"
+    return [p for dl in getattr(learn.dls, 'loaders', []) for n in ('after_item', 'before_batch', 'after_batch')
+        if isinstance(p := getattr(dl, n, None), Pipeline)]
+
+def _is_ours(learn):
+    "Whether `learn` has anything of this package"
+    return (learn._grab_cbs((ChannelsLastCallback, KeepMemoryCallback, DeviceMixedPrecision))
+        or any(isinstance(f, ChannelsLastTfm) for p in _pipelines(learn) for f in p.fs))
 
 def _models_of(learn):
     return [m for cb in learn.cbs for m in vars(cb).values() if isinstance(m, nn.Module) and m is not learn.model]
@@ -386,17 +419,15 @@ def _kept_on_error(learn):
 
 # %% ../nbs/02_channelslast.ipynb #79a38bf2
 @patch
-@delegates(_fastai_export)
-def export(self:Learner, fname='export.pkl', **kwargs):
+def export(self:Learner, fname='export.pkl', pickle_module=cloudpickle, *args, **kwargs):
     """Export the content of `self` without the items and the optimizer state for inference, as plain fastai: it loads
     where this package is not installed"""
+    if not _is_ours(self): return _fastai_export(self, fname, pickle_module, *args, **kwargs)
     with ExitStack() as stack:
-        for dl in getattr(self.dls, 'loaders', []):
-            for p in (dl.after_item, dl.before_batch, dl.after_batch):
-                if isinstance(p, Pipeline): stack.enter_context(_without_tfm(p))
+        for p in _pipelines(self): stack.enter_context(_without_tfm(p))
         stack.enter_context(contiguous_meanwhile([self.model, *_models_of(self)], lambda: self.opt))
         stack.enter_context(_kept_on_error(self))
         stack.enter_context(_plain_callbacks(self))
-        _fastai_export(self, fname, **{**kwargs, 'pickle_module': _plain_pickle(kwargs.get('pickle_module', cloudpickle))})
+        _fastai_export(self, fname, _plain_pickle(pickle_module), *args, **kwargs)
 
-Learner.export._wrapped = _fastai_export
+_wraps(Learner.export, _fastai_export)

@@ -209,10 +209,11 @@ def _settings(step, dtype, compile, now, bench):
     arm = next((a for a in _arms(step, dtype, compile, now) if a.name==row.arm), now)
     low = step.autocast if isinstance(arm.dtype, str) else arm.dtype
     tuned = step.kernels=='tuned' if arm.tuned is None else arm.tuned
+    arm = replace(arm, memory_format=arm.memory_format or now.memory_format)
     plan = FormatPlan(row.arm, arm.memory_format if row.arm!='now' else None, _names[low] if low else None, tuned, arm.compile,
         bench=bench)
     if plan.compile: plan.notes.append(_compile_note(bench, row.arm))
-    return plan,replace(arm, memory_format=arm.memory_format or now.memory_format)
+    return plan,arm
 
 def _find(step, dtype, budget, compile, memory, now, bar):
     start,memory = time.perf_counter(),memory and all(_ranks(step.device.type=='cpu' and can_keep_memory()))
@@ -247,7 +248,7 @@ def plan_formats(
     as it was."""
     if cache not in (True, False, 'refresh'): raise ValueError(f"cache must be True, False or 'refresh', got {cache!r}")
     if not budget>0: raise ValueError(f'budget must be a number of seconds above 0, got {budget!r}')
-    if isinstance(precision, str) and precision!='as is':
+    if precision not in ('as is', *_names):
         raise ValueError(f"precision must be None, torch.float16, torch.bfloat16 or 'as is', got {precision!r}")
     if not any(isinstance(m, _ConvNd) for m in step.model.modules()):
         raise ValueError(f'there is nothing to plan: {type(step.model).__name__} has no convolution')

@@ -58,10 +58,11 @@ def test_modes_by_name_and_by_value():
     assert [DeviceMixedPrecision(m).amp_mode for m in ('fp16', BF16, None)]==[FP16, BF16, None]
 
 @pytest.mark.parametrize('kwargs,error,text', [
-    (dict(growth=2), TypeError, r"^GradScaler has no argument 'growth': it takes init_scale, growth_factor, "
-        r"backoff_factor, growth_interval, enabled$"),
-    (dict(device='cuda'), TypeError, "GradScaler has no argument 'device'"),
-    (dict(a=1, b=2), TypeError, "GradScaler has no argument 'a', 'b'"),
+    (dict(growth=2), TypeError, r"^unknown argument 'growth'; did you mean 'growth_factor'\?$"),
+    (dict(Init_Scale=2), TypeError, r"^unknown argument 'Init_Scale'; did you mean 'init_scale'\?$"),
+    (dict(device='cuda'), TypeError, "^unknown argument 'device': choose from "),
+    (dict(init_scale=1., b=2, c=3), TypeError,
+        "^unknown argument 'b': choose from (amp_mode, )?init_scale, growth_factor, backoff_factor, growth_interval, enabled$"),
     (dict(init_scale='big'), TypeError, r"^GradScaler takes numbers, received init_scale='big'$"),
     (dict(growth_factor=None), TypeError, 'GradScaler takes numbers, received growth_factor=None'),
     (dict(growth_factor=0.5), ValueError, r'^GradScaler refuses .*The growth factor must be > 1.0'),
@@ -71,6 +72,9 @@ def test_modes_by_name_and_by_value():
 def test_wrong_scaler_arguments(kwargs, error, text):
     for f in (check_scaler_args, lambda kw: DeviceMixedPrecision('fp16', **kw)):
         with pytest.raises(error, match=text): f(kwargs)
+
+def test_a_misspelled_argument_of_the_callback_itself():
+    with pytest.raises(TypeError, match=r"^unknown argument 'ampmode'; did you mean 'amp_mode'\?$"): DeviceMixedPrecision(ampmode='bf16')
 
 def test_right_scaler_arguments():
     check_scaler_args(dict(init_scale=1024., growth_factor=2, backoff_factor=0.5, growth_interval=10, enabled=True))
@@ -151,6 +155,20 @@ def test_device_of_a_learner():
     learn.model = nn.ReLU()
     assert learner_device(learn)==torch.device('cpu')
 
+def test_device_of_data_without_one():
+    class Own:
+        train = valid = [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))]
+        def __init__(self, **kwargs): vars(self).update(kwargs)
+        def __getitem__(self, i): return self.train
+    learn = tiny_learner()
+    for dls in (DataLoaders([], []), DataLoaders(), DataLoaders(Own.train, Own.train), Own(), Own(device=None), None):
+        learn.dls = dls
+        for where in ('cpu', 'meta'):
+            learn.model = tiny_cnn().to(where)
+            assert learner_device(learn)==torch.device(where)
+    learn.dls = Own(device='cpu')
+    assert learner_device(learn)==torch.device('cpu')
+
 # Training
 
 @pytest.mark.parametrize('mode', modes_here)
@@ -227,11 +245,45 @@ def test_the_loss_falls(mode):
     losses = [v[0] for v in learn.recorder.values]
     assert losses[-1]<losses[0]
 
+def test_another_callback_may_mean_something_else_by_kernels():
+    class Blur(Callback): kernels = [3, 5]
+    assert amp.kernels_mode(tiny_learner(cbs=Blur)) is None and amp.kernels_mode(tiny_learner(cbs=[Blur(), DeviceMixedPrecision()]))=='correct'
+    fit(tiny_learner(cbs=Blur))
+
 def test_it_is_fastais_mixed_precision_to_fastai():
     learn = tiny_learner(cbs=DeviceMixedPrecision('bf16'))
     assert isinstance(learn.mixed_precision, MixedPrecision)
     learn.to_fp32()
     assert not hasattr(learn, 'mixed_precision') and not learn._grab_cbs(MixedPrecision)
+
+# A batch outside of a fit
+
+@pytest.mark.parametrize('mode', modes_here)
+@pytest.mark.parametrize('training', [False, True])
+def test_a_batch_outside_of_a_fit_computes_in_the_mode(mode, training):
+    learn = fit(tiny_learner(cbs=DeviceMixedPrecision(mode)))
+    seen = []
+    h = learn.model[3].register_forward_hook(lambda m,i,o: seen.append(o.dtype))
+    learn.training = training
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with learn.no_bar(): learn.one_batch(0, learn.dls.one_batch())
+    h.remove()
+    assert seen==[dtypes[mode]] and learn.loss.isfinite() and autocasts()==(False, False)
+    assert learn.scaler is None and learn.mixed_precision.autocast is None, 'as after a fit'
+    if mode=='bf16': assert training!=all(torch.equal(p, b) for p,b in zip(learn.model.parameters(), before))
+    assert conv_dtypes(learn)==both(dtypes[mode])
+
+def test_a_batch_before_the_first_fit():
+    learn = tiny_learner(cbs=DeviceMixedPrecision('bf16'))
+    learn.remove_cb(learn.recorder) # which makes its metrics in a fit
+    with learn.no_bar(): learn.one_batch(0, learn.dls.one_batch())
+    assert learn.pred.shape==(4, 2) and learn.loss.isfinite() and autocasts()==(False, False)
+
+def test_an_error_in_a_batch_outside_of_a_fit():
+    learn = fit(tiny_learner(cbs=DeviceMixedPrecision('bf16')))
+    learn.loss_func = lambda *args: 1/0
+    with pytest.raises(ZeroDivisionError): learn.one_batch(0, learn.dls.one_batch())
+    assert autocasts()==(False, False) and learn.mixed_precision.autocast is None
 
 # Nothing is left behind
 

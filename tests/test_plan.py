@@ -1,7 +1,10 @@
 "The plan: what is measured, what wins, how it is kept, and how a Learner trains by it"
-import json, os, subprocess, sys, threading
+import inspect, json, os, subprocess, sys, threading
 from pathlib import Path
 import pytest, torch
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from helpers import AveragedCopy, caught_warnings, dls_of, fit, labels, quiet, random_images, tiny_learner
@@ -9,6 +12,7 @@ import fastxtend_cl.all
 from fastxtend_cl import bench as bench_module, plan as module
 from fastxtend_cl.amp import kernels_mode
 from fastxtend_cl.bench import Arm, BenchRow, FormatBench
+from fastxtend_cl.channelslast import KeepMemoryCallback
 from fastxtend_cl.format import FormatWarning, NoEffectWarning, format_of
 from fastxtend_cl.plan import FormatPlan, cache_file, plan_formats, plan_key
 from fastxtend_cl.step import TrainingStep
@@ -203,6 +207,8 @@ def test_where_it_is_kept(monkeypatch, platform, env, place):
 
 # A Learner
 
+same = FormatPlan('now', bench=proof(row(won, 1.2)))
+
 def learner(**kwargs): return tiny_learner(dls=dls_of(random_images(8, (3, 16, 16)), labels(8), bs=4), model=net(), **kwargs)
 
 def test_a_learner_trains_by_a_plan():
@@ -276,21 +282,128 @@ def test_check_and_bench_after_a_plan():
     res = learn.bench_channelslast(['contiguous fp32'], limit=1, rounds=8, bar=False)
     assert res.conditions['now']==won and res.loader
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('plan', [same, a_plan(memory_format='contiguous'), a_plan(autocast=None, tuned=False)], ids=lambda p: f'{p.arm} {p.memory_format}')
+def test_bench_with_epochs_after_any_plan(plan):
+    res = learner().to_channelslast(plan=plan).bench_channelslast(['contiguous fp32', 'now, compiled'][:1 if plan is not same else 0], limit=.5, rounds=8, bar=False)
+    assert res.loader['wait'].keys()>={'now'}
+
+def test_whole_epochs_need_a_step_of_the_package():
+    step = step_of()
+    res = bench_module.bench_formats(step, ['channels last fp32'], now=Arm('now', setup=lambda s: s.run), loader=[(step.inputs, step.targets)]*9,
+        limit=.5, rounds=8, bar=False)
+    assert not res.loader and 'Whole epochs were not measured: the current setting is a function of the step.' in res.notes
+
 def test_nothing_faster_changes_nothing():
     learn = learner()
     cbs = list(learn.cbs)
-    with caught_warnings() as w: learn.to_channelslast(plan=FormatPlan('now', bench=proof(row(won, 1.2))))
-    assert (learn.cbs==cbs and [str(o.message) for o in w if o.category is NoEffectWarning]==[
-        'no faster setting found; keeping the current one'])
+    with caught_warnings() as w: learn.to_channelslast(plan=same)
+    assert ([str(o.message) for o in w if o.category is NoEffectWarning]==['no faster setting found; keeping the current one']
+        and learn.cbs==[*cbs, learn.channels_last] and learn.channels_last.plan is same)
+    fit(learn)
+    assert format_of(learn.model[0].weight)=='contiguous'
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('before', [dict(), dict(use_amp=False, tune=False), dict(amp_mode='fp16', keep_memory=True),
+    dict(plan=a_plan(memory_format='contiguous', compile=True)), 'fastai'], ids=str)
+@pytest.mark.parametrize('fitted', [False, True])
+def test_nothing_faster_keeps_what_there_is(before, fitted):
+    "In whatever a Learner trains, also where that has not been converted yet"
+    learn = learner()
+    if before=='fastai': learn.add_cbs([ChannelsLast(), MixedPrecision('bf16')])
+    else: learn.to_channelslast(**before)
+    if compiled(learn): learn.model._compiled_call_impl = lambda *a: learn.model._call_impl(*a) # not by inductor: it takes long
+    if fitted: fit(learn)
+    amps,mode,was = learn._grab_cbs((MixedPrecision,KeepMemoryCallback)),kernels_mode(learn),learn.model._compiled_call_impl
+    fmt = 'contiguous' if isinstance(before, dict) and 'plan' in before else 'channels_last'
+    for _ in range(2): learn.to_channelslast(plan=same, **(dict(tune=before['tune']) if 'tune' in before else {}))
+    assert learn._grab_cbs((MixedPrecision,KeepMemoryCallback))==amps and learn.model._compiled_call_impl is was
+    assert learn.channels_last.plan is same and len(learn._grab_cbs(ChannelsLast))==1
+    assert before=='fastai' or kernels_mode(learn)==mode
+    assert learn.channels_last.memory_format==fmt and format_of(fit(learn).model[0].weight)==fmt
+    learn.to_channelslast(use_amp=False)
+    assert learn.channels_last.plan is None and not compiled(learn) or before!='fastai' and 'plan' in before
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kw,found', [(dict(amp_mode='bf16'), ('bf16', {})), (dict(amp_mode='fp16', growth_interval=5), ('fp16', dict(growth_interval=5))),
+    (dict(use_amp=False), None), (dict(amp_mode=False), None), (dict(to_fp16=False), None), ({}, 'same')], ids=str)
+@pytest.mark.parametrize('first', [None, 'fp16', 'bf16'])
+def test_a_plan_that_changes_nothing_leaves_the_arguments_their_effect(kw, found, first):
+    learn = learner()
+    if first: learn.to_channelslast(amp_mode=first)
+    if found=='same': found = first and (first, {})
+    learn.to_channelslast(plan=same, **kw)
+    assert [(cb.amp_mode.value, cb.kwargs) for cb in learn._grab_cbs(MixedPrecision)]==([found] if found else [])
+    assert learn.channels_last.plan is same and hasattr(learn, 'mixed_precision')==bool(found)
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_plan_without_a_format_leaves_the_one_that_training_would_have():
+    learn = learner().to_channelslast(use_amp=False).to_channelslast(plan=FormatPlan('now, compiled', compile=False, tuned=True))
+    assert format_of(fit(learn).model[0].weight)=='channels_last'
+    learn = learner().to_channelslast(plan=FormatPlan('now, compiled', compile=False, tuned=True))
+    assert format_of(fit(learn).model[0].weight)=='contiguous'
+
+def test_now_compiled_has_the_format_of_now(monkeypatch):
+    measured(monkeypatch, proof(row('now, compiled', 0.5, verdict='faster')))
+    for now,fmt in ((None, None), (Arm('now', 'channels_last'), 'channels_last')):
+        p = plan_formats(step_of(), low, memory=False, compile=True, cache=False, now=now)
+        assert (p.arm, p.memory_format, p.compile)==('now, compiled', fmt, True)
+
+def test_a_plan_has_no_names_of_layers():
+    "One made of a wrapped model holds for a plain one, and the other way round"
+    def make(wrapped):
+        learn = learner()
+        if wrapped: learn.model = nn.DataParallel(learn.model)
+        return learn
+    for one,other in ((True, True), (True, False), (False, True)):
+        p = FormatPlan.from_dict(json.loads(json.dumps(a_plan().to_dict())))
+        step = TrainingStep.from_learner(make(one))
+        assert plan_formats(step, low, budget=1, memory=False, cache=False, bar=False).arm
+        learn = fit(make(other).to_channelslast(plan=p))
+        m = getattr(learn.model, 'module', learn.model)
+        assert format_of(m[0].weight)=='channels_last' and kernels_mode(learn)=='tuned'
+
+def test_what_the_user_compiles_after_a_plan_stays():
+    learn = learner().to_channelslast(plan=a_plan(compile=True))
+    learn.model.compile(backend='eager')
+    own = learn.model._compiled_call_impl
+    for f in (lambda: learn.to_channelslast(), lambda: learn.to_channelslast(plan=a_plan(compile=True)), lambda: learn.to_contiguous(to_fp32=True)):
+        f()
+        assert learn.model._compiled_call_impl is own
+
+def test_a_failed_compile_changes_nothing(monkeypatch):
+    learn = learner()
+    before = list(learn.cbs)
+    def fail(*args, **kwargs): raise RuntimeError('planted')
+    monkeypatch.setattr(torch, 'compile', fail)
+    with pytest.raises(RuntimeError, match='planted'): learn.to_channelslast(plan=a_plan(compile=True))
+    assert learn.cbs==before and not compiled(learn)
 
 def test_arguments_that_contradict():
     for kw,text in ((dict(use_amp=False), 'the plan computes in bf16, and the arguments ask for fp32'),
             (dict(amp_mode='fp16'), 'the plan computes in bf16, and the arguments ask for fp16')):
         with pytest.raises(ValueError, match=text): learner().to_channelslast(plan=a_plan(), **kw)
+    with pytest.raises(ValueError, match='the plan computes in fp32, and the arguments ask for bf16'):
+        learner().to_channelslast(plan=a_plan(autocast=None), amp_mode='bf16')
     with pytest.raises(ValueError, match="plan must be 'auto', a FormatPlan or None, got 'best'"): learner().to_channelslast(plan='best')
     with pytest.raises(ValueError, match="compile=True is for plan='auto'"): learner().to_channelslast(compile=True)
     with pytest.raises(TypeError, match="tune must be True or False, got 'yes'"): learner().to_channelslast(tune='yes')
-    with pytest.raises(TypeError, match="GradScaler has no argument 'repair'"): learner().to_channelslast(repair=True)
+    with pytest.raises(TypeError, match="unknown argument 'repair': choose from use_amp, .*keep_memory, init_scale"):
+        learner().to_channelslast(repair=True)
+
+@pytest.mark.parametrize('kw', [dict(budget=10), dict(memory=False), dict(cache='refresh'), dict(bar=False)], ids=str)
+def test_an_argument_of_the_search_says_where_it_belongs(kw):
+    (k,v), = kw.items()
+    with pytest.raises(TypeError) as e: learner().to_channelslast(plan='auto', **kw)
+    assert str(e.value)==(f'unknown argument {k!r}; it belongs to `plan_channelslast`: '
+        f'`to_channelslast(plan=learn.plan_channelslast({k}={v!r}))`')
+    assert k in inspect.signature(Learner.plan_channelslast).parameters
+
+@pytest.mark.parametrize('precision', ['bf16', 'as it is', torch.float64, 16, AMPMode.BF16])
+def test_a_precision_that_is_none(precision):
+    with pytest.raises(ValueError, match="precision must be None, torch.float16, torch.bfloat16 or 'as is', got "):
+        plan_formats(step_of(), precision)
+    with pytest.raises(ValueError, match="dtype must be None, torch.float16, torch.bfloat16 or 'as is', got "): Arm('a', dtype=precision)
 
 def test_a_new_input_size_is_noticed_once():
     learn = learner().to_channelslast(plan=a_plan(conditions={'shape': [4, 3, 16, 16]}))

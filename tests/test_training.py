@@ -1,7 +1,10 @@
+import ast
 import copy
+import inspect
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,6 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+import cloudpickle
 import matplotlib
 matplotlib.use('Agg')
 import numpy as np
@@ -44,6 +48,7 @@ from helpers import (AveragedCopy, SeeBatch, assert_same_snapshot, caught_warnin
 from fastxtend_cl import format as fmt
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastCallback, ChannelsLastTfm, less_random
+from fastxtend_cl.plan import FormatPlan
 from fastxtend_cl.format import FormatWarning, NoConvolutionWarning, as_channels_last, format_of
 
 fused_adamw = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)
@@ -512,6 +517,141 @@ def test_wrapped_by_torch_compile():
     learn = fp32(tiny_learner(model=torch.compile(tiny_cnn(), backend='aot_eager')))
     assert is_channels_last(fit(learn))
 
+# A Learner that does not use this package
+
+patched = 'one_batch','fit','save','load','export'
+
+def fastais(name):
+    "fastai's own method behind ours"
+    return getattr(Learner, name)._wrapped
+
+def test_all_wrapped_methods_are_known():
+    assert {n for n in vars(Learner) if hasattr(getattr(Learner, n), '_wrapped')}==set(patched)
+    assert all(fastais(n).__module__=='fastai.learner' for n in patched)
+
+@pytest.mark.parametrize('name', patched)
+def test_signatures_are_fastais(name): assert inspect.signature(getattr(Learner, name))==inspect.signature(fastais(name))
+
+def test_our_own_methods_begin_as_fastais():
+    code = ('import inspect; from fastai.vision.all import *; '
+        'print([*inspect.signature(Learner.to_channelslast).parameters], [*inspect.signature(Learner.to_contiguous).parameters])')
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=600)
+    assert res.returncode==0, res.stderr
+    theirs,back = map(ast.literal_eval, re.findall(r'\[.*?\]', res.stdout))
+    ours = [*inspect.signature(Learner.to_channelslast).parameters]
+    assert ours[:3]==theirs[:3] and set(theirs)-set(ours)<={'device'} and [*inspect.signature(Learner.to_contiguous).parameters]==back
+
+class Plain:
+    "fastai's own methods in place of ours"
+    def __init__(self, monkeypatch):
+        for n in patched: monkeypatch.setattr(Learner, n, fastais(n))
+
+calls = [('fit', (1, 1e-3, None, None, True), {}), ('fit', (1, 1e-3, 0.1, [AveragedCopy()], False, 1), {}), ('fit', (2,), dict(start_epoch=1)),
+    ('fit', (), {}), ('fit', (1, 1e-3, None, None, True, 0, 7), {}), ('fit', (1,), dict(epochs=3)), ('save', ('a',), {}), ('save', ('a',), dict(with_opt=False, pickle_protocol=4)),
+    ('save', ('a', True, 2), {}), ('save', ('a',), dict(with_optt=False)), ('load', ('kept',), {}), ('load', ('kept', 'cpu'), {}), ('load', ('kept', None), dict(strict=False)),
+    ('load', ('kept', 'cpu', True), {}), ('export', (), {}), ('export', ('z.pkl',), {}), ('export', ('z.pkl', cloudpickle, 2), {}), ('export', ('z.pkl', pickle), {}),
+    ('export', ('z.pkl',), dict(pickle_protocol=4)), ('export', ('z.pkl', cloudpickle, 2, 3), {}), ('export', (), dict(protocol=4))]
+
+@pytest.mark.parametrize('name,args,kwargs', calls, ids=[f'{n}{a}{k}'.replace(str(root), '') for n,a,k in calls])
+@pytest.mark.parametrize('to', [nothing, fp32])
+def test_calls_of_fastais_methods(to, name, args, kwargs, tmp_path, monkeypatch):
+    "By position and by name: with ours as with fastai's own, also where that raises"
+    def outcome(learn):
+        with quiet(learn):
+            learn.fit(1); learn.save('kept')
+            try: getattr(learn, name)(*args, **kwargs)
+            except TypeError as e: return re.sub(r'^(Learner\.)?(\w+\.)?', '', str(e)).split(' ', 1)[1]
+        files = {f.name for f in tmp_path.rglob('*') if f.is_file()}
+        return files,furthest(learn.model, tiny_learner().model),len(learn.recorder.values)
+    ours = outcome(to(tiny_learner(path=tmp_path)))
+    with monkeypatch.context() as m:
+        Plain(m)
+        theirs = outcome(tiny_learner(path=tmp_path))
+    if isinstance(theirs, str) or isinstance(ours, str): assert ours==theirs
+    else: assert ours[::2]==theirs[::2] and ours[1]==pytest.approx(theirs[1], rel=1e-3)
+
+class Stateless:
+    "An optimizer that keeps what it knows in its own way"
+    def __init__(self, params, lr=None, state=None, **kwargs):
+        self.param_lists = [list(params)]
+        self.hypers,self.state,self.lr = [dict(lr=lr)],state,lr
+    def set_hypers(self, **kwargs): self.hypers[0].update(kwargs); self.lr = self.hypers[0]['lr']
+    def freeze_to(self, n): pass
+    def clear_state(self): pass
+    def all_params(self, n=slice(None), with_grad=False): return [(p,None,{},{}) for p in self.param_lists[0]]
+    def state_dict(self): return dict(lr=self.lr)
+    def load_state_dict(self, sd): self.lr = sd['lr']
+    def zero_grad(self):
+        for p in self.param_lists[0]: p.grad = None
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_lists[0]:
+            if p.grad is not None: p -= self.lr*p.grad
+
+@pytest.mark.parametrize('state', [None, [], [torch.zeros(3)], 3, 'no attribute'], ids=str)
+def test_load_with_an_optimizer_that_has_no_mapping(state, tmp_path):
+    def make():
+        learn = tiny_learner(path=tmp_path, opt_func=partial(Stateless, state=state), wd_bn_bias=True, train_bn=False)
+        learn.create_opt()
+        if state=='no attribute': del learn.opt.state
+        return learn
+    learn = fit(make(), 2)
+    learn.save('a'); learn.export()
+    other = make()
+    assert other.load('a') is other and furthest(other.model, learn.model)==0
+    fit(other)
+
+def test_fastais_channels_last_is_not_ours(tmp_path, monkeypatch):
+    "What a Learner with fastai's own callback writes is as without this package"
+    learn = fit(tiny_learner(path=tmp_path, cbs=ChannelsLast))
+    assert {format_of(t) for t in torch.load(learn.save('a', with_opt=False)).values() if t.ndim==4}=={'channels_last'}
+    learn.export()
+    assert 'channels_last' in strides_in(tmp_path/'export.pkl', monkeypatch)
+
+# Data without fastai's loaders
+
+def torch_dl(cls=torch.Tensor, n=8):
+    items = [(cls(x), y%2) for x,y in zip(torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0)), range(n))]
+    return torch.utils.data.DataLoader(items, batch_size=4)
+
+class OwnDls:
+    "Loaders of one's own class"
+    def __init__(self, train, valid): self.train,self.valid = train,valid
+    def __getitem__(self, i): return (self.train, self.valid)[i]
+
+class OwnDlsOnDevice(OwnDls): device = str(device)
+
+def plain_dls(kind):
+    dl = torch_dl(TensorImage if kind=='images' else torch.Tensor)
+    if kind=='batches': return DataLoaders(list(dl), list(dl))
+    if kind=='tuples': return DataLoaders([(x,y) for x,y in dl], [(x,y) for x,y in dl])
+    if kind in ('own', 'own on a device'): return (OwnDls if kind=='own' else OwnDlsOnDevice)(dl, dl)
+    return DataLoaders(dl, dl)
+
+plain_kinds = 'torch','images','batches','tuples','own','own on a device'
+ways = {'default': lambda l: l.to_channelslast(), 'fp32': fp32, 'bf16': lambda l: l.to_channelslast(amp_mode='bf16'),
+    'memory': lambda l: l.to_channelslast(keep_memory=True), 'plan': lambda l: l.to_channelslast(plan=low_plan),
+    'contiguous plan': lambda l: l.to_channelslast(plan=FormatPlan('contiguous bf16', 'contiguous', 'bf16')),
+    'no plan': lambda l: l.to_channelslast(plan=FormatPlan('now')), 'amp': lambda l: l.add_cb(DeviceMixedPrecision('bf16')),
+    'native amp': lambda l: l.add_cb(DeviceMixedPrecision()), 'nothing': nothing}
+low_plan = FormatPlan('channels last bf16, tuned', 'channels_last', 'bf16', True, keep_memory=True)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('way', ways)
+@pytest.mark.parametrize('kind', plain_kinds)
+def test_plain_loaders(kind, way):
+    torch.manual_seed(0)
+    learn = Learner(plain_dls(kind), tiny_cnn().to(device), loss_func=nn.functional.cross_entropy, cbs=SeeBatch)
+    assert ways[way](learn) is learn
+    fit(learn, 2)
+    with quiet(learn): learn.validate()
+    converted = way not in ('contiguous plan', 'no plan', 'amp', 'native amp', 'nothing')
+    assert (is_channels_last if converted else is_contiguous)(learn)
+    assert learn.see_batch.x=={'nhwc' if converted and kind=='images' else 'nchw'}
+    assert np.isfinite(learn.recorder.values[-1]).all()
+    assert is_contiguous(learn.to_contiguous(to_fp32=True)) and not learn._grab_cbs((ChannelsLast, MixedPrecision))
+    fit(learn)
+
 # Bad input
 
 @pytest.mark.parametrize('dls', [lambda: None, DataLoaders], ids=['None', 'DataLoaders'])
@@ -666,8 +806,12 @@ def everything(learn):
     return [*learn.cbs, *(copy.copy({k:v for k,v in vars(cb).items() if k!='learn'}) for cb in learn.cbs),
         sorted(k for k in vars(learn)), [cb.learn for cb in learn.cbs]]
 
-wrong = [(dict(growth=2), TypeError, "^GradScaler has no argument 'growth': it takes init_scale"),
-    (dict(device='cpu'), TypeError, "GradScaler has no argument 'device'"),
+wrong = [(dict(growth=2), TypeError, r"^unknown argument 'growth'; did you mean 'growth_factor'\?$"),
+    (dict(ampmode='bf16'), TypeError, r"^unknown argument 'ampmode'; did you mean 'amp_mode'\?$"),
+    (dict(keep_memry=True), TypeError, r"^unknown argument 'keep_memry'; did you mean 'keep_memory'\?$"),
+    (dict(device='cpu'), TypeError, "^unknown argument 'device': choose from use_amp, amp_mode, .*, enabled$"),
+    (dict(budget=10), TypeError, r"^unknown argument 'budget'; it belongs to `plan_channelslast`: "
+        r"`to_channelslast\(plan=learn.plan_channelslast\(budget=10\)\)`$"),
     (dict(init_scale='big'), TypeError, "GradScaler takes numbers, received init_scale='big'"),
     (dict(growth_factor=0.5), ValueError, 'The growth factor must be > 1.0'),
     (dict(use_amp=1), TypeError, '^use_amp is True or False, received 1$'),

@@ -1,0 +1,156 @@
+"After any sequence of calls a Learner is as after the last conversion alone"
+import copy, tempfile
+from functools import partial, wraps
+from pathlib import Path
+import pytest, torch
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision
+from fastai.optimizer import OptimWrapper
+from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from helpers import device, fit, labels, quiet, random_images, state_follows, strides, dls_of, tiny_learner
+import fastxtend_cl.all
+from fastxtend_cl.channelslast import ChannelsLastCallback, KeepMemoryCallback
+from fastxtend_cl.format import format_of
+from fastxtend_cl.plan import FormatPlan
+
+plans = {'contiguous': FormatPlan('contiguous bf16, tuned', 'contiguous', 'bf16', tuned=True, keep_memory=True),
+    'channels last': FormatPlan('channels last fp32', 'channels_last'),
+    'compiled': FormatPlan('channels last bf16, tuned, compiled', 'channels_last', 'bf16', tuned=True, compile=True),
+    'contiguous, compiled': FormatPlan('contiguous fp32, compiled', 'contiguous', compile=True),
+    'as it is, compiled': FormatPlan('now, compiled', autocast='bf16', compile=True),
+    'the same': FormatPlan('now')}
+
+def leaves_something(call):
+    "Whether what `call` comes to depends on what was before it"
+    name,kw = call
+    return not kw['to_fp32'] if name=='to_contiguous' else kw.get('plan') in ('the same', 'as it is, compiled')
+
+conversions = [('to_channelslast', kw) for kw in (dict(), dict(use_amp=False), dict(amp_mode='bf16', keep_memory=True), dict(amp_mode='fp16', growth_interval=7),
+    dict(to_fp16=True, tune=False), dict(amp_mode=False, keep_memory=False), dict(init_scale=8.), *[dict(plan=p) for p in plans],
+    dict(plan='the same', use_amp=False), dict(plan='the same', amp_mode='bf16', keep_memory=True), dict(plan='contiguous', tune=False, keep_memory=False))]
+conversions += [('to_contiguous', dict(to_fp32=b)) for b in (False, True)]
+
+def splitter(m): return [[*m[:3].parameters()], [*m[3:].parameters()]]
+
+def new_learner(fused, path=None):
+    opt = dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)) if fused else {}
+    return tiny_learner(dls_of(random_images(4), labels(4)), splitter=splitter, path=path, **opt)
+
+def call(learn, o):
+    name,kw = o
+    with quiet(learn): res = getattr(learn, name)(**{**kw, **(dict(plan=plans[kw['plan']]) if 'plan' in kw else {})})
+    assert res is learn
+
+def described(learn):
+    "Callbacks of the package and their settings"
+    cl,amps = learn._grab_cbs(ChannelsLast),learn._grab_cbs(MixedPrecision)
+    assert getattr(learn, 'channels_last', None) is (cl[0] if cl else None) and getattr(learn, 'mixed_precision', None) is (amps[0] if amps else None)
+    assert all(cb.learn is learn for cb in learn.cbs) and all(type(cb) is ChannelsLastCallback for cb in cl)
+    return dict(all=sorted(type(cb).__name__ for cb in learn.cbs), amp=[(type(cb), cb.amp_mode, cb.kwargs) for cb in amps],
+        channels_last=[(cb.plan, cb.tune, cb.memory_format, cb.kernels) for cb in cl], keep=len(learn._grab_cbs(KeepMemoryCallback)))
+
+def not_compiled(f, **kwargs):
+    "In place of `torch.compile`: what is compiled is not the question here, and takes long"
+    @wraps(f)
+    def res(*args, **kwargs): return f(*args, **kwargs)
+    return res
+
+references = {}
+
+def reference(calls, fused):
+    "Settings of a new Learner after `calls`, whether a plan has compiled it, and its strides after a fit"
+    key = repr((calls, fused))
+    if key not in references:
+        learn = new_learner(fused)
+        for o in calls: call(learn, o)
+        references[key] = described(learn),learn.model._compiled_call_impl is not None,strides(fit(learn).model)
+    return references[key]
+
+class Sequences(RuleBasedStateMachine):
+    @initialize(fused=st.booleans())
+    def make(self, fused):
+        self.folder = tempfile.TemporaryDirectory()
+        self.fused,self.learn = fused,new_learner(fused, Path(self.folder.name))
+        self.calls,self.own,self.settled,self.saved = [],None,True,False
+
+    @rule(o=st.sampled_from(conversions))
+    def convert_only(self, o): self.convert(o)
+
+    @rule(o=st.sampled_from(conversions))
+    def convert_and_fit(self, o): self.convert(o); self.fit()
+
+    def convert(self, o):
+        call(self.learn, o)
+        self.calls = [*self.calls, o] if leaves_something(o) else [o]
+        self.settled = o[0]=='to_contiguous'
+
+    def fit(self):
+        fit(self.learn)
+        self.settled = True
+
+    @rule(how=st.sampled_from(['freeze', 'unfreeze']))
+    def freeze(self, how): getattr(self.learn, how)()
+
+    @rule(again=st.booleans())
+    def save_and_load(self, again):
+        "The file of now, or one that was saved in another format"
+        if not again or not self.saved:
+            saved = torch.load(self.learn.save('a'), weights_only=False)
+            if self.learn._grab_cbs(ChannelsLastCallback):
+                assert 'channels_last' not in {format_of(t) for t in (saved['model'] if set(saved)=={'model', 'opt'} else saved).values()}
+            self.saved = True
+        with quiet(self.learn): self.learn.load('a')
+
+    @rule()
+    def export(self):
+        with quiet(self.learn):
+            before = strides(self.learn.model),list(self.learn.cbs)
+            self.learn.export()
+            assert (strides(self.learn.model),list(self.learn.cbs))==before
+
+    @rule()
+    def compile(self):
+        self.learn.model.compile(backend='eager')
+        self.own = self.learn.model._compiled_call_impl
+
+    @invariant()
+    def is_as_after_the_last_conversion(self):
+        found,compiled,after_fit = reference(self.calls, self.fused)
+        assert described(self.learn)==found, self.calls
+        impl = self.learn.model._compiled_call_impl
+        assert impl is self.own if self.own else (impl is not None)==compiled, self.calls
+        if self.settled: assert strides(self.learn.model)==after_fit, self.calls
+        if self.learn.opt is not None: assert state_follows(self.learn.model, self.learn.opt)
+
+    def teardown(self):
+        if hasattr(self, 'folder'): self.folder.cleanup()
+
+@pytest.fixture(autouse=True)
+def quick_compile(monkeypatch): monkeypatch.setattr(torch, 'compile', not_compiled)
+
+@pytest.mark.filterwarnings('ignore')
+def test_sequences():
+    run_state_machine_as_test(Sequences, settings=settings(max_examples=80, stateful_step_count=12, deadline=None,
+        derandomize=True, database=None, suppress_health_check=list(HealthCheck)))
+
+@pytest.mark.filterwarnings('ignore')
+def test_every_pair():
+    "The second call comes to what it would alone, for those that leave nothing as it is"
+    for one in conversions:
+        for other in conversions:
+            if leaves_something(other): continue
+            learn = new_learner(False)
+            call(learn, one); call(learn, other)
+            assert (described(learn),learn.model._compiled_call_impl is not None)==reference([other], False)[:2], (one, other)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('plan', ['the same', 'as it is, compiled'])
+def test_every_plan_that_leaves_the_format(plan):
+    for one in conversions:
+        for between in (lambda learn: learn, fit):
+            learn = new_learner(True)
+            call(learn, one)
+            before = fit(copy.deepcopy(learn))
+            between(learn); call(learn, ('to_channelslast', dict(plan=plan)))
+            assert strides(fit(learn).model)==strides(before.model), one
