@@ -18,9 +18,9 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from .format import _tensors_in, channels_last_formats, convolutions, dense_strides, format_of
+from .format import _tensors_in, channels_last_formats, dense_strides, format_of
 from .kernels import tuned_kernels
-from .step import TrainingStep
+from .step import TrainingStep, _has_convolution, _has_storage, _unseen
 
 # %% ../nbs/05_trace.ipynb #2bc3f24a
 def layout_of(
@@ -125,6 +125,8 @@ class _Loss:
         if place: self.paid.append(place)
 
 # %% ../nbs/05_trace.ipynb #f1f409f7
+def _strided_in(o): return [t for t in _tensors_in(o) if _has_storage(t)]
+
 def _leaf_tensors(o): return [t for t in _tensors_in(o) if t.layout==torch.strided and t.is_floating_point()]
 
 def _storage(t): return t.untyped_storage()._cdata
@@ -143,7 +145,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.modules,self.by_node,self.lost,self.slices,self.losses,self.ops = _Modules(step),{},{},{},[],[]
         self.params = {_storage(p):n for n,p in step.params().items() if p.layout==torch.strided}
-        self.count,self.last_conv = 0,-1
+        self.count,self.sources,self.feeding = 0,{},0
     def __enter__(self): self.modules.__enter__(); return super().__enter__()
     def __exit__(self, *error): super().__exit__(*error); return self.modules.__exit__(*error)
 
@@ -189,6 +191,7 @@ def note(self:_Tracer, func, args, kwargs, out):
     "Compare what an operator has received with what it hands on"
     ins,outs = _leaf_tensors((args, kwargs)),_leaf_tensors(out)
     place = self.place(func, kwargs)
+    if place.phase=='forward': self.flow(func, place, args, kwargs, out)
     if not outs or not ins and not any(t.ndim in channels_last_formats for t in outs): return
     old = {_storage(t) for t in ins}
     if not func._schema.is_mutable and all(_storage(t) in old for t in outs): return self.note_view(place, ins, outs)
@@ -207,6 +210,17 @@ def note(self:_Tracer, func, args, kwargs, out):
     self.note_sliced(func, place, xs, replay)
 
 @patch
+def flow(self:_Tracer, func, place, args, kwargs, out):
+    "Of each tensor the operators that it was made by, as bits by their order; and those that feed a convolution"
+    made = 0
+    for t in _strided_in((args, kwargs)): made |= self.sources.get(_storage(t), 0)
+    if place.op in _convs: self.feeding |= made
+    old = {_storage(t) for t in _strided_in((args, kwargs))}
+    for t in _strided_in(out):
+        s = _storage(t)
+        self.sources[s] = made | 1<<place.order | (self.sources.get(s, 0) if s in old else 0)
+
+@patch
 def concerns(self:_Tracer, op, x, ys):
     "Whether `x` is an image that goes into `ys`, and no grid, mask or embedding"
     return op in _any_channels or x.shape[:2]==ys[0][0].shape[:2]
@@ -215,7 +229,6 @@ def concerns(self:_Tracer, op, x, ys):
 def record(self:_Tracer, place, xs, ys):
     "Keep it, for the table and the picture"
     y,f = max(ys, key=lambda o: o[0].numel())
-    if place.phase=='forward' and place.op in _convs: self.last_conv = place.order
     self.ops.append((place, next((f for _,f in xs), None), f, y.numel()))
 
 # %% ../nbs/05_trace.ipynb #e13e9ace
@@ -293,7 +306,7 @@ def leaves(self:_Tracer, loss):
     p = loss.place.forward or loss.place
     if loss.kind=='sliced': return False
     if not loss.paid: return not (loss.kind=='explicit' and loss.used)
-    return loss.born and loss.place.phase=='backward' and p.module!='loss_func' and p.order>self.last_conv
+    return loss.born and loss.place.phase=='backward' and p.module!='loss_func' and not self.feeding>>p.order & 1
 
 # %% ../nbs/05_trace.ipynb #09358598
 def _map_tensors(f, o):
@@ -645,13 +658,14 @@ def trace_format(
     A compiled model is traced in eager mode. Raises a `ValueError` for a model without a convolution, and what the
     step itself raises."""
     start = time.perf_counter()
-    if not convolutions(step.model):
-        raise ValueError(f'there is nothing to trace: {type(step.model).__name__} has no convolution of two or three dimensions')
+    if not _has_convolution(step.model):
+        raise ValueError(f'there is nothing to trace: {type(step.model).__name__} has no convolution of two or three dimensions'
+            f'{_unseen(step.model)}')
     x = next(_tensors_in(step.inputs), None)
     conditions = dict(device=str(step.device), torch=torch.__version__, threads=torch.get_num_threads(),
         shape=None if x is None else list(x.shape),
         autocast=str(step.autocast).removeprefix('torch.') if step.autocast else 'no autocast', compiled=_compiled(step.model))
-    tracer,seconds = _traced(step)
+    with step.initialized(): tracer,seconds = _traced(step)
     with tuned_kernels(step.kernels, model=step.model): costs = _Costs(step.device, budget*seconds).measure(tracer.losses)
     leaks,left = [],[]
     for g in _merged(tracer.losses): (left if tracer.leaves(g[0]) else leaks).append((g, _row(g, costs, seconds)))
