@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from .format import _tensors_in
 from .verify import tf32_allowed
-from .step import TrainingStep, _has_convolution, _unseen
+from .step import TrainingStep, _has_convolution, _scripted, _unseen
 
 # %% ../nbs/04_check.ipynb #8394fe92
 margin = 4.
@@ -64,17 +64,21 @@ def _run(step, memory_format, dtype, *watches):
 
 # %% ../nbs/04_check.ipynb #253704e2
 def _leaves(model):
-    return {n:m for n,m in model.named_modules() if not any(True for _ in m.children()) and not isinstance(m, LazyModuleMixin)}
+    return {n:m for n,m in model.named_modules() if not any(True for _ in m.children())
+        and not isinstance(m, (LazyModuleMixin, torch.jit.ScriptModule))} # scripted ones take no hooks
 
 # %% ../nbs/04_check.ipynb #6f049e4f
 class _Noise:
     """Plant an error of relative size `size(call)` in the output of each call of a layer, and one of size `back` in the
-    gradient that reaches it; and in both, errors that all pixels of a channel have in common, of sizes `common(call)`"""
+    gradient that reaches it; and in both, errors that all pixels of a channel have in common, of sizes `common(call)`. A scripted
+    layer takes no hooks: errors are planted in its weights"""
     def __init__(self, size, back, seed, common=lambda k: (0., 0.)):
         self.size,self.back,self.seed,self.common,self.handles = size,back,seed,common,[]
     def attach(self, model):
         self.gen,self.count = torch.Generator().manual_seed(self.seed),Counter()
         self.store = torch.randn(2**16+1, generator=self.gen, dtype=torch.float64)
+        for p in (p for m in _scripted(model) for p in m.parameters(recurse=False)):
+            if p.is_floating_point(): p.data += (self.size(None)*self.draw(*p.shape)).to(p)*p.detach()
         for n,m in _leaves(model).items(): self.handles.append(m.register_forward_hook(self.hook(n)))
     def remove(self):
         for h in self.handles: h.remove()
@@ -196,7 +200,7 @@ def __str__(self:FormatCheck):
     rows = [f'{r.verdict:12}{r.precision:6}{r.kind:9}{r.name:40}{r.contiguous:11.1e}{r.channels_last:15.1e}{r.allowed:10.1e}'
         for r in _worst(self)]
     table = [f"{'':12}{'':6}{'':9}{'distance from double precision':40}{'contiguous':>11}{'channels last':>15}{'allowed':>10}",
-        *rows] if rows else []
+        *rows] if rows and not self.ok else []
     return '\n'.join([head, *table])
 
 @patch

@@ -145,7 +145,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.modules,self.by_node,self.lost,self.slices,self.losses,self.ops = _Modules(step),{},{},{},[],[]
         self.params = {_storage(p):n for n,p in step.params().items() if p.layout==torch.strided}
-        self.count,self.sources,self.feeding = 0,{},0
+        self.count,self.sources,self.feeding,self.casts = 0,{},0,set()
     def __enter__(self): self.modules.__enter__(); return super().__enter__()
     def __exit__(self, *error): super().__exit__(*error); return self.modules.__exit__(*error)
 
@@ -207,6 +207,7 @@ def note(self:_Tracer, func, args, kwargs, out):
     for y,f in ys: self.note_output(place, xs, y, f)
     replay = _Replay.of(func, args, kwargs) if place.op not in _plain else None
     self.note_paid(place, xs, ys, replay)
+    if place.op in _convs: self.note_weight(args[2 if 'backward' in place.op else 1])
     self.note_sliced(func, place, xs, replay)
 
 @patch
@@ -218,6 +219,7 @@ def flow(self:_Tracer, func, place, args, kwargs, out):
     old = {_storage(t) for t in _strided_in((args, kwargs))}
     for t in _strided_in(out):
         s = _storage(t)
+        if s not in old: (self.casts.add if place.op=='_to_copy' and self.is_weight(args[0]) else self.casts.discard)(s)
         self.sources[s] = made | 1<<place.order | (self.sources.get(s, 0) if s in old else 0)
 
 @patch
@@ -289,6 +291,15 @@ def note_paid(self:_Tracer, place, xs, ys, replay):
         else: loss.pay(meta, meta.like('channels_last'), place, replay)
         used = replay is not None
         if loss.born and loss not in self.losses: self.losses.append(loss)
+
+@patch
+def is_weight(self:_Tracer, t): return isinstance(t, nn.Parameter) or _storage(t) in self.params
+
+@patch
+def note_weight(self:_Tracer, w):
+    "A contiguous weight is none that a loss has reached: its network is not converted"
+    loss = self.lost.get(_storage(w))
+    if loss in self.losses and (self.is_weight(w) or _storage(w) in self.casts): loss.kind = 'weight'
 
 @patch
 def note_sliced(self:_Tracer, func, place, xs, replay):
@@ -404,6 +415,14 @@ _texts = dict(
     born='a tensor is made contiguous: make it with `memory_format=torch.channels_last`',
     none='no remedy is known here')
 
+def _convert_advice(p):
+    "What to do about a convolution at place `p` that is not converted with the model"
+    if p.module.partition('.')[0]!='loss_func' and '<' not in p.module:
+        return 'a scripted convolution is not converted: `apply_channels_last` the model first, then script it'
+    net = p.module.rpartition('.')[0] or p.module
+    return ('this network is no part of the model, and is not converted with it: '
+        + (f'`apply_channels_last({net})`' if '<' not in net else '`apply_channels_last(network)` does that'))
+
 def _advice_name(l):
     p,fwd = l.place,l.place.forward or l.place
     backward,copied = p.phase=='backward',l.kind=='explicit' and p.op in _copies
@@ -418,7 +437,7 @@ def _advice_name(l):
     if l.born: return 'tokens_back' if backward else 'tokens' if p.op in ('view','_unsafe_view','unflatten') else 'born'
     return 'none'
 
-def _advice(l): return _texts[_advice_name(l)]
+def _advice(l): return _convert_advice(l.place) if l.kind=='weight' else _texts[_advice_name(l)]
 
 # %% ../nbs/05_trace.ipynb #80b4d0bd
 @dataclass
@@ -428,7 +447,8 @@ class TraceRow:
     cls:str # Class of the module
     op:str # Operator, such as 'cat'
     phase:str # 'forward' or 'backward'
-    # 'lost': by an operator; 'explicit': by the model's own code; 'hidden': made contiguous elsewhere; 'sliced': not dense
+    # 'lost': by an operator; 'explicit': by the model's own code; 'hidden': made contiguous elsewhere; 'sliced': not dense;
+    # 'weight': a convolution outside of the model, which is not converted
     kind:str
     format_in:str|None # None: it came from no image
     format_out:str
@@ -487,6 +507,7 @@ def _names(g, n=2):
 def _pair(r):
     "What a row does, with what converts back"
     article = 'an' if r.format_out[0] in 'aeiou' else 'a'
+    if r.kind=='weight': return 'contiguous weights, not converted'
     what = f'{r.format_in} to {r.format_out}' if r.format_in and r.kind!='sliced' else f'{article} {r.format_out} tensor'
     return what + (f', back in {r.back[0]}' if r.back else '')
 
@@ -637,7 +658,7 @@ def _say(rows, left, share):
     head = sum(r.share for r in left)
     tail = f'; the head, which leaves image space on purpose, takes {_percent(head)}' if left and head>0 else ''
     if not rows: return f'keeps channels last throughout{tail}'
-    worst = [f'{"" if len(g)==1 else f"{len(g)} times "}`{g[0].op}` in {_names(g)} ({g[0].phase})' for g in _groups(rows)[:3]]
+    worst = [f'{"" if len(g)==1 else f"{len(g)} times "}`{g[0].op}` in {_names(g)} ({"not converted" if g[0].kind=="weight" else g[0].phase})' for g in _groups(rows)[:3]]
     places = '1 place loses' if len(rows)==1 else f'{len(rows)} places lose'
     return f'{places} it, {_percent(share)} of the step: {"; ".join(worst)}{tail}'
 
