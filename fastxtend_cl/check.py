@@ -78,18 +78,19 @@ class _Noise:
         self.gen,self.count = torch.Generator().manual_seed(self.seed),Counter()
         self.store = torch.randn(2**16+1, generator=self.gen, dtype=torch.float64)
         for p in (p for m in _scripted(model) for p in m.parameters(recurse=False)):
-            if p.is_floating_point(): p.data += (self.size(None)*self.draw(*p.shape)).to(p)*p.detach()
+            if p.is_floating_point(): p.data += self.draw(p.shape, self.size(None), p)*p.detach()
         for n,m in _leaves(model).items(): self.handles.append(m.register_forward_hook(self.hook(n)))
     def remove(self):
         for h in self.handles: h.remove()
-    def draw(self, *shape):
-        "Normal numbers, from a store of them that is read from a random place on and over again: making them took longer than the step"
+    def draw(self, shape, size, like):
+        "Normal numbers times `size`, from a store that is read from a random place on, over and again: to make them took longer than the step"
         n,start = math.prod(shape),int(torch.randint(len(self.store), (), generator=self.gen))
-        return self.store.roll(-start).repeat(n//len(self.store)+1)[:n].view(shape)
+        return (size*self.store).to(like).roll(-start).repeat(n//len(self.store)+1)[:n].view(shape)
     def noisy(self, t, eps, common=0.):
-        noise = eps*self.draw(*t.shape)
-        if common and t.ndim>2: noise += common*self.draw(1, t.shape[1], *[1]*(t.ndim-2))
-        return t + (noise*t.detach().double().square().mean().sqrt().item()).to(t)*(t!=0)
+        rms = torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item()/math.sqrt(t.numel())
+        noise = self.draw(t.shape, eps*rms, t)
+        if common and t.ndim>2: noise += self.draw((1, t.shape[1], *[1]*(t.ndim-2)), common*rms, t)
+        return t + noise.masked_fill_(t.detach()==0, 0)
     def hook(self, name):
         def plant(m, args, out):
             if not isinstance(out, Tensor) or not out.is_floating_point() or not out.numel(): return None
@@ -275,7 +276,8 @@ class _Runs:
         def size(k):
             return min(eps, max((distance(w.out[k], exact.out[k]) for w in ws if k in w.out and k in exact.out), default=eps))
         def common(k): return [min(epsilon['fp32'], max(w.common(exact, p, k) for w in ws)) for p in ('forward', 'backward')]
-        return self.watched('contiguous', torch.float64, _Noise(size, eps, seed, common))
+        precise = _fits(self.pace, 0, 1.5, 'double precision of the step with planted errors')
+        return self.watched('contiguous', torch.float64 if precise else None, _Noise(size, eps, seed, common))
 
 def _compare(runs, dtype):
     "Rows of one precision, and where a fault starts"
