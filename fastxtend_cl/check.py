@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 import torch
 from fastcore.basics import patch
+from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
-from .format import _tensors_in, convolutions
+from .format import _tensors_in
 from .verify import tf32_allowed
-from .step import TrainingStep
+from .step import TrainingStep, _has_convolution, _scripted, _unseen
 
 # %% ../nbs/04_check.ipynb #8394fe92
 margin = 4.
@@ -54,8 +55,7 @@ def _flat(res):
     return {(kind,n):_exact(t).to('cpu', copy=True) for kind,ts in parts.items() for n,t in ts.items()}
 
 def _run(step, memory_format, dtype, *watches):
-    "Only the step under test may compute with tuned kernels: channels last, not in double precision"
-    if memory_format!='channels_last' or dtype==torch.float64: step = replace(step, tuned=False)
+    "The results of `step` in a memory format and precision"
     with step.preserved():
         for w in watches: w.attach(step.model)
         try: return _flat(step.run(memory_format, dtype, seed=0, keep='state'))
@@ -64,24 +64,33 @@ def _run(step, memory_format, dtype, *watches):
 
 # %% ../nbs/04_check.ipynb #253704e2
 def _leaves(model):
-    return {n:m for n,m in model.named_modules() if not any(True for _ in m.children()) and not isinstance(m, LazyModuleMixin)}
+    return {n:m for n,m in model.named_modules() if not any(True for _ in m.children())
+        and not isinstance(m, (LazyModuleMixin, torch.jit.ScriptModule))} # scripted ones take no hooks
 
 # %% ../nbs/04_check.ipynb #6f049e4f
 class _Noise:
     """Plant an error of relative size `size(call)` in the output of each call of a layer, and one of size `back` in the
-    gradient that reaches it; and in both, errors that all pixels of a channel have in common, of sizes `common(call)`"""
+    gradient that reaches it; and in both, errors that all pixels of a channel have in common, of sizes `common(call)`. A scripted
+    layer takes no hooks: errors are planted in its weights"""
     def __init__(self, size, back, seed, common=lambda k: (0., 0.)):
         self.size,self.back,self.seed,self.common,self.handles = size,back,seed,common,[]
     def attach(self, model):
         self.gen,self.count = torch.Generator().manual_seed(self.seed),Counter()
+        self.store = torch.randn(2**16+1, generator=self.gen, dtype=torch.float64)
+        for p in (p for m in _scripted(model) for p in m.parameters(recurse=False)):
+            if p.is_floating_point(): p.data += self.draw(p.shape, self.size(None), p)*p.detach()
         for n,m in _leaves(model).items(): self.handles.append(m.register_forward_hook(self.hook(n)))
     def remove(self):
         for h in self.handles: h.remove()
+    def draw(self, shape, size, like):
+        "Normal numbers times `size`, from a store that is read from a random place on, over and again: to make them took longer than the step"
+        n,start = math.prod(shape),int(torch.randint(len(self.store), (), generator=self.gen))
+        return (size*self.store).to(like).roll(-start).repeat(n//len(self.store)+1)[:n].view(shape)
     def noisy(self, t, eps, common=0.):
-        def draw(*shape): return torch.randn(shape, generator=self.gen, dtype=torch.float64)
-        noise = eps*draw(*t.shape)
-        if common and t.ndim>2: noise += common*draw(1, t.shape[1], *[1]*(t.ndim-2))
-        return t + (noise*t.detach().double().square().mean().sqrt().item()).to(t)*(t!=0)
+        rms = torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item()/math.sqrt(t.numel())
+        noise = self.draw(t.shape, eps*rms, t)
+        if common and t.ndim>2: noise += self.draw((1, t.shape[1], *[1]*(t.ndim-2)), common*rms, t)
+        return t + noise.masked_fill_(t.detach()==0, 0)
     def hook(self, name):
         def plant(m, args, out):
             if not isinstance(out, Tensor) or not out.is_floating_point() or not out.numel(): return None
@@ -96,8 +105,8 @@ class _Noise:
 # %% ../nbs/04_check.ipynb #ba84233a
 class _Watch:
     """Samples of what each layer hands on and of the gradient that reaches it, in the order of calls, and the mean over
-    the pixels of each channel"""
-    def __init__(self, n=4096): self.n,self.handles,self.out,self.grad,self.means = n,[],{},{},{}
+    the pixels of each channel; and the number of elements that the layers hand on"""
+    def __init__(self, n=4096): self.n,self.handles,self.out,self.grad,self.means,self.elements = n,[],{},{},{},0
     def attach(self, model):
         self.count = Counter()
         for n,m in _leaves(model).items(): self.handles.append(m.register_forward_hook(self.hook(n)))
@@ -111,6 +120,7 @@ class _Watch:
         kept[k] = t[torch.arange(n, device=t.device)*(len(t)-1)//max(n-1, 1)].to('cpu', torch.float64)
     def hook(self, name):
         def note(m, args, out):
+            self.elements += sum(t.numel() for t in _tensors_in(out))
             if not isinstance(out, Tensor) or not out.is_floating_point(): return
             k = (name, self.count[name])
             self.count[name] += 1
@@ -191,7 +201,7 @@ def __str__(self:FormatCheck):
     rows = [f'{r.verdict:12}{r.precision:6}{r.kind:9}{r.name:40}{r.contiguous:11.1e}{r.channels_last:15.1e}{r.allowed:10.1e}'
         for r in _worst(self)]
     table = [f"{'':12}{'':6}{'':9}{'distance from double precision':40}{'contiguous':>11}{'channels last':>15}{'allowed':>10}",
-        *rows] if rows else []
+        *rows] if rows and not self.ok else []
     return '\n'.join([head, *table])
 
 @patch
@@ -243,11 +253,17 @@ def _verdict(contiguous, channels_last, allowed, rounding):
 
 # %% ../nbs/04_check.ipynb #e82a316c
 class _Runs:
-    "Runs of a step, each made once and watched; with `shift`, all of them at another point"
-    def __init__(self, step, shift=0.): self.step,self.shift,self.done = step,shift,{}
+    """Runs of a step, each made once and watched; with `shift`, all of them at another point
+
+    'channels_last' is the step under test, which alone computes with its own kernels, in the memory format `tested`."""
+    def __init__(self, step, shift=0., tested='channels_last', pace=None):
+        self.step,self.shift,self.tested,self.pace,self.done = step,shift,tested,pace,{}
     def watched(self, memory_format, dtype, *watches):
         shift = [_Noise(lambda k: self.shift, 0., 7)] if self.shift else []
-        return _run(self.step, memory_format, dtype, *shift, *watches, w := _Watch()),w
+        step,to = (self.step,self.tested) if memory_format=='channels_last' else (replace(self.step, tuned=False),memory_format)
+        res = _run(step, to, dtype, *shift, *watches, w := _Watch()),w
+        if self.pace: self.pace.ran(dtype==torch.float64)
+        return res
     def __call__(self, memory_format, dtype):
         k = memory_format,dtype
         if k not in self.done: self.done[k] = self.watched(*k)
@@ -260,7 +276,8 @@ class _Runs:
         def size(k):
             return min(eps, max((distance(w.out[k], exact.out[k]) for w in ws if k in w.out and k in exact.out), default=eps))
         def common(k): return [min(epsilon['fp32'], max(w.common(exact, p, k) for w in ws)) for p in ('forward', 'backward')]
-        return self.watched('contiguous', torch.float64, _Noise(size, eps, seed, common))
+        precise = _fits(self.pace, 0, 1.5, 'double precision of the step with planted errors')
+        return self.watched('contiguous', torch.float64 if precise else None, _Noise(size, eps, seed, common))
 
 def _compare(runs, dtype):
     "Rows of one precision, and where a fault starts"
@@ -269,7 +286,8 @@ def _compare(runs, dtype):
         runs('contiguous', torch.float64))
     noisy = [runs.noisy(dtype, 0)]
     rows = _rows(name, unit, ours, base, [o for o,_ in noisy], exact, runs.step.model)
-    if any(r.channels_last>_allowed(r.contiguous, unit) for r in rows): # it hangs on the sensitivity
+    # it hangs on the sensitivity
+    if any(r.channels_last>_allowed(r.contiguous, unit) for r in rows) and _fits(runs.pace, 0, 2, 'two of three plantings of errors'):
         noisy += [runs.noisy(dtype, i) for i in (1,2)]
         rows = _rows(name, unit, ours, base, [o for o,_ in noisy], exact, runs.step.model)
     if not any(r.verdict=='wrong' for r in rows): return rows,None
@@ -283,10 +301,10 @@ def _confirm(rows, again):
         for r,a in zip(rows, again)]
 
 # %% ../nbs/04_check.ipynb #dc47a53b
-def _conditions(step):
+def _conditions(step, memory_format):
     x = next(_tensors_in(step.inputs), None)
     return dict(device=str(step.device), torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
-        threads=torch.get_num_threads(), shape=None if x is None else list(x.shape), autocast=_names[step.autocast])
+        threads=torch.get_num_threads(), shape=None if x is None else list(x.shape), autocast=_names[step.autocast], memory_format=memory_format)
 
 def _say(rows, first, names):
     wrong,unclear = [r for r in rows if r.verdict=='wrong'],[r for r in rows if r.verdict=='cannot tell']
@@ -298,20 +316,12 @@ def _say(rows, first, names):
             + (start if first['module'] is not None else ''))
     if len(unclear)>len(rows)/2:
         return None,f'rounding alone moves {len(unclear)} of {len(rows)} results by half their size or more: try a larger batch'
-    more = (f'; {len(unclear)} more cannot be judged, since rounding alone moves {"it" if len(unclear)==1 else "them"} by half '
-        f'{"its" if len(unclear)==1 else "their"} size' if unclear else '')
+    more = (f'; {len(unclear)} {"is" if len(unclear)==1 else "are"} too sensitive to rounding to judge, which is normal for small batches'
+        if unclear else '')
     return (True,f'{len(rows)-len(unclear)} results in {" and ".join(names)} are as near to '
         f'double precision as rounding explains{more}')
 
 # %% ../nbs/04_check.ipynb #44ec84a4
-class _Count:
-    "The number of elements that the layers hand on"
-    def __init__(self): self.n,self.handles = 0,[]
-    def attach(self, model): self.handles = [m.register_forward_hook(self.hook) for m in _leaves(model).values()]
-    def remove(self):
-        for h in self.handles: h.remove()
-    def hook(self, m, args, out): self.n += sum(t.numel() for t in _tensors_in(out))
-
 def _free_bytes(device):
     if device.type=='cuda': return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, StopIteration): # what the system would give, with the pages that only cache files
@@ -330,41 +340,92 @@ def double_bytes(
     gradients, optimizer state, a copy to put back"""
     return 8*(2*activations + 4*sum(p.numel() for p in step.params().values())) + step.preserved_bytes()
 
+# %% ../nbs/04_check.ipynb #a1c0de01
+class _Pace:
+    "Counts runs, shows how far they are, and tells whether more of them fit into the time"
+    def __init__(self, seconds, bar):
+        self.seconds,self.show,self.bar,self.n,self.left_out = seconds,bar,None,0,[]
+        self.start,self.cpu = time.perf_counter(),time.process_time()
+        self.last,self.cost = 0.,{False: 0., True: 0.} # of a run, and of one in double precision
+    def wall(self): return time.perf_counter()-self.start
+    def spent(self): return min(self.wall(), time.process_time()-self.cpu) # whatever else the machine does
+    def ran(self, double):
+        now = self.spent()
+        self.cost[double],self.last,self.n = now-self.last,now,self.n+1
+        if self.show and not self.bar and self.wall()>2:
+            self.bar = progress_bar(range(100), leave=False)
+            self.bar.update(0)
+        if self.bar: self.bar.update(min(99, max(1, int(100*self.n/(self.n+4)))))
+    def done(self):
+        if self.bar: self.bar.update(100)
+    def fits(self, single, double, what):
+        "Whether so many runs still fit; if not, `what` is noted as left out"
+        self.last = self.spent()
+        if self.last + single*self.cost[False] + double*self.cost[True]<=self.seconds: return True
+        if what not in self.left_out: self.left_out.append(what)
+        return False
+
+def _fits(pace, *args): return pace is None or pace.fits(*args)
+
+# %% ../nbs/04_check.ipynb #a1c0de02
+def _judged(step, runs, others, dtype, pace):
+    "Rows of one precision, and where a fault starts; what looks wrong is measured again at other points"
+    rows,place = _compare(runs, dtype)
+    for i,other in enumerate(others):
+        if not any(r.verdict=='wrong' for r in rows): break
+        if i and not pace.fits(2, 2, 'further confirmations of the fault'): break
+        again,elsewhere = _compare(other, dtype)
+        rows,place = _confirm(rows, again),place if place['module'] is not None or elsewhere is None else elsewhere
+    return rows,place if any(r.verdict=='wrong' for r in rows) else None
+
+def _differs(rows, step, once, pace):
+    "How far a second run of the contiguous step is from the first; without time it is made only if rounding does not explain the first"
+    odd = any(r.verdict=='wrong' or r.contiguous>max(0.99*r.allowed/margin, epsilon[r.precision]) for r in rows)
+    if not odd and not pace.fits(1, 0, 'the repetition of a run'): return 0.
+    again = _run(replace(step, tuned=False), 'contiguous', step.autocast, _Watch())
+    return _unlike(again, once, step.device)
+
+def _checked(step, memory, memory_format, pace):
+    conditions = _conditions(step, memory_format)
+    runs,*others = (_Runs(step, shift, memory_format, pace) for shift in (0., 0.01, 0.02, 0.03))
+    once,watch = runs('contiguous', step.autocast)
+    need,have = double_bytes(step, watch.elements),_free_bytes(step.device) if memory is None else memory
+    if need>have:
+        return FormatCheck(None, f'the comparison with double precision needs about {_gib(need)} of memory, '
+            f'{_gib(have)} are free: use a smaller batch', conditions=conditions)
+    found = {step.autocast: _judged(step, runs, others, step.autocast, pace)}
+    if step.autocast is not None and pace.fits(2, 1, 'the comparison in fp32'): found = {None: _judged(step, runs, others, None, pace), **found}
+    rows = [r for rs,_ in found.values() for r in rs]
+    differ = _differs(found[step.autocast][0], step, once, pace)
+    if differ>_unit(step, None):
+        return FormatCheck(None, f'two runs of the same step from the same seed differ by {differ:.1e}: '
+            'its randomness is not under the control of torch, NumPy or Python', conditions=conditions)
+    first = next((place for _,place in found.values() if place), None)
+    return FormatCheck(*_say(rows, first, [_names[d] for d in found]), rows=rows, first=first, conditions=conditions)
+
 # %% ../nbs/04_check.ipynb #db766a83
 def check_formats(
     step:TrainingStep, # Afterwards as it was
     memory:float|None=None, # Bytes that may be used; None: what is free on the device
+    memory_format:str|None='channels_last', # That is checked; None: the one that the step has
+    seconds:float=15., # Aim of what it takes; for a large step less is measured then, and the result says what was left out
+    bar:bool=True, # Show a progress bar if it takes over two seconds
 ) -> FormatCheck:
     """Compare a training step in channels last and contiguous with double precision, in fp32 and in the step's own precision
 
     The step in channels last computes with the kernels that it trains with (`TrainingStep.tuned`), the others as torch does.
     Raises a `ValueError` for a model without a convolution, and what the step itself raises, such as for a loss that
     is not finite."""
-    start = time.perf_counter()
-    if not convolutions(step.model):
-        raise ValueError(f'there is nothing to check: {type(step.model).__name__} has no convolution of two or three dimensions')
-    conditions = _conditions(step)
-    def done(ok, reason, **kw): return FormatCheck(ok, reason, conditions=conditions, seconds=time.perf_counter()-start, **kw)
-    contiguous = _run(step, 'contiguous', None, count := _Count())
-    need,have = double_bytes(step, count.n),_free_bytes(step.device) if memory is None else memory
-    if need>have:
-        return done(None, f'the comparison with double precision needs about {_gib(need)} of memory, '
-            f'{_gib(have)} are free: use a smaller batch')
-    runs,others = _Runs(step),[_Runs(step, shift) for shift in (0.01, 0.02, 0.03)]
-    again,_ = runs('contiguous', None)
-    twice = _unlike(again, contiguous, step.device)
-    if twice>_unit(step, None):
-        reason = (f'two runs of the same step from the same seed differ by {twice:.1e}: '
-            'its randomness is not under the control of torch, NumPy or Python')
-        return done(None, reason)
-    rows,first = [],None
-    dtypes = list(dict.fromkeys((None, step.autocast)))
-    for dtype in dtypes:
-        new,place = _compare(runs, dtype)
-        for other in others:
-            if not any(r.verdict=='wrong' for r in new): break
-            again,elsewhere = _compare(other, dtype)
-            new,place = _confirm(new, again),place if place['module'] is not None or elsewhere is None else elsewhere
-        if any(r.verdict=='wrong' for r in new): first = first or place
-        rows += new
-    return done(*_say(rows, first, [_names[d] for d in dtypes]), rows=rows, first=first)
+    if not _has_convolution(step.model):
+        raise ValueError(f'there is nothing to check: {type(step.model).__name__} has no convolution of two or three dimensions'
+            f'{_unseen(step.model)}')
+    if not seconds>0: raise ValueError(f'seconds must be above 0, got {seconds!r}')
+    pace = _Pace(seconds, bar)
+    try:
+        with step.initialized(): res = _checked(step, memory, memory_format, pace)
+    finally: pace.done()
+    if pace.left_out:
+        res.reason += f'; left out to answer in about {seconds:g} s: {", ".join(pace.left_out)} (`seconds` gives it more)'
+    res.conditions['left_out'],res.seconds = pace.left_out,pace.wall()
+    return res
+

@@ -8,11 +8,17 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/learner.html.md"""
 __all__ = ['WrongStepError']
 
 # %% ../nbs/10_learner.ipynb #a0b2fdb3
+import dis
 from collections.abc import Iterator
 from copy import copy
+from itertools import takewhile
+from types import FunctionType
 import torch
+from torch import nn
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import apply, to_device
@@ -24,7 +30,7 @@ from fastxtend_cl.amp import (DeviceMixedPrecision, amp_dtypes, as_amp_mode, che
 from .bench import Arm, FormatBench, bench_formats
 from .channelslast import ChannelsLastCallback
 from .check import FormatCheck, check_formats
-from .format import _tensors_in
+from .format import _tensors_in, convolutions
 from .plan import FormatPlan, plan_formats
 from .step import Preserved, TrainingStep
 from .trace import FormatTrace, trace_format
@@ -60,16 +66,49 @@ def _train_dl(learn):
     return dl
 
 # %% ../nbs/10_learner.ipynb #f687e75a
+_early = 'before_fit','before_epoch','before_train'
+
+def _has(cb, event): return hasattr(type(cb), event) or event in vars(cb) # an instance would ask Learner and model, too
+
 def _changes_batch(cb):
     "Whether `cb` changes batches and can do so outside of a fit"
-    prepares = any(hasattr(cb, e) for e in ('before_fit','before_epoch','before_train'))
-    return hasattr(cb, 'before_batch') and (not prepares or isinstance(cb, ChannelsLastCallback))
+    return _has(cb, 'before_batch') and (isinstance(cb, ChannelsLastCallback) or not any(_has(cb, e) for e in _early))
+
+def _assigned(cb, events=None):
+    "Names of the attributes that the code of `cb` assigns, in `events` or anywhere; fastai's own is known, and left out"
+    def known(c): return c.__module__.startswith('fastai.') and c.__module__!='fastai.vision.gan'
+    own = [cb, *(c for c in takewhile(lambda c: c is not Callback, type(cb).__mro__) if not known(c))]
+    fs = [getattr(f, '__func__', f) for o in own for n,f in vars(o).items() if events is None or n in events]
+    return {i.argval for f in fs if isinstance(f, FunctionType) for i in dis.get_instructions(f) if i.opname=='STORE_ATTR'}
+
+def _takes_over(cb):
+    """Whether `cb` makes the batches or exchanges the model, with preparations in the course of a fit, such as fastai's `GANTrainer`;
+    without MixUp and its like the model is the same"""
+    if isinstance(cb, (ChannelsLastCallback, MixHandler)): return False
+    batches = _has(cb, 'before_batch') and any(_has(cb, e) for e in _early) and {'xb','yb'} & _assigned(cb)
+    return bool(batches or 'model' in _assigned(cb, (*_early, 'before_batch')))
+
+def _refuse(learn, cbs):
+    names,parts = ', '.join(type(cb).__name__ for cb in cbs),[n for n,m in learn.model.named_children() if not n.isdigit() and convolutions(m)]
+    which = ' and '.join(f'`TrainingStep(learn.model{n and "."+n}, inputs, targets, loss_func, optimizer)`' for n in parts[:3] or [''])
+    raise ValueError(f'{names}: what the model gets, or which model it is, is decided by such callbacks in the course of a fit, so this '
+        f'Learner has no single first step. Make the steps from parts, {which}, and ask `check_formats`, `trace_format` or `bench_formats`. If the '
+        f'model trains the same without them: `with learn.removed_cbs([{", ".join(f"learn.{cb.name}" for cb in cbs)}]): ...`')
 
 def _give_batch(learn, b, device, cbs=None):
     "Let `learn` have the batch `b`, as a model would get it with `cbs`, or those that it has"
     learn._split(to_device(b, device))
     learn.iter,learn.training = 0,True
-    for cb in L(learn.cbs if cbs is None else cbs).sorted('order').filter(_changes_batch): cb('before_batch')
+    for cb in L(learn.cbs if cbs is None else cbs).sorted('order').filter(_changes_batch):
+        before = _wiring(learn)
+        cb('before_batch')
+        if not isinstance(cb, ChannelsLastCallback) and _wiring(learn)!=before: _refuse(learn, [cb])
+
+def _wiring(learn):
+    "Model and loss, their parts and modes, and what is trained"
+    modules = [m for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module) for m in o.modules()]
+    modes = [(n,v) for m in modules for n,v in vars(m).items() if isinstance(v, (bool, str))]
+    return [id(learn.model),id(learn.loss_func),*map(id, modules)],modes,[p.requires_grad for m in modules for p in m.parameters(recurse=False)]
 
 def _strides_in_channels_last(learn, b, device):
     "Shape and strides of each tensor of the batch `b`, as a model in channels last would get it"
@@ -94,6 +133,11 @@ def _kept_transforms(dl):
     return Preserved(*[getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')])
 
 # %% ../nbs/10_learner.ipynb #c2da3588
+def _kept_weights(learn):
+    "Keep the model, with its values if a callback of the user's may write to them before a batch, as some clip weights"
+    own = any(_changes_batch(cb) and not type(cb).__module__.startswith(('fastai.', 'fastxtend_cl.')) for cb in learn.cbs)
+    return Preserved(learn.model, learn.loss_func, values=own)
+
 def _autocast(learn, device):
     "The dtype and the scale of the loss that the callbacks of `learn` train with on `device`"
     if first(learn._grab_cbs(NonNativeMixedPrecision)):
@@ -126,7 +170,8 @@ def from_learner(cls:TrainingStep,
     dl,p = _train_dl(learn),first(learn.model.parameters())
     device = learner_device(learn) if p is None else p.device
     precision = _autocast(learn, device)
-    with Preserved(learn, *learn.cbs, dl, values=False), _kept_transforms(dl):
+    if cbs := learn.cbs.filter(_takes_over): _refuse(learn, cbs)
+    with Preserved(learn, *learn.cbs, dl, values=False), _kept_transforms(dl), _kept_weights(learn):
         inputs,targets,strides = _first_batch(learn, _alone(dl), device)
         opt = _new_opt(learn) if learn.opt is None else learn.opt
     return cls(learn.model, inputs, targets, learn.loss_func, opt, **precision, batch_strides=strides,
@@ -138,9 +183,13 @@ class WrongStepError(RuntimeError): "A training step that is wrong in channels l
 @patch
 def check_channelslast(self:Learner,
     raise_on_wrong:bool=False, # Raise a `WrongStepError` if the step is wrong
+    seconds:float=15., # Aim of what it takes; for a large step less is measured then, and the result says what was left out
+    bar:bool=True, # Show a progress bar if it takes over two seconds
 ) -> FormatCheck:
-    "Compare the first training step in channels last and contiguous with double precision; the `Learner` is afterwards as it was"
-    res = check_formats(TrainingStep.from_learner(self))
+    """Compare the first training step with double precision, in channels last, or in the format of the plan that the `Learner` has, and
+    contiguous; the `Learner` is afterwards as it was"""
+    cb = first(self._grab_cbs(ChannelsLastCallback))
+    res = check_formats(TrainingStep.from_learner(self), memory_format=cb.memory_format if cb else 'channels_last', seconds=seconds, bar=bar)
     if raise_on_wrong and res.ok is False: raise WrongStepError(str(res))
     return res
 
@@ -185,8 +234,9 @@ def bench_channelslast(self:Learner,
     afterwards as it was"""
     step,dl = TrainingStep.from_learner(self),_train_dl(self)
     now = _present(self)
-    if not epochs: return bench_formats(step, arms, now=now, **kwargs)
-    with Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
+    if not epochs:
+        with step.initialized(): return bench_formats(step, arms, now=now, **kwargs)
+    with step.initialized(), Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
         return bench_formats(step, arms, now=now, loader=_Batches(self, step.device), **kwargs)
 
 # %% ../nbs/10_learner.ipynb #2efd52eb
@@ -209,4 +259,4 @@ def plan_channelslast(self:Learner,
 ) -> FormatPlan: # For `to_channelslast(plan=...)`
     "The fastest proven way to make the first training step; the `Learner` is afterwards as it was"
     step = TrainingStep.from_learner(self)
-    return plan_formats(step, _allowed(self, step, use_amp, amp_mode), now=_present(self), **kwargs)
+    with step.initialized(): return plan_formats(step, _allowed(self, step, use_amp, amp_mode), now=_present(self), **kwargs)

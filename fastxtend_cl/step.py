@@ -8,7 +8,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/step.html.md"""
 __all__ = ['generators', 'seed_all', 'Preserved', 'TrainingStep', 'StepResult']
 
 # %% ../nbs/03_step.ipynb #5843ee92
-import random, signal, sys, threading, types, warnings
+import math, random, signal, sys, threading, types, warnings
 from collections import OrderedDict, deque
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -19,9 +19,11 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.modules import module as nn_module
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from .format import _check_model, _tensors_in, as_channels_last, as_contiguous, convert_format, format_of
+from .format import (_check_model, _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format,
+    convolutions, format_of)
 from .kernels import tuned_kernels
 
 # %% ../nbs/03_step.ipynb #d024dc45
@@ -61,13 +63,27 @@ def _inner(t):
     return []
 
 # %% ../nbs/03_step.ipynb #0d207a4d
-_long = 100_000 # A longer container is data, and is kept without looking at its elements
+_long,_long_tensors = 1_000,100_000 # A longer container is data, and is kept without looking at its elements
+
+def _container(o): return next((c for c in (dict, list, tuple, set, frozenset, deque) if isinstance(o, c)), None)
+
+def _elements(o):
+    "Keys and values, or elements, whatever a subclass makes of iteration"
+    if isinstance(o, dict): return [*dict.keys(o), *dict.values(o)]
+    return [*_container(o).__iter__(o)]
+
+def _is_data(o):
+    "Whether the container `o` is too long to be state of a step: weights and what an optimizer keeps for them may be many"
+    n = _container(o).__len__(o)
+    if n<=_long: return False
+    first = next(_container(o).__iter__(o))
+    state = isinstance(first, (Tensor, nn.Module)) or isinstance(o, dict) and isinstance(dict.__getitem__(o, first), (Tensor, nn.Module))
+    return n>_long_tensors or not state
 
 def _parts(o):
     "What `o` holds directly"
     if isinstance(o, Tensor): return [_own_grad(o), o._backward_hooks, o._post_accumulate_grad_hooks, *_inner(o)]
-    if isinstance(o, dict): return [*dict.keys(o), *dict.values(o)] if len(o)<_long else []
-    if isinstance(o, (list, tuple, set, frozenset, deque)): return [*o] if len(o)<_long else []
+    if _container(o): return [] if _is_data(o) else _elements(o)
     if isinstance(o, torch.jit.ScriptModule): return [*o.parameters(recurse=False), *o.buffers(recurse=False), *o.children()]
     if isinstance(o, types.MethodType): return [o.__self__, o.__func__]
     if isinstance(o, partial): return [o.func, o.args, o.keywords]
@@ -160,9 +176,9 @@ def _dict_undo(d):
     return undo
 
 def _list_undo(o):
-    kept = [*o]
+    kept = _elements(o)
     def undo():
-        if _same([*o], kept): return
+        if _same(_elements(o), kept): return
         if isinstance(o, list): list.__setitem__(o, slice(None), kept)
         else:
             o.clear()
@@ -401,6 +417,16 @@ def device(self:TrainingStep) -> torch.device:
     "Where the step runs: the device of the first parameter, or else of the first input"
     return next((t.device for t in (*self.model.parameters(), *_tensors_in(self.inputs))), torch.device('cpu'))
 
+def _scripted(model): return [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+
+def _has_convolution(model):
+    "Whether `model` has a convolution of two or three dimensions, scripted ones among them"
+    def convolves(m):
+        return 'Conv' in m.original_name and any(p.ndim in channels_last_formats for p in m.parameters(recurse=False))
+    return bool(convolutions(model)) or any(map(convolves, _scripted(model)))
+
+def _unseen(model): return ' (scripted modules cannot be seen into)' if _scripted(model) else ''
+
 @patch(as_prop=True)
 def kernels(self:TrainingStep) -> str:
     "The mode of `tuned_kernels` that `run` computes in"
@@ -582,6 +608,8 @@ _precisions = ('as is', None, torch.float32, torch.float16, torch.bfloat16, torc
 
 @patch
 def _check_run(self:TrainingStep, memory_format, dtype, keep):
+    if (shapes := [tuple(t.shape) for t in _tensors_in(self.inputs)]) and not any(map(math.prod, shapes)):
+        raise ValueError(f'the batch is empty (inputs of shape {", ".join(map(str, shapes))}): a step needs at least one item')
     if memory_format not in (None, 'contiguous', 'channels_last'):
         raise ValueError(f"memory_format is 'contiguous', 'channels_last' or None, received {memory_format!r}")
     if not any(dtype is o or dtype==o for o in _precisions):
@@ -686,6 +714,18 @@ def preserved(self:TrainingStep,
     It costs `preserved_bytes` of memory on top. Each change of format or dtype inside costs one more copy of what it
     changes, until the end, on the device."""
     return Preserved(self, on=on)
+
+@patch
+@contextmanager
+def initialized(self:TrainingStep):
+    "A context in which lazy layers have their weights, from one forward pass; afterwards they are lazy again"
+    if not any(map(is_lazy, (*self.model.parameters(), *self.model.buffers()))):
+        yield self
+        return
+    self._check_run(None, None, 'loss')
+    with self.preserved():
+        with torch.no_grad(): self.model(*self.inputs)
+        yield self
 
 @patch
 def preserved_bytes(self:TrainingStep) -> int: # Bytes

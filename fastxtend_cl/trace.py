@@ -18,9 +18,9 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from .format import _tensors_in, channels_last_formats, convolutions, dense_strides, format_of
+from .format import _tensors_in, channels_last_formats, dense_strides, format_of
 from .kernels import tuned_kernels
-from .step import TrainingStep
+from .step import TrainingStep, _has_convolution, _has_storage, _unseen
 
 # %% ../nbs/05_trace.ipynb #2bc3f24a
 def layout_of(
@@ -125,6 +125,8 @@ class _Loss:
         if place: self.paid.append(place)
 
 # %% ../nbs/05_trace.ipynb #f1f409f7
+def _strided_in(o): return [t for t in _tensors_in(o) if _has_storage(t)]
+
 def _leaf_tensors(o): return [t for t in _tensors_in(o) if t.layout==torch.strided and t.is_floating_point()]
 
 def _storage(t): return t.untyped_storage()._cdata
@@ -143,7 +145,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.modules,self.by_node,self.lost,self.slices,self.losses,self.ops = _Modules(step),{},{},{},[],[]
         self.params = {_storage(p):n for n,p in step.params().items() if p.layout==torch.strided}
-        self.count,self.last_conv = 0,-1
+        self.count,self.sources,self.feeding,self.casts = 0,{},0,set()
     def __enter__(self): self.modules.__enter__(); return super().__enter__()
     def __exit__(self, *error): super().__exit__(*error); return self.modules.__exit__(*error)
 
@@ -189,6 +191,7 @@ def note(self:_Tracer, func, args, kwargs, out):
     "Compare what an operator has received with what it hands on"
     ins,outs = _leaf_tensors((args, kwargs)),_leaf_tensors(out)
     place = self.place(func, kwargs)
+    if place.phase=='forward': self.flow(func, place, args, kwargs, out)
     if not outs or not ins and not any(t.ndim in channels_last_formats for t in outs): return
     old = {_storage(t) for t in ins}
     if not func._schema.is_mutable and all(_storage(t) in old for t in outs): return self.note_view(place, ins, outs)
@@ -204,7 +207,20 @@ def note(self:_Tracer, func, args, kwargs, out):
     for y,f in ys: self.note_output(place, xs, y, f)
     replay = _Replay.of(func, args, kwargs) if place.op not in _plain else None
     self.note_paid(place, xs, ys, replay)
+    if place.op in _convs: self.note_weight(args[2 if 'backward' in place.op else 1])
     self.note_sliced(func, place, xs, replay)
+
+@patch
+def flow(self:_Tracer, func, place, args, kwargs, out):
+    "Of each tensor the operators that it was made by, as bits by their order; and those that feed a convolution"
+    made = 0
+    for t in _strided_in((args, kwargs)): made |= self.sources.get(_storage(t), 0)
+    if place.op in _convs: self.feeding |= made
+    old = {_storage(t) for t in _strided_in((args, kwargs))}
+    for t in _strided_in(out):
+        s = _storage(t)
+        if s not in old: (self.casts.add if place.op=='_to_copy' and self.is_weight(args[0]) else self.casts.discard)(s)
+        self.sources[s] = made | 1<<place.order | (self.sources.get(s, 0) if s in old else 0)
 
 @patch
 def concerns(self:_Tracer, op, x, ys):
@@ -215,7 +231,6 @@ def concerns(self:_Tracer, op, x, ys):
 def record(self:_Tracer, place, xs, ys):
     "Keep it, for the table and the picture"
     y,f = max(ys, key=lambda o: o[0].numel())
-    if place.phase=='forward' and place.op in _convs: self.last_conv = place.order
     self.ops.append((place, next((f for _,f in xs), None), f, y.numel()))
 
 # %% ../nbs/05_trace.ipynb #e13e9ace
@@ -278,6 +293,15 @@ def note_paid(self:_Tracer, place, xs, ys, replay):
         if loss.born and loss not in self.losses: self.losses.append(loss)
 
 @patch
+def is_weight(self:_Tracer, t): return isinstance(t, nn.Parameter) or _storage(t) in self.params
+
+@patch
+def note_weight(self:_Tracer, w):
+    "A contiguous weight is none that a loss has reached: its network is not converted"
+    loss = self.lost.get(_storage(w))
+    if loss in self.losses and (self.is_weight(w) or _storage(w) in self.casts): loss.kind = 'weight'
+
+@patch
 def note_sliced(self:_Tracer, func, place, xs, replay):
     if place.op in _plain or func._schema.is_mutable: return
     for t,f in xs:
@@ -293,7 +317,7 @@ def leaves(self:_Tracer, loss):
     p = loss.place.forward or loss.place
     if loss.kind=='sliced': return False
     if not loss.paid: return not (loss.kind=='explicit' and loss.used)
-    return loss.born and loss.place.phase=='backward' and p.module!='loss_func' and p.order>self.last_conv
+    return loss.born and loss.place.phase=='backward' and p.module!='loss_func' and not self.feeding>>p.order & 1
 
 # %% ../nbs/05_trace.ipynb #09358598
 def _map_tensors(f, o):
@@ -391,6 +415,14 @@ _texts = dict(
     born='a tensor is made contiguous: make it with `memory_format=torch.channels_last`',
     none='no remedy is known here')
 
+def _convert_advice(p):
+    "What to do about a convolution at place `p` that is not converted with the model"
+    if p.module.partition('.')[0]!='loss_func' and '<' not in p.module:
+        return 'a scripted convolution is not converted: `apply_channels_last` the model first, then script it'
+    net = p.module.rpartition('.')[0] or p.module
+    return ('this network is no part of the model, and is not converted with it: '
+        + (f'`apply_channels_last({net})`' if '<' not in net else '`apply_channels_last(network)` does that'))
+
 def _advice_name(l):
     p,fwd = l.place,l.place.forward or l.place
     backward,copied = p.phase=='backward',l.kind=='explicit' and p.op in _copies
@@ -405,7 +437,7 @@ def _advice_name(l):
     if l.born: return 'tokens_back' if backward else 'tokens' if p.op in ('view','_unsafe_view','unflatten') else 'born'
     return 'none'
 
-def _advice(l): return _texts[_advice_name(l)]
+def _advice(l): return _convert_advice(l.place) if l.kind=='weight' else _texts[_advice_name(l)]
 
 # %% ../nbs/05_trace.ipynb #80b4d0bd
 @dataclass
@@ -415,7 +447,8 @@ class TraceRow:
     cls:str # Class of the module
     op:str # Operator, such as 'cat'
     phase:str # 'forward' or 'backward'
-    # 'lost': by an operator; 'explicit': by the model's own code; 'hidden': made contiguous elsewhere; 'sliced': not dense
+    # 'lost': by an operator; 'explicit': by the model's own code; 'hidden': made contiguous elsewhere; 'sliced': not dense;
+    # 'weight': a convolution outside of the model, which is not converted
     kind:str
     format_in:str|None # None: it came from no image
     format_out:str
@@ -474,6 +507,7 @@ def _names(g, n=2):
 def _pair(r):
     "What a row does, with what converts back"
     article = 'an' if r.format_out[0] in 'aeiou' else 'a'
+    if r.kind=='weight': return 'contiguous weights, not converted'
     what = f'{r.format_in} to {r.format_out}' if r.format_in and r.kind!='sliced' else f'{article} {r.format_out} tensor'
     return what + (f', back in {r.back[0]}' if r.back else '')
 
@@ -624,7 +658,7 @@ def _say(rows, left, share):
     head = sum(r.share for r in left)
     tail = f'; the head, which leaves image space on purpose, takes {_percent(head)}' if left and head>0 else ''
     if not rows: return f'keeps channels last throughout{tail}'
-    worst = [f'{"" if len(g)==1 else f"{len(g)} times "}`{g[0].op}` in {_names(g)} ({g[0].phase})' for g in _groups(rows)[:3]]
+    worst = [f'{"" if len(g)==1 else f"{len(g)} times "}`{g[0].op}` in {_names(g)} ({"not converted" if g[0].kind=="weight" else g[0].phase})' for g in _groups(rows)[:3]]
     places = '1 place loses' if len(rows)==1 else f'{len(rows)} places lose'
     return f'{places} it, {_percent(share)} of the step: {"; ".join(worst)}{tail}'
 
@@ -645,13 +679,14 @@ def trace_format(
     A compiled model is traced in eager mode. Raises a `ValueError` for a model without a convolution, and what the
     step itself raises."""
     start = time.perf_counter()
-    if not convolutions(step.model):
-        raise ValueError(f'there is nothing to trace: {type(step.model).__name__} has no convolution of two or three dimensions')
+    if not _has_convolution(step.model):
+        raise ValueError(f'there is nothing to trace: {type(step.model).__name__} has no convolution of two or three dimensions'
+            f'{_unseen(step.model)}')
     x = next(_tensors_in(step.inputs), None)
     conditions = dict(device=str(step.device), torch=torch.__version__, threads=torch.get_num_threads(),
         shape=None if x is None else list(x.shape),
         autocast=str(step.autocast).removeprefix('torch.') if step.autocast else 'no autocast', compiled=_compiled(step.model))
-    tracer,seconds = _traced(step)
+    with step.initialized(): tracer,seconds = _traced(step)
     with tuned_kernels(step.kernels, model=step.model): costs = _Costs(step.device, budget*seconds).measure(tracer.losses)
     leaks,left = [],[]
     for g in _merged(tracer.losses): (left if tracer.leaves(g[0]) else leaks).append((g, _row(g, costs, seconds)))
