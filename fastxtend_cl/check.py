@@ -20,8 +20,9 @@ from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from .format import _tensors_in
+from .kernels import tuned_kernels
 from .verify import tf32_allowed
-from .step import TrainingStep, _has_convolution, _scripted, _unseen
+from .step import StepResult, TrainingStep, _SameRandom, _has_convolution, _map, _scripted, _unseen, seed_all
 
 # %% ../nbs/04_check.ipynb #8394fe92
 margin = 4.
@@ -378,12 +379,21 @@ def _judged(step, runs, others, dtype, pace):
         rows,place = _confirm(rows, again),place if place['module'] is not None or elsewhere is None else elsewhere
     return rows,place if any(r.verdict=='wrong' for r in rows) else None
 
+def _forward_again(step):
+    "Loss, outputs and buffers of a forward pass as `_run` makes it"
+    with step.preserved():
+        step.convert('contiguous')
+        if not step.model.training: step.model.train()
+        seed_all(0)
+        with torch.enable_grad(), tuned_kernels(step.kernels, model=step.model), _SameRandom(): out,loss = step._forward(step.autocast)
+        return _flat(StepResult(loss.detach(), _map(Tensor.detach, out), {}, {}, dict(step.model.named_buffers())))
+
 def _differs(rows, step, once, pace):
-    "How far a second run of the contiguous step is from the first; without time it is made only if rounding does not explain the first"
-    odd = any(r.verdict=='wrong' or r.contiguous>max(0.99*r.allowed/margin, epsilon[r.precision]) for r in rows)
-    if not odd and not pace.fits(1, 0, 'the repetition of a run'): return 0.
-    again = _run(replace(step, tuned=False), 'contiguous', step.autocast, _Watch())
-    return _unlike(again, once, step.device)
+    "How far a second run of the contiguous step is from the first; without time, its forward pass, unless a result is wrong"
+    step = replace(step, tuned=False)
+    whole = any(r.verdict=='wrong' for r in rows) or pace.fits(1, 0, 'the repetition of a backward pass')
+    again = _run(step, 'contiguous', step.autocast, _Watch()) if whole else _forward_again(step)
+    return _unlike(once, again, step.device)
 
 def _checked(step, memory, memory_format, pace):
     conditions = _conditions(step, memory_format)

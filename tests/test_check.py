@@ -315,3 +315,38 @@ def test_random_networks_are_right(data):
     res = check_formats(step_of(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)),
         bs=draw(st.integers(2, 4)), size=size))
     assert res.ok is not False, str(res)
+
+def test_without_time_less_is_measured_and_said():
+    "Planted faults are found all the same"
+    right = check_formats(step_of(network(), autocast=torch.bfloat16), seconds=1e-6)
+    assert right.ok is True and {r.precision for r in right.rows}=={'bf16'} and 'left out to answer in about 1e-06 s: ' in right.reason
+    assert {'double precision of the step with planted errors', 'the comparison in fp32'} <= {*right.conditions['left_out']}
+    for fault in (Faulty(), FaultyForward()):
+        found = check_formats(step_of(network(fault)), seconds=1e-6)
+        assert found.ok is False and found.first['module']=='2'
+    assert check_formats(step_of(network()), seconds=1e6).conditions['left_out']==[]
+    with pytest.raises(ValueError, match='seconds must be above 0, got 0'): check_formats(step_of(network()), seconds=0)
+
+def test_without_time_randomness_is_still_seen():
+    import time
+    class Clock(nn.Module):
+        def forward(self, x): return x*(1 + (time.perf_counter_ns()%1000)/1000)
+    assert 'two runs of the same step from the same seed differ' in check_formats(step_of(network(Clock())), seconds=1e-6).reason
+
+def test_a_table_is_shown_where_something_is_wrong():
+    right,wrong = check_formats(step_of(network())),check_formats(step_of(network(Faulty())))
+    assert '\n' not in str(right) and 'distance from double precision' in str(wrong)
+
+def test_the_bar_shows_after_two_seconds(monkeypatch):
+    shown = []
+    class Bar:
+        def __init__(self, gen, leave): shown.append(gen)
+        def update(self, n): shown.append(n)
+    monkeypatch.setattr(check, 'progress_bar', Bar)
+    def slow(s):
+        pace = check._Pace(15., s)
+        pace.start -= 3
+        pace.ran(False); pace.done()
+        return shown
+    assert slow(False)==[] and slow(True)==[range(100), 0, 20, 100]
+    assert check._Pace(15., True).bar is None
