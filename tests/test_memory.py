@@ -162,7 +162,9 @@ def test_the_argument(libc):
     learn.to_channelslast(use_amp=False, keep_memory=True).to_channelslast(use_amp=False, keep_memory=True)
     assert has()==1
     learn.to_channelslast(use_amp=False)
-    assert has()==1, 'as it is'
+    assert has()==0, 'as this call alone'
+    learn.add_cb(KeepMemoryCallback()).to_channelslast(use_amp=False, keep_memory=True).to_channelslast(use_amp=False)
+    assert has()==1, "the user's own stays"
     learn.to_channelslast(use_amp=False, keep_memory=False)
     assert has()==0
     learn.to_channelslast(use_amp=False, keep_memory=True).to_contiguous()
