@@ -264,7 +264,8 @@ def to_channelslast(self:Learner,
     # One that changes nothing leaves the format, and the precision unless an argument asks for one. None: channels last
     plan:str|FormatPlan|None=None,
     compile:bool=False, # A compiled model is allowed for the plan, too
-    # On a CPU, keep freed memory while training: `KeepMemoryCallback`. None: as the plan says
+    # On a CPU, keep freed memory while training: `KeepMemoryCallback`. None: as the plan says, and a callback
+    # of your own stays
     keep_memory:bool|None=None,
     **kwargs
 ) -> Learner: # The same `Learner`

@@ -162,7 +162,9 @@ def test_the_argument(libc):
     learn.to_channelslast(use_amp=False, keep_memory=True).to_channelslast(use_amp=False, keep_memory=True)
     assert has()==1
     learn.to_channelslast(use_amp=False)
-    assert has()==1, 'as it is'
+    assert has()==0, 'as this call alone'
+    learn.add_cb(KeepMemoryCallback()).to_channelslast(use_amp=False, keep_memory=True).to_channelslast(use_amp=False)
+    assert has()==1, "the user's own stays"
     learn.to_channelslast(use_amp=False, keep_memory=False)
     assert has()==0
     learn.to_channelslast(use_amp=False, keep_memory=True).to_contiguous()
@@ -241,7 +243,8 @@ def test_a_learner_keeps_memory_by_its_plan(libc, arm):
     for asked in (None, True):
         learn = tiny_learner(model=nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
         with caught_warnings() as w: learn.to_channelslast(plan=p, keep_memory=asked)
-        assert not w and learn._grab_cbs(KeepMemoryCallback) and bool(learn._grab_cbs(ChannelsLastCallback))==(arm!='now')
+        assert not w and learn._grab_cbs(KeepMemoryCallback) and learn.channels_last.plan is p
+        assert learn.channels_last.memory_format==(None if arm=='now' else 'channels_last')
         assert trained(learn, libc)=={True}
     learn.to_channelslast(plan=p, keep_memory=False)
     assert not learn._grab_cbs(KeepMemoryCallback)
