@@ -11,12 +11,13 @@ side by side. Kernels are tuned anew unless FASTXTEND_CL_CACHE names a folder. `
 import gc, math, os, random, statistics, subprocess, sys, tempfile, time, warnings
 from contextlib import nullcontext
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
-import torch
+import torch, torchvision
 from fastai.vision.all import create_unet_model # sets torch.backends.cudnn.benchmark
 from fastcore.script import call_parse
 from fastxtend_cl.bench import device_clock
 from fastxtend_cl.format import apply_channels_last, as_channels_last, channels_last_formats
 from fastxtend_cl.kernels import kernel_count, kernel_table, tuned_kernels, tuning_line
+import gpu_kernels
 from common import conditions, kept_rows, results, save
 
 sizes = {'resnet50': (256, 3, 224, 224), 'resnet18': (256, 3, 224, 224), 'efficientnet_b0': (256, 3, 224, 224),
@@ -35,18 +36,8 @@ bytes_per_image = 478e6 # resnet50 at 224 pixels, eager training in 16 bits
 
 def network(name, size):
     "The network of that name with random weights, made on the default device"
-    if name=='unet_resnet34':
-        import torchvision
-        return create_unet_model(torchvision.models.resnet34, 10, size[-2:], pretrained=False)
-    if name=='r3d_18':
-        from torchvision.models.video import r3d_18
-        return r3d_18()
-    if name=='unet3d':
-        try: from gpu_kernels import UNet3d
-        except ImportError: from gpu import UNet3d
-        return UNet3d()
-    import timm
-    return timm.create_model(name)
+    if name!='unet_resnet34': return gpu_kernels.network(name)
+    return create_unet_model(torchvision.models.resnet34, 10, size[-2:], pretrained=False)
 
 def random_batch(name, size, device):
     gen = torch.Generator(device).manual_seed(0)

@@ -845,9 +845,9 @@ def _add_more(res, step, lanes, inference, loader, clock, limit, interrupted):
         res.notes += more
     _finish_rows(res.rows, lanes, step, peaks, flops, res.ceilings, inference)
     if loader is None or interrupted or inference: return
-    names = dict.fromkeys(('now', res.best.arm))
-    chosen = [l for n in names for l in lanes if l.name==n and not l.arm.setup]
     if lanes[0].arm.setup:
         res.notes.append('Whole epochs were not measured: the current setting is a function of the step.')
         return
+    names = dict.fromkeys(('now', res.best.arm))
+    chosen = [l for n in names for l in lanes if l.name==n and not l.arm.setup]
     res.loader = _whole(step, chosen, loader, clock, limit/4)

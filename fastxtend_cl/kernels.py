@@ -12,7 +12,7 @@ __all__ = ['clear_margins', 'modes', 'KernelChoice', 'Decision', 'KernelWarning'
 import hashlib, json, math, os, platform, sys, tempfile, threading, time, warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from weakref import WeakKeyDictionary

@@ -91,9 +91,9 @@ def _takes_over(cb):
 def _refuse(learn, cbs):
     names,parts = ', '.join(type(cb).__name__ for cb in cbs),[n for n,m in learn.model.named_children() if not n.isdigit() and convolutions(m)]
     which = ' and '.join(f'`TrainingStep(learn.model{n and "."+n}, inputs, targets, loss_func, optimizer)`' for n in parts[:3] or [''])
-    raise ValueError(f'{names}: what the model gets, or which model it is, is decided by such callbacks in the course of a fit, so this '
-        f'Learner has no single first step. Make the steps from parts, {which}, and ask `check_formats`, `trace_format` or `bench_formats`. If the '
-        f'model trains the same without them: `with learn.removed_cbs([{", ".join(f"learn.{cb.name}" for cb in cbs)}]): ...`')
+    raise ValueError(f'{names}: callbacks that prepare the batch or exchange the model during a fit, so this '
+        f'Learner has no single training step. Make a step from its parts, {which}, and pass it to `check_formats`, `trace_format` or `bench_formats`. If the '
+        f'model trains the same without them, use `with learn.removed_cbs([{", ".join(f"learn.{cb.name}" for cb in cbs)}]): ...`')
 
 def _give_batch(learn, b, device, cbs=None):
     "Let `learn` have the batch `b`, as a model would get it with `cbs`, or those that it has"

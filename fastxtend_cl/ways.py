@@ -10,13 +10,12 @@ __all__ = ['low_precision', 'last_formats', 'as_is', 'contiguous_strides', 'dens
            'suspicious', 'deadly_layers', 'mask_of', 'kernels_wanted', 'can_tune', 'candidates']
 
 # %% ../nbs/00a_ways.ipynb #60ab2fae
-import itertools, math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 # %% ../nbs/00a_ways.ipynb #8d292486
@@ -138,7 +137,7 @@ def _starts(k): return [*range(0, k-3, 3), k-3] if k>3 else [0]
 def _tiled(kernel, ks, g, x, w, args):
     "The weight gradient in tiles of 3x3 taps"
     stride,(ph,pw),dilation,_,out,groups = args
-    fmt = torch.channels_last if x.stride(1)==1 and x.shape[1]>1 else torch.contiguous_format
+    fmt = _format(x)
     g,x = g.contiguous(memory_format=fmt),F.pad(x.contiguous(memory_format=fmt), (pw, pw, ph, ph))
     res = torch.empty_like(w, dtype=g.dtype)
     (kh,kw),(ho,wo) = (min(k, 3) for k in w.shape[2:]),g.shape[2:]

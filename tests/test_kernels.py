@@ -1,8 +1,7 @@
 "Each convolution in the fastest correct way: faults, decisions, cache, and that nothing else notices"
-import copy, io, json, math, os, pickle, subprocess, sys, threading, time, warnings
+import copy, io, json, math, os, pickle, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -13,7 +12,7 @@ from fastxtend_cl import verify
 from fastxtend_cl.kernels import fixed_kernels, kernel_count, kernel_table, tuned_kernels, tuning_line
 from fastxtend_cl.memory import poisoned_memory
 from fastxtend_cl.verify import GpuKernelBench, KernelBench, gradient_error
-from fastxtend_cl.ways import Call, Way, as_is, can_tune, candidates, canonical_contiguous, deadly, deadly_layers, suspicious, trusted
+from fastxtend_cl.ways import Call, Way, as_is, can_tune, candidates, canonical_contiguous, deadly, suspicious, trusted
 from helpers import caught_warnings
 
 aten,bf16 = torch.ops.aten,torch.bfloat16

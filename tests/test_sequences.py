@@ -8,7 +8,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import OptimWrapper
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from helpers import device, fit, labels, quiet, random_images, state_follows, strides, dls_of, tiny_learner
+from helpers import fit, labels, quiet, random_images, state_follows, strides, dls_of, tiny_learner
 import fastxtend_cl.all
 from fastxtend_cl.channelslast import ChannelsLastCallback, KeepMemoryCallback
 from fastxtend_cl.format import format_of

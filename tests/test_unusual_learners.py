@@ -13,7 +13,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.gan import GANLearner, InvisibleTensor, basic_critic, basic_generator
 from fastxtend_cl.all import *
 from fastxtend_cl.step import Preserved, TrainingStep, _reachable
-from helpers import SeeBatch, device, fit, quiet, snapshot, assert_same_snapshot, tensor_dls, tiny_cnn, tiny_learner
+from helpers import SeeBatch, device, fit, snapshot, assert_same_snapshot, tensor_dls, tiny_cnn, tiny_learner
 
 questions = dict(step=TrainingStep.from_learner, check=lambda l: l.check_channelslast(bar=False), trace=lambda l: l.trace_channelslast(),
     bench=lambda l: l.bench_channelslast(limit=1, bar=False), plan=lambda l: l.plan_channelslast(budget=1, cache=False, bar=False),
