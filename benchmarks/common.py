@@ -63,7 +63,7 @@ def read(name):
 def kept_rows(name, asked, anew=False):
     "The rows of results/NAME.json, if they were measured as `asked` and with this torch; else none, or if they are wanted `anew`"
     old = {} if anew else read(name)
-    return old['rows'] if {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
+    return old['rows'] if old and {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
 
 def kept_found(name, anew=False):
     "Network to what results/NAME.json has found of it; nothing if it is wanted `anew`"

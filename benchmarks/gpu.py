@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 import torch
 from fastcore.script import call_parse
-from common import save
+from common import kept_rows, save
 
 here = Path(__file__).resolve().parent
 env = {'OMP_NUM_THREADS': '2', **os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), str(here.parent), str(here)]))}
@@ -143,9 +143,12 @@ class Section:
         self.done = idle or self.crashed>30 or time.time()>self.until-5
         if not self.done: self.run()
 
-def run_sections(part, device, tiny, seconds):
+def run_sections(part, device, tiny, seconds, only=None):
     module,names = parts[part]
     rows = Rows(part, device, tiny)
+    if only: # the others' rows stay
+        rows.rows = [r for r in kept_rows(rows.name, {}) if r.get('section') not in only.split(',')]
+        names = only
     with tempfile.TemporaryDirectory() as folder:
         limits = {n: min(seconds, 20) if tiny and n in endless else seconds for n in names.split(',')}
         sections = [Section(module, n, device, tiny, rows.start+l, folder) for n,l in limits.items()]
@@ -176,7 +179,7 @@ def run_plan(device, tiny, seconds):
             warnings.simplefilter('ignore')
             step = model_step(name, bs, size, device=str(device))
         dtype = torch.float16 if device.type=='cuda' else torch.bfloat16
-        plan = plan_formats(step, dtype, budget=5 if tiny else 15, cache=False, bar=False)
+        plan = plan_formats(step, dtype, budget=5 if tiny else seconds/3, cache=False, bar=False)
         print(plan, flush=True)
         return plan.to_dict()
     rows = Rows('plan', device, tiny)
@@ -247,7 +250,7 @@ def run_tests(device, tiny, seconds):
         command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'gpu', '--tb=short', '--durations=10',
             *['-n', '6']*has('xdist'), *['--timeout', '120']*has('pytest_timeout'),
             *[f'tests/test_{t}.py' for t in tests[:1 if tiny else None]]]
-        res = finish(command, 110, here.parent, FXCL_DEVICE=str(device), FXCL_GPU_TESTS=str(file))
+        res = finish(command, max(110, seconds), here.parent, FXCL_DEVICE=str(device), FXCL_GPU_TESTS=str(file))
         found = [json.loads(l) for l in file.read_text().splitlines()]
     for r in found:
         if 'trace' in r: rows.add(**r, failed=r['trace'][-1] if r['trace'] else '')
@@ -269,11 +272,14 @@ def main(
     device:str='cuda', # Where to run
     tiny:bool=False, # Small and short, to try the script; writes nothing
     parts:str=','.join(parts), # What to do, separated by commas
-    seconds:float=None, # Of the parts faults, right, checks and kernels; default: 80, with --tiny 100
+    seconds:float=None, # Of each part but speed and scripts; default: 80, with --tiny 100
+    sections:str=None, # Of one part of faults, right and checks, only these; what its file has of the others stays
 ):
     "Run the parts and write benchmarks/results/gpu-PART-DEVICE.json"
-    names = parts.split(',')
+    names,all_parts = parts.split(','),globals()['parts']
     if why := unknown(names): sys.exit(why)
+    if sections and (len(names)>1 or not (all_parts[names[0]] or ('', ''))[1] or {*sections.split(',')}-{*all_parts[names[0]][1].split(',')}):
+        sys.exit(f'sections {sections!r}: choose from those of one part: {", ".join(f"{k}: {v[1]}" for k,v in all_parts.items() if v)}')
     limit = seconds or (100 if tiny else 80)
     if len(names)>1: # each in a process of its own, so that a lost device or its memory is one part's
         own = [sys.executable, str(here/'gpu.py'), '--device', device, '--seconds', str(limit), *['--tiny']*tiny]
@@ -284,7 +290,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that sections end, too
     print(f'== {name} on {device}', flush=True)
     run = dict(plan=run_plan, tests=run_tests, kernels=run_kernels, speed=run_speed, scripts=run_scripts)
-    try: ok = run[name](device, tiny, limit) if name in run else run_sections(name, device, tiny, limit)
+    try: ok = run[name](device, tiny, limit) if name in run else run_sections(name, device, tiny, limit, sections)
     except Exception: traceback.print_exc(); ok = False
     print(f'== {name}: {"right" if ok else "failed, or something is not right"}', flush=True)
     sys.exit(int(not ok))

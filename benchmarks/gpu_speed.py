@@ -4,7 +4,8 @@ Each arm trains its own copy of a network on one random batch that is already on
 backward (through GradScaler in fp16), SGD. Arms are paired: in each round every arm runs a block of steps in random order, and the first
 step of a block is dropped. A row's ratio is that of its speed to the contiguous arm's, the median of the rounds with their minimum and
 maximum. Passes (`--passes`), the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai sets it, whose
-search makes the first step long; compiled, fp16; bf16; small, fp16 with batches of 8, where the processor is what a step waits for.
+search makes the first step long; compiled, fp16; bf16; small, fp16 with batches of 8, where the processor is what a step waits for; fp32,
+for the 7x7 depthwise convolutions of convnext_tiny.
 Writes results/speed-DEVICE.json and .md after each network. Run again, it goes on where it was broken off: rows of this torch and this
 card are kept, failures too; `--refresh` measures what is named again. `--precompile` only fills inductor's cache on disk, in processes
 side by side. Kernels are tuned anew unless FASTXTEND_CL_CACHE names a folder. `--device cpu --tiny` tries the script."""
@@ -27,11 +28,13 @@ sizes = {'resnet50': (256, 3, 224, 224), 'resnet18': (256, 3, 224, 224), 'effici
 tiny_sizes = {n: (2, 3, 32, 32) for n in sizes} | {'r3d_18': (2, 3, 4, 32, 32), 'unet3d': (2, 1, 16, 16, 16)}
 base,again,plain,ours,compiled,maxed = ('contiguous', 'contiguous, again', "channels last, torch's kernels", 'ours', 'ours, compiled',
     'ours, max-autotune')
+base_compiled = 'contiguous, compiled'
 eager,mine = [base, again, plain, ours],[ours, compiled, maxed]
+compiled_twice = ['resnet50', 'mobilenetv2_100', 'regnetx_032', 'unet3d'] # contiguous, too
 # Pass to dtype, cudnn.benchmark, arms
 settings = {'fp16': (torch.float16, False, eager), 'on': (torch.float16, True, eager),
-    'compiled': (torch.float16, False, [base, ours, compiled, maxed]), 'bf16': (torch.bfloat16, False, eager),
-    'small': (torch.float16, False, eager)}
+    'compiled': (torch.float16, False, [base, base_compiled, ours, compiled, maxed]), 'bf16': (torch.bfloat16, False, eager),
+    'small': (torch.float16, False, eager), 'fp32': (torch.float32, False, eager)}
 bytes_per_image = 478e6 # resnet50 at 224 pixels, eager training in 16 bits
 
 def network(name, size):
@@ -47,18 +50,18 @@ def random_batch(name, size, device):
 
 def stepper(arm, name, x, y, dtype):
     "A function that trains one step and returns its loss, and the model"
-    device,last = x.device,arm not in (base, again)
+    device,last = x.device,arm not in (base, again, base_compiled)
     torch.manual_seed(0)
     with device: model = network(name, x.shape).to(device).train()
     if arm==plain: model.to(memory_format=channels_last_formats[x.ndim]) # fastai's own callback raises on volumes
     if arm in mine: apply_channels_last(model)
-    if arm==compiled: model.compile()
+    if arm in (compiled, base_compiled): model.compile()
     if arm==maxed: model.compile(mode='max-autotune-no-cudagraphs')
     opt,scaler = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9),torch.amp.GradScaler(device.type, enabled=dtype==torch.float16)
     def step():
         with tuned_kernels(model=model) if arm in mine else nullcontext():
             opt.zero_grad()
-            with torch.autocast(device.type, dtype):
+            with torch.autocast(device.type, dtype, enabled=dtype!=torch.float32):
                 out = model(as_channels_last(x) if last else x)
                 loss = torch.nn.functional.cross_entropy(out.float(), y)
             scaler.scale(loss).backward()
@@ -161,7 +164,7 @@ def run_rounds(steps, clock, rounds, block, found, over):
 def measure(section, name, tries, device, arms, rounds, block, seconds, warm, bandwidth, over):
     "Rows of one network in one pass, or None if time is over before the first round"
     (dtype,benchmark,_),before,start = settings[section],clocks(device),time.time()
-    if device.type=='cpu': dtype = torch.bfloat16 # which trains in fp16 very slowly
+    if device.type=='cpu' and dtype==torch.float16: dtype = torch.bfloat16 # fp16 is very slow there
     torch.backends.cudnn.benchmark = benchmark
     started = start_arms(name, tries, device, dtype, arms, warm, over)
     if started is None: return None
@@ -185,7 +188,7 @@ def measure(section, name, tries, device, arms, rounds, block, seconds, warm, ba
 def fill_cache(names, shapes, device, arms, over):
     "One training step of each compiled arm"
     for name in names:
-        for arm in [a for a in arms if a in (compiled, maxed)]:
+        for arm in [a for a in arms(name) if a in (base_compiled, compiled, maxed)]:
             if over(): return print(f'time is over before {name}')
             start = time.time()
             dtype = torch.bfloat16 if device.type=='cpu' else torch.float16
@@ -237,14 +240,14 @@ def readme_table(rows):
 
 def header():
     c,cudnn = conditions(),torch.backends.cudnn
-    return (f"A training step in mixed precision: times as fast as contiguous, the median of paired rounds and their range (of 8 it "
+    return (f"A training step: times as fast as contiguous, the median of paired rounds and their range (of 8 it "
         f"covers the true median with 99.2 %; n tells fewer). {c['gpu'] or c['cpu']}, torch {c['torch']}, cuDNN {cudnn.version()}, "
         f"{c['date']}, TF32 in cuDNN {'on' if cudnn.allow_tf32 else 'off'}, matmul precision {torch.get_float32_matmul_precision()}.")
 
 @call_parse
 def main(
     names:str=','.join(sizes), # Networks, separated by commas
-    passes:str='fp16,on,compiled,bf16,small', # Passes, separated by commas
+    passes:str=','.join(settings), # Passes, separated by commas
     names_on:str='resnet50,resnet18,regnetx_032', # Of them, those for the passes `on` and `small`
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
     rounds:int=8, # Rounds; in each, every arm runs one block
@@ -264,9 +267,12 @@ def main(
     if bad: sys.exit(f'unknown pass or network: {", ".join(bad)}')
     if tiny: rounds,block = 1,2
     elif rounds<2: sys.exit('one round is for --tiny')
-    def arms_of(section): return [a for a in settings[section][2] if a!=maxed or max_autotune]
+    def arms_of(section, name):
+        return [a for a in settings[section][2] if (a!=maxed or max_autotune) and (a!=base_compiled or name in compiled_twice)]
     def names_of(section):
-        some = ['resnet18'] if tiny and section!='fp16' else names_on.split(',') if section in ('on', 'small') else sizes
+        some = ['resnet18'] if tiny and section!='fp16' else sizes
+        if section in ('on', 'small') and not tiny: some = names_on.split(',')
+        if section=='fp32': some = ['convnext_tiny']
         return [n for n in names.split(',') if n in some]
     card = torch.cuda.get_device_name(device) if device.type=='cuda' else device.type
     rows = kept_rows(title, dict(card=card), tiny)
@@ -275,10 +281,10 @@ def main(
         os.environ.setdefault('FASTXTEND_CL_CACHE', folder)
         if precompile:
             known = {r['model']: r['size'] for r in rows if r['arm']==base and not tiny} # the batch that fitted
-            return fill_cache(names.split(','), shapes | known, device, arms_of('compiled'), over)
+            return fill_cache(names.split(','), shapes | known, device, lambda n: arms_of('compiled', n), over)
         bandwidth = copy_bandwidth(device) if device.type=='cuda' else None
         for section,name in [(s, n) for s in asked for n in names_of(s)]:
-            arms,done = arms_of(section),{r['arm']: r for r in rows if (r['section'], r['model'])==(section, name)}
+            arms,done = arms_of(section, name),{r['arm']: r for r in rows if (r['section'], r['model'])==(section, name)}
             if not refresh and all(a in done and not done[a].get('cut') for a in arms): continue
             first = min(shapes[name][0], 8) if section=='small' else shapes[name][0]
             tries = [(n, *shapes[name][1:]) for n in (first>>i for i in range(1 if tiny else 3)) if n]
