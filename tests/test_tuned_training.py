@@ -175,6 +175,7 @@ def test_the_step_of_a_learner(name, tuned):
     with caught_warnings(): step = TrainingStep.from_learner(setups[name][0](learner()))
     assert step.tuned==tuned and step.kernels==(setups[name][1] or 'survive')
 
+@pytest.mark.skipif(device.type!='cpu', reason='nothing of this model is tuned on a GPU')
 def test_the_present_of_a_learner_is_tuned():
     learn = learner().to_channelslast(use_amp=False)
     res = learn.bench_channelslast(['channels last fp32'], limit=1, rounds=8, epochs=False, bar=False)
