@@ -28,11 +28,11 @@ from fastcore.meta import delegates
 from fasttransform import DisplayedTransform, Pipeline
 from .amp import DeviceMixedPrecision, _wraps, as_amp_mode, check_scaler_args, learner_device
 from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last,
-    as_contiguous, contiguous_meanwhile, convert_format, format_of, format_warnings)
+    as_contiguous, contiguous_meanwhile, conv_params, convert_format, format_of, format_warnings)
 from .kernels import fixed_kernels, kernel_count, tuning_line
 from .memory import can_keep_memory, kept_memory
 from .plan import FormatPlan, plan_formats
-from .step import generators, seed_all
+from .step import generators, reachable, seed_all
 
 # %% ../nbs/02_channelslast.ipynb #fd74f427
 class ChannelsLastTfm(DisplayedTransform):
@@ -42,6 +42,17 @@ class ChannelsLastTfm(DisplayedTransform):
     def encodes(self, x:object): return x
 
 # %% ../nbs/02_channelslast.ipynb #15904a1b
+def _not_converted(learn):
+    "Warnings of what stays contiguous: parameters of the model, and networks that loss and callbacks hold beside it"
+    res,seen = format_warnings(learn.model),{id(p) for p in conv_params(learn.model).values()}
+    for name,holder in [('the loss', learn.loss_func), *((type(cb).__name__, cb) for cb in learn.cbs)]:
+        for m in filter(lambda o: isinstance(o, nn.Module), reachable([holder])):
+            new = {id(p) for p in conv_params(m).values() if format_of(p)=='contiguous'}-seen
+            if new: res.append(FormatWarning(f'{name} holds a network with convolutions ({type(m).__name__}) that is not converted '
+                'with the model: `apply_channels_last(network)` does that'))
+            seen |= new
+    return res
+
 class ChannelsLastCallback(ChannelsLast):
     "Train with model and inputs in channels last"
     # Needs to run before callbacks that wrap or copy the model, and before CastToTensor (9) removes the types of the batch
@@ -70,7 +81,7 @@ class ChannelsLastCallback(ChannelsLast):
         "Convert the model, its gradients and the optimizer's state, where that has not been done"
         self._since = kernel_count()
         if self.memory_format: convert_format(self.learn.model, self.memory_format, self.learn.opt)
-        if self.memory_format=='channels_last': self.warn_once(format_warnings(self.learn.model))
+        if self.memory_format=='channels_last': self.warn_once(_not_converted(self.learn))
 
     def before_batch(self):
         "Convert image-like inputs and targets"
@@ -292,7 +303,7 @@ def to_channelslast(self:Learner,
     useless = _no_keep(self) if keep_memory else []
     cb = first(self._grab_cbs(ChannelsLastCallback)) or ChannelsLastCallback()
     as_is = _as_is(self)
-    cb.warn_once(idle + useless + (format_warnings(self.model) if plan is None or plan.memory_format=='channels_last' else []))
+    cb.warn_once(idle + useless + (_not_converted(self) if plan is None or plan.memory_format=='channels_last' else []))
     if plan is None or plan.changes: _set_compiled(self.model, plan is not None and plan.compile)
     _set_callbacks(self, cb, new, own)
     cb.plan,cb.tune,cb.as_is = plan,tune,as_is
@@ -304,10 +315,14 @@ def to_channelslast(self:Learner,
 def to_contiguous(self:Learner,
     to_fp32:bool=False, # Remove mixed precision as well
 ) -> Learner: # The same `Learner`
-    "Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; optionally to single precision"
+    """Set `Learner` and inputs back to contiguous: weights, gradients and optimizer state; optionally to single precision
+
+    A mixed precision callback of your own that `to_channelslast(use_amp=False)` had removed is back."""
     apply_contiguous(self.model, self.opt)
     _set_compiled(self.model, False)
-    return self.remove_cbs([ChannelsLast, KeepMemoryCallback, *([MixedPrecision] if to_fp32 else [])])
+    own = None if to_fp32 else _own_amp(self)
+    self.remove_cbs([ChannelsLast, KeepMemoryCallback, *([MixedPrecision] if to_fp32 else [])])
+    return self if self._grab_cbs(MixedPrecision) else self.add_cbs(own)
 
 # %% ../nbs/02_channelslast.ipynb #cfc30032
 class _ContiguousState:

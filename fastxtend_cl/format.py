@@ -267,7 +267,7 @@ _targets = {'channels_last': _channels_last_targets, 'contiguous': _contiguous_t
 # %% ../nbs/00_format.ipynb #2105fa56
 def _deadly_warnings(model):
     "A plain training loop on a CPU can be ended by a few kernels; a Learner's training avoids them by itself"
-    names = deadly_layers(model) if any(p.device.type=='cpu' for p in model.parameters()) else []
+    names = [n or type(model).__name__ for n in deadly_layers(model)] if any(p.device.type=='cpu' for p in model.parameters()) else []
     if not names: return []
     more = f' and {len(names)-3} more' if len(names)>3 else ''
     return [FormatWarning(f'the gradient kernels of {", ".join(names[:3])}{more} can end the process in channels last on a CPU: '

@@ -100,14 +100,16 @@ def _cell(c):
 _atoms = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device,
     torch.memory_format, types.BuiltinFunctionType)
 
-def _reachable(roots):
+def reachable(roots):
     "Each object that `roots` hold, directly or not, once"
     seen,todo,first = {},[*reversed(roots)],{id(o) for o in roots}
     while todo:
         o = todo.pop()
         if id(o) in seen or isinstance(o, _atoms): continue
         seen[id(o)],d = o,_attrs(o)
-        if d and 'dls' in d and id(o) not in first: continue # a Learner
+        if d and 'dls' in d and id(o) not in first: # a Learner: its data is long, its network may be part of a loss
+            todo.append(d.get('model'))
+            continue
         todo += _parts(o)
         if d is not None: todo.append(d)
         yield o
@@ -308,7 +310,7 @@ class Preserved:
     def __enter__(self):
         self._process = [partial(put, get()) for get,put in generators()] + _flag_undos()
         with _plain_torch():
-            found = [*_reachable([*self.objects, *_global_hooks()])]
+            found = [*reachable([*self.objects, *_global_hooks()])]
             tensors = [o for o in found if isinstance(o, Tensor)]
             self._undos,self._tensors = ([u for u in (_undo(o, self.values) for o in found) if u],
                 [_TensorState(t) for t in tensors])
@@ -507,7 +509,7 @@ def convert(self:TrainingStep,
     self._change_batch(lambda t: t.to(_double(t)) if t.is_floating_point() or t.is_complex() else t)
     self._zero_grad()
     with _plain_torch():
-        _to_double(o for o in _reachable([self.model, self.loss_func, self.inputs, self.targets]) if isinstance(o, Tensor))
+        _to_double(o for o in reachable([self.model, self.loss_func, self.inputs, self.targets]) if isinstance(o, Tensor))
         _to_double(_state_tensors(self.optimizer))
 
 # %% ../nbs/03_step.ipynb #20e1a55d
@@ -732,6 +734,6 @@ def preserved_bytes(self:TrainingStep) -> int: # Bytes
     """Size of the copy that `preserved` keeps: weights, buffers, gradients, optimizer state, batch, and activations that
     hooks hold"""
     with _plain_torch():
-        found = [*_reachable([self])]
+        found = [*reachable([self])]
         spans = _spans(o for o in found if isinstance(o, Tensor) and _has_storage(o))
     return sum(hi-lo for _,lo,hi in spans) + sum(o.nbytes for o in found if isinstance(o, np.ndarray) and o.flags.writeable)

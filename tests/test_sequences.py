@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from helpers import fit, labels, quiet, random_images, state_follows, strides, dls_of, tiny_learner
 import fastxtend_cl.all
+from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastCallback, KeepMemoryCallback
 from fastxtend_cl.format import format_of
 from fastxtend_cl.plan import FormatPlan
@@ -33,9 +34,11 @@ conversions += [('to_contiguous', dict(to_fp32=b)) for b in (False, True)]
 
 def splitter(m): return [[*m[:3].parameters()], [*m[3:].parameters()]]
 
-def new_learner(fused, path=None):
+def new_learner(fused, own=None, path=None):
+    "`own`: the mode of a mixed precision callback that the user has"
     opt = dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)) if fused else {}
-    return tiny_learner(dls_of(random_images(4), labels(4)), splitter=splitter, path=path, **opt)
+    cbs = DeviceMixedPrecision(own, growth_interval=9) if own else None
+    return tiny_learner(dls_of(random_images(4), labels(4)), splitter=splitter, path=path, cbs=cbs, **opt)
 
 def call(learn, o):
     name,kw = o
@@ -58,20 +61,20 @@ def not_compiled(f, **kwargs):
 
 references = {}
 
-def reference(calls, fused):
+def reference(calls, fused, own=None):
     "Settings of a new Learner after `calls`, whether a plan has compiled it, and its strides after a fit"
-    key = repr((calls, fused))
+    key = repr((calls, fused, own))
     if key not in references:
-        learn = new_learner(fused)
+        learn = new_learner(fused, own)
         for o in calls: call(learn, o)
         references[key] = described(learn),learn.model._compiled_call_impl is not None,strides(fit(learn).model)
     return references[key]
 
 class Sequences(RuleBasedStateMachine):
-    @initialize(fused=st.booleans())
-    def make(self, fused):
+    @initialize(fused=st.booleans(), amp=st.sampled_from([None, 'bf16']))
+    def make(self, fused, amp):
         self.folder = tempfile.TemporaryDirectory()
-        self.fused,self.learn = fused,new_learner(fused, Path(self.folder.name))
+        self.fused,self.amp,self.learn = fused,amp,new_learner(fused, amp, Path(self.folder.name))
         self.calls,self.own,self.settled,self.saved = [],None,True,False
 
     @rule(o=st.sampled_from(conversions))
@@ -83,6 +86,7 @@ class Sequences(RuleBasedStateMachine):
     def convert(self, o):
         call(self.learn, o)
         self.calls = [*self.calls, o] if leaves_something(o) else [o]
+        if o==('to_contiguous', dict(to_fp32=True)): self.amp = None # the user's own is gone for good
         self.settled = o[0]=='to_contiguous'
 
     def fit(self):
@@ -116,7 +120,7 @@ class Sequences(RuleBasedStateMachine):
 
     @invariant()
     def is_as_after_the_last_conversion(self):
-        found,compiled,after_fit = reference(self.calls, self.fused)
+        found,compiled,after_fit = reference(self.calls, self.fused, self.amp)
         assert described(self.learn)==found, self.calls
         impl = self.learn.model._compiled_call_impl
         assert impl is self.own if self.own else (impl is not None)==compiled, self.calls
@@ -135,14 +139,27 @@ def test_sequences():
         derandomize=True, database=None, suppress_health_check=list(HealthCheck)))
 
 @pytest.mark.filterwarnings('ignore')
-def test_every_pair():
+@pytest.mark.parametrize('own', [None, 'bf16'])
+def test_every_pair(own):
     "The second call comes to what it would alone, for those that leave nothing as it is"
     for one in conversions:
         for other in conversions:
             if leaves_something(other): continue
-            learn = new_learner(False)
+            learn = new_learner(False, own)
             call(learn, one); call(learn, other)
-            assert (described(learn),learn.model._compiled_call_impl is not None)==reference([other], False)[:2], (one, other)
+            stays = None if one==('to_contiguous', dict(to_fp32=True)) else own
+            assert (described(learn),learn.model._compiled_call_impl is not None)==reference([other], False, stays)[:2], (one, other)
+
+@pytest.mark.filterwarnings('ignore')
+def test_the_users_own_mixed_precision_comes_back():
+    learn = new_learner(False, 'bf16')
+    own = learn.mixed_precision
+    learn.to_channelslast(use_amp=False)
+    assert not learn._grab_cbs(MixedPrecision)
+    assert learn.to_contiguous() is learn and learn.mixed_precision is own and own.learn is learn and list(learn._grab_cbs(MixedPrecision))==[own]
+    assert learn.to_channelslast().mixed_precision is own
+    learn.to_channelslast(use_amp=False).to_contiguous(to_fp32=True)
+    assert not learn._grab_cbs(MixedPrecision)
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('plan', ['the same', 'as it is, compiled'])

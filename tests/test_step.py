@@ -539,7 +539,7 @@ def test_learner_and_locks_are_not_entered():
     class Fake: pass
     fake = Fake(); fake.dls,fake.data = object(),[torch.zeros(3)]
     step.model.owner,step.model.lock,step.model.log = fake,threading.Lock(),logging.getLogger('x')
-    assert not any(o is fake or o is fake.data for o in step_module._reachable([step]))
+    assert not any(o is fake or o is fake.data for o in step_module.reachable([step]))
     with step.preserved(): step.run()
 
 # ---- the run itself ----

@@ -192,6 +192,7 @@ def test_a_plain_loop_is_warned_and_a_learner_is_not():
     with caught_warnings() as w: apply_channels_last(Patchy())
     assert [o.category for o in w]==[FormatWarning] and str(w[0].message)==('the gradient kernels of strided can end the process '
         'in channels last on a CPU: train inside `with tuned_kernels():`, which avoids them')
+    with pytest.warns(FormatWarning, match='^the gradient kernels of Conv2d can end'): apply_channels_last(nn.Conv2d(3, 8, 1, stride=2))
     with caught_warnings() as w: apply_channels_last(tiny_cnn()); apply_channels_last(Patchy().to('meta'))
     assert not [o for o in w if 'end the process' in str(o.message)]
     learn = learner(model=Patchy())

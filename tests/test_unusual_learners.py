@@ -1,6 +1,7 @@
 "Learners whose callbacks make the batch or exchange the model, unusual data, networks outside of the model, lazy and scripted models"
 import time
 from copy import deepcopy
+from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,11 +10,12 @@ from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.gan import GANLearner, InvisibleTensor, basic_critic, basic_generator
 from fastxtend_cl.all import *
-from fastxtend_cl.step import Preserved, TrainingStep, _reachable
-from helpers import SeeBatch, device, fit, snapshot, assert_same_snapshot, tensor_dls, tiny_cnn, tiny_learner
+from fastxtend_cl.step import Preserved, TrainingStep, reachable
+from helpers import SeeBatch, caught_warnings, device, fit, of_class, snapshot, assert_same_snapshot, tensor_dls, tiny_cnn, tiny_learner
 
 questions = dict(step=TrainingStep.from_learner, check=lambda l: l.check_channelslast(bar=False), trace=lambda l: l.trace_channelslast(),
     bench=lambda l: l.bench_channelslast(limit=1, bar=False), plan=lambda l: l.plan_channelslast(budget=1, cache=False, bar=False),
@@ -134,7 +136,7 @@ def test_data_are_not_walked(where):
         def forward(self, p, y): return F.cross_entropy(p, y)
     learn = Learner(DataLoaders(dl(), dl(), device=device), tiny_cnn(), loss_func=Loss() if where=='loss' else F.cross_entropy,
         cbs=Holds(items) if where=='callback' else None)
-    met = sum(1 for _ in _reachable([learn, *learn.cbs, learn.dls.train, learn.loss_func]))
+    met = sum(1 for _ in reachable([learn, *learn.cbs, learn.dls.train, learn.loss_func]))
     assert met<20_000
     start = time.process_time()
     step = TrainingStep.from_learner(learn)
@@ -194,6 +196,59 @@ def test_a_network_outside_of_the_model_is_said_to_be_not_converted(loss, name, 
     assert not any('a tensor is made contiguous' in r.advice for r in res.rows)
     apply_channels_last(step.loss_func.net)
     assert not [r for r in trace_format(step).rows if r.kind=='weight']
+
+class Holder(Callback):
+    def __init__(self, held): self.held = held
+
+def with_loss(loss): return tiny_learner(loss_func=loss)
+
+class Bound:
+    def __init__(self, net): self.net = net
+    def loss(self, p, y): return F.cross_entropy(p, y)
+
+beside = {
+    'a loss': lambda net: with_loss(nn.ModuleDict(dict(net=net, loss=nn.CrossEntropyLoss()))),
+    'a closure': lambda net: with_loss(lambda p, y: F.cross_entropy(p, y) + 0*sum(q.sum() for q in net.parameters())),
+    'a partial': lambda net: with_loss(partial(lambda p, y, net: F.cross_entropy(p, y), net=net)),
+    'a method': lambda net: with_loss(Bound(net).loss),
+    "fastai's loss": lambda net: with_loss(setattr(loss := CrossEntropyLossFlat(), 'net', net) or loss),
+    'a callback': lambda net: tiny_learner(cbs=Holder(net)),
+    'a list': lambda net: tiny_learner(cbs=Holder(dict(teachers=[net]))),
+    'another Learner': lambda net: tiny_learner(cbs=Holder(tiny_learner(model=net))),
+    'an average': lambda net: tiny_learner(cbs=Holder(torch.optim.swa_utils.AveragedModel(net)))}
+
+@pytest.mark.parametrize('where', beside)
+def test_networks_beside_the_model_are_named_once(where):
+    net = tiny_cnn().to(device)
+    learn = beside[where](net)
+    who = 'the loss' if where in ('a loss', 'a closure', 'a partial', 'a method', "fastai's loss") else 'Holder'
+    text = rf'^{who} holds a network with convolutions \(.+\) that is not converted with the model: `apply_channels_last\(network\)` does that$'
+    with pytest.warns(FormatWarning, match=text): learn.to_channelslast(use_amp=False)
+    with caught_warnings() as said: learn.to_channelslast(use_amp=False)
+    assert not of_class(said, FormatWarning)
+    if 'loss' not in where: # is no loss that could be computed
+        with caught_warnings() as said: fit(learn)
+        assert not of_class(said, FormatWarning)
+    assert {format_of(m.weight) for m in net.modules() if isinstance(m, nn.Conv2d)}=={'contiguous'}
+
+def test_networks_of_a_callback_of_one_fit_are_named():
+    learn = tiny_learner().to_channelslast(use_amp=False)
+    with pytest.warns(FormatWarning, match='^Holder holds a network'): learn.fit(1, cbs=Holder(tiny_cnn()))
+
+@pytest.mark.parametrize('held', [lambda m: m, lambda m: m[0], nn.DataParallel, lambda m: apply_channels_last(tiny_cnn()), lambda m: nn.Linear(2, 2),
+    lambda m: torch.compile(m, backend='eager')], ids=['model', 'layer', 'wrapped', 'converted', 'linear', 'compiled'])
+def test_what_a_callback_holds_of_the_model_or_converted_is_not_named(held):
+    model = tiny_cnn()
+    learn = tiny_learner(model=model, cbs=Holder(held(model)))
+    with caught_warnings() as said: fit(learn.to_channelslast(use_amp=False))
+    assert not of_class(said, FormatWarning)
+
+def test_the_network_of_another_learner_in_the_loss_is_brought_to_double_precision():
+    teacher,x = tiny_learner(model=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))),torch.randn(4, 3, 16, 16)
+    step = TrainingStep(nn.Conv2d(3, 3, 1), x, x.clone(), lambda p, y: F.mse_loss(teacher.model(p), teacher.model(y)))
+    before = snapshot(teacher.model)
+    assert check_formats(step).ok is True
+    assert_same_snapshot(snapshot(teacher.model), before)
 
 def test_a_weight_that_is_computed_contiguous_is_no_unconverted_network():
     class Dynamic(nn.Module):
