@@ -432,6 +432,17 @@ def _pad_circular(kernel):
         return kernel.call_boxed(ks, x, pad)
     return f
 
+# %% ../nbs/00c_kernels.ipynb #76f463c2
+_large = 2**14 # numbers of an image, from which images one by one are faster than two copies of all
+
+def _instance_norm(kernel):
+    "torch's copies into contiguous order. Each image as a batch of its own for batch normalization computes the same, and keeps the format"
+    def f(ks, x, weight, bias, mean, var, use_batch, momentum, eps, cudnn):
+        if _now.mode=='tuned' and use_batch and mean is None and _is_last(x) and x.numel()>=_large*len(x)>0:
+            return torch.cat([torch.batch_norm(o, weight, bias, None, None, True, 0., eps, cudnn) for o in x.split(1)])
+        return kernel.call_boxed(ks, x, weight, bias, mean, var, use_batch, momentum, eps, cudnn)
+    return f
+
 # %% ../nbs/00c_kernels.ipynb #34b0cd32
 def _nll_backward(kernel):
     def f(ks, g, x, *rest):
@@ -487,7 +498,8 @@ def _install(mode, model):
     "Register what a mode needs; the way through Python costs a few microseconds a call, so a GPU's convolutions only for models that gain"
     _register('CPU', [('convolution', _conv_forward, 'CPU'), ('convolution_backward', _conv_backward, 'CPU'), ('nll_loss2d_backward', _nll_backward, 'CPU'),
         *((n, partial(_with_strides, at=at, always=n in _corrected), 'CPU') for n,at in _strided.items()),
-        ('mean.dim', _mean, 'AutogradCPU'), ('_pad_circular', _pad_circular, 'AutogradCPU'), ('_pad_circular', _pad_circular, 'CPU')])
+        ('mean.dim', _mean, 'AutogradCPU'),
+        *((n, f, k) for n,f in (('_pad_circular', _pad_circular), ('instance_norm', _instance_norm)) for k in ('AutogradCPU', 'CPU'))])
     if _has_cuda(): _register('CUDA pools', [('avg_pool2d_backward', _avg_pool_backward, 'CUDA')])
     if mode=='tuned' and _may_tune_on_cuda(model):
         _register('CUDA convolutions', [('convolution', _conv_forward, 'CUDA'), ('convolution_backward', _conv_backward, 'CUDA')])

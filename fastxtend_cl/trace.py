@@ -405,8 +405,8 @@ _texts = dict(
         '`x.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).transpose(3, 4).flatten(3).permute(0, 3, 1, 2)`',
     mean='the gradient of a mean over height and width is contiguous: `tuned_kernels`, on by default in `to_channelslast`, '
         'writes it in channels last',
-    instance='instance normalization copies into contiguous order: `nn.GroupNorm(c, c)` computes the same for `c` channels, '
-        'without running statistics, and keeps the format; so does BatchNorm',
+    instance='instance normalization copies into contiguous order: `tuned_kernels`, on by default in `to_channelslast`, keeps the '
+        'format on a CPU, for 16,384 numbers an image or more; batch normalization keeps it everywhere',
     copy='leave out the copy, or write `.contiguous(memory_format=torch.channels_last)`',
     reshape='this reshape copies into contiguous order: do it on `x.permute(0, 2, 3, 1)`, where it may be a view',
     in_place='an in-place operator on a slice, whose gradient is copied contiguous: use `inplace=False`',

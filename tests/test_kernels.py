@@ -557,6 +557,60 @@ def test_instance_norm_of_a_batch_of_one():
     want = grads_of(copy.deepcopy(norm).double(), x.double().contiguous(), g.double().contiguous(), None)
     for mode in ('tuned', 'correct'): assert rel(grads_of(norm, x, g, mode), want)<1e-5
 
+def norm_steps(shape, dtype, affine):
+    "An instance normalization with its inputs in channels last; and a function that gives output and gradients of a mode, in double if asked"
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(shape[1], affine=affine) if len(shape)==4 else nn.InstanceNorm3d(shape[1], affine=affine)
+    for p in norm.parameters(): nn.init.uniform_(p)
+    x,g = ((torch.randn(shape)+m).to(dtype) for m in (2, 0))
+    def run(mode, exact=False):
+        m,fmt = copy.deepcopy(norm),torch.contiguous_format if exact else formats[len(shape)]
+        if exact or dtype==torch.float64: m.double()
+        a,b = (t.to(torch.float64 if exact else dtype).contiguous(memory_format=fmt) for t in (x, g))
+        a.requires_grad_()
+        with tuned_kernels(mode) if mode else nullcontext(): y = m(a); y.backward(b)
+        return [y.detach(),a.grad,*(p.grad for p in m.parameters())]
+    return run
+
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('dtype,tol', [(torch.float32, 4e-6), (torch.bfloat16, 2**-7), (torch.float64, 1e-13)])
+@pytest.mark.parametrize('shape', [(3,8,64,32), (1,16,32,32), (2,4,16,16,16)])
+def test_instance_norm_keeps_the_format(shape, dtype, tol, affine):
+    run = norm_steps(shape, dtype, affine)
+    got,want = run('tuned'),run(None, exact=True)
+    assert all(t.is_contiguous(memory_format=formats[len(shape)]) and t.dtype==dtype for t in got[:2])
+    for a,b in zip(got, want): assert rel(a, b)<tol
+
+@pytest.mark.parametrize('mode', ['correct', 'survive', None])
+def test_instance_norm_is_left_alone_elsewhere(mode, monkeypatch):
+    run = norm_steps((2,4,8,8), torch.float32, True)
+    want = run(None)
+    assert all(map(torch.equal, run('tuned'), want)), 'small images'
+    monkeypatch.setattr(K, '_large', 1)
+    assert not torch.equal(run('tuned')[0], want[0]) and all(map(torch.equal, run(mode), want))
+
+def test_instance_norm_in_all_its_forms(monkeypatch):
+    "Running statistics, evaluation, no gradients, an empty batch, transforms of functions, second derivatives"
+    monkeypatch.setattr(K, '_large', 1)
+    last = torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    norms = [nn.InstanceNorm2d(4, affine=True), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)]
+    norms.append(copy.deepcopy(norms[1]).eval())
+    for m in norms:
+        before = copy.deepcopy(m)
+        with tuned_kernels(): got = m(last)
+        torch.testing.assert_close(got, before(last.contiguous()))
+        for n,b in m.named_buffers(): torch.testing.assert_close(b, before.get_buffer(n))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), tuned_kernels(): torch.testing.assert_close(norms[0](last), norms[0](last.contiguous()))
+    with pytest.raises(IndexError), tuned_kernels(): norms[0](last[:0]) # as torch's
+    def loss(x): return norms[0](x).sin().sum()
+    with tuned_kernels(): each = torch.func.vmap(torch.func.grad(loss))(last.unsqueeze(1))
+    torch.testing.assert_close(each, torch.func.grad(loss)(last.contiguous()).unsqueeze(1))
+    double = nn.InstanceNorm2d(4, affine=True).double()
+    with tuned_kernels(): assert torch.autograd.gradgradcheck(double, last[:1].double().requires_grad_())
+    for pixels in ((2, 4, 1, 1), (1, 4, 1, 1)):
+        with pytest.raises(ValueError, match='Expected more than 1 spatial element'), tuned_kernels(): norms[0](torch.randn(pixels))
+
 @pytest.mark.parametrize('f', [lambda x: x.mean((2, 3)), lambda x: x.mean((-1, -2), keepdim=True), lambda x: F.adaptive_avg_pool2d(x, 1),
     lambda x: x.mean([2, 3]), lambda x: x.mean(1), lambda x: x.mean((2, 3), dtype=torch.float64), lambda x: x.mean((1, 2, 3)),
     lambda x: x.mean(), lambda x: x.mean(2)])
