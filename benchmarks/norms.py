@@ -1,14 +1,18 @@
 """Normalizations in channels last on a CPU: forward and backward pass, how fast and how far from double precision: `python benchmarks/norms.py`
 
 Instance normalization contiguous, in channels last as torch computes it, and in `tuned_kernels`; group normalization in both formats. The
-values have the standard deviation 1 and a mean of 0 or 10. Paired and interleaved; writes results/norms-cpu.json and .md."""
-import statistics
+values have the standard deviation 1 and a mean of 0 or 10. Then whole training steps of networks with instance normalization (MONAI,
+nnU-Net; the development extra has them). Paired and interleaved, memory kept; writes results/norms-cpu.json and .md."""
+import statistics, warnings
+from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
-from fastxtend_cl.format import channels_last_formats
+from fastxtend_cl.format import apply_channels_last, as_channels_last, channels_last_formats
 from fastxtend_cl.kernels import tuned_kernels
+from fastxtend_cl.memory import kept_memory
 from common import conditions, interleave, interval, results, save
+import zoo
 
 shapes = [(8, 32, 128, 128), (8, 128, 32, 32), (4, 512, 8, 8), (2, 16, 32, 32, 32), (2, 64, 16, 16, 16)]
 def instance(x, w, b): return F.instance_norm(x, weight=w, bias=b)
@@ -44,12 +48,28 @@ def measure(shape, dtype, rounds):
     return [dict(shape=list(shape), dtype=str(dtype)[6:], arm=n, ms=1e3*statistics.median(t),
         ratio=interval([p/q for p,q in zip(seconds[n.split(',')[0]+', contiguous'], t)]), **rows[n]) for n,t in seconds.items()]
 
-def page(rows):
+networks = 'nnunet/PlainConvUNet+2', 'nnunet/PlainConvUNet+3', 'nnunet/ResidualEncoderUNet+2', 'monai/UNet+2', 'monai/UNet+3'
+
+def measure_network(name, low, rounds):
+    "Seconds of a training step, contiguous, in channels last as torch computes it, and with tuned kernels"
+    steps = {}
+    for arm,around in {'contiguous': nullcontext, 'channels last': nullcontext, 'tuned': tuned_kernels}.items():
+        model,x = zoo.build(name)
+        if arm!='contiguous': model,x = apply_channels_last(model),as_channels_last(x)
+        steps[arm] = zoo.stepper(model, x, torch.device('cpu'), around, low)
+        for _ in range(2): steps[arm]()
+    seconds = interleave(steps, rounds, 3, progress=False)
+    return [dict(network=name, dtype='bfloat16' if low else 'float32', arm=a, ms=1e3*statistics.median(t),
+        ratio=interval([p/q for p,q in zip(seconds['contiguous'], t)])) for a,t in seconds.items()]
+
+def page(rows, nets):
     c = conditions()
     head = f"Times as fast as contiguous (median and its 95 % interval), and the largest relative distance from double precision. {c['cpu']}, {c['cores']} thread, torch {c['torch']}, {c['date']}."
     lines = ['| shape | dtype | | ms | ratio | error, mean 0 | error, mean 10 |', '|---|---|---|--:|--:|--:|--:|']
     lines += [f"| {'x'.join(map(str, r['shape']))} | {r['dtype']} | {r['arm']} | {r['ms']:.2f} | {r['ratio'][0]:.2f} ({r['ratio'][1]:.2f} to {r['ratio'][2]:.2f}) | "
         f"{r['error, mean 0']:.1e} | {r['error, mean 10']:.1e} |" for r in rows]
+    lines += ['', '| network | dtype | | ms a step | ratio |', '|---|---|---|--:|--:|']
+    lines += [f"| {r['network']} | {r['dtype']} | {r['arm']} | {r['ms']:.1f} | {r['ratio'][0]:.2f} ({r['ratio'][1]:.2f} to {r['ratio'][2]:.2f}) |" for r in nets]
     return head+'\n\n'+'\n'.join(lines)+'\n'
 
 @call_parse
@@ -58,8 +78,11 @@ def main(
     tiny:bool=False, # Small and short; writes nothing
 ):
     "Measure and write benchmarks/results/norms-cpu.json and .md"
-    rows = [r for s in ([(2, 16, 32, 32)] if tiny else shapes) for d in (torch.float32, torch.bfloat16) for r in measure(s, d, 2 if tiny else rounds)]
-    print(page(rows))
+    warnings.simplefilter('ignore')
+    with kept_memory():
+        rows = [r for s in ([(2, 16, 32, 32)] if tiny else shapes) for d in (torch.float32, torch.bfloat16) for r in measure(s, d, 2 if tiny else rounds)]
+        nets = [r for n in networks[:1 if tiny else None] for low in (False, True) for r in measure_network(n, low, 2 if tiny else rounds)]
+    print(page(rows, nets))
     if tiny: return
-    save('norms-cpu', rows=rows)
-    (results/'norms-cpu.md').write_text(page(rows))
+    save('norms-cpu', rows=rows, networks=nets)
+    (results/'norms-cpu.md').write_text(page(rows, nets))
