@@ -99,12 +99,14 @@ def verdict_of(
 # %% ../nbs/06_bench.ipynb #15693bf5
 def _rounds(n): return f'{n} round{"" if n==1 else "s"}'
 
+def _needed(n): return f'{least_pairs} rounds needed, {n} measured'
+
 @dataclass
 class BenchRow:
     "One arm"
     arm:str # Name
-    verdict:str # 'faster', 'slower', 'tie' or 'failed'; of the present 'now', of its twin 'noise'
-    reason:str='' # Why it failed, or why it is no more than a tie
+    verdict:str # 'faster', 'slower', 'tie', 'inconclusive' or 'failed'; of the present 'now', of its twin 'noise'
+    reason:str='' # Why it failed or is inconclusive
     ratio:float|None=None # Of the present's time to this arm's: above 1 is faster; median over the rounds
     low:float|None=None # Of the interval
     high:float|None=None
@@ -120,7 +122,7 @@ class BenchRow:
     blocks:dict=field(default_factory=dict, repr=False) # Round to seconds a step
 
 # %% ../nbs/06_bench.ipynb #c8010027
-@dataclass
+@dataclass(repr=False)
 class FormatBench:
     "Which arm is fastest, and how sure that is"
     rows:list=field(repr=False) # `BenchRow`s: the present, its twin, the others from fast to slow
@@ -139,10 +141,10 @@ class FormatBench:
     def best(self): return max((r for r in self.rows if r.verdict=='faster'), key=lambda r: r.ratio, default=self.now)
     @property
     def verdict(self):
-        "'faster', 'fastest already', 'tie' or 'cannot tell'"
+        "'faster', 'fastest already', 'tie' or 'inconclusive'"
         others = [r.verdict for r in self.rows[2:] if r.verdict!='failed']
-        if self.noise is None or not others: return 'cannot tell'
-        return 'faster' if 'faster' in others else 'tie' if 'tie' in others else 'fastest already'
+        if self.noise is None or not others: return 'inconclusive'
+        return next((v for v in ('faster', 'inconclusive', 'tie') if v in others), 'fastest already')
     @property
     def break_even(self):
         "Steps after which the measuring has paid for itself, or None"
@@ -163,8 +165,16 @@ def reason(self:FormatBench) -> str:
     if self.verdict=='tie': return f'no arm is faster than {present} by more than the noise{span}'
     if not self.rows[2:]: return f'there is no other arm to compare {present} with'
     if all(r.verdict=='failed' for r in self.rows[2:]): return 'no other arm could be measured: the rows say why'
-    return (f'{_rounds(self.now.pairs)} {"was" if self.now.pairs==1 else "were"} measured, '
-        f'and a verdict takes {least_pairs}: give it more time with `limit`')
+    return _too_few(self) + (f': try `limit={n}`' if (n := _enough_seconds(self)) and not self.interrupted else '')
+
+def _measured_rounds(b): return min(r.pairs for r in b.rows if r.verdict!='failed')
+
+def _too_few(b): return _needed(_measured_rounds(b))
+
+def _enough_seconds(b):
+    "Time for the missing rounds and half as much again, or None where it is not known what the measured ones took"
+    limit,n = b.conditions.get('limit'),max(1, _measured_rounds(b))
+    return limit and 10*math.ceil(1.5*limit*least_pairs/n/10)
 
 @patch
 def to_dict(self:FormatBench):
@@ -218,27 +228,41 @@ def __str__(self:FormatBench):
     return '\n'.join([f'{self.verdict}: {self.reason}', *map(text, cells), _about(self), *_lines(self)])
 
 @patch
+def __repr__(self:FormatBench): return str(self)
+
+@patch
 def _repr_markdown_(self:FormatBench):
     head,*rows = self.cells()
     table = '\n'.join('| '+' | '.join(r)+' |' for r in (head, ['---', '---', *['--:']*(len(head)-2)], *rows))
     return '\n\n'.join([f'**{self.verdict}**: {self.reason}', table, *_lines(self), f'<small>{_about(self)}</small>'])
 
 # %% ../nbs/06_bench.ipynb #cde9472a
+def _ratios(b, row): return [s/row.blocks[i] for i,s in b.now.blocks.items() if i in row.blocks]
+
+def _nothing(b):
+    "What to say in place of a picture"
+    return '\n'.join(textwrap.shorten(f'{r.arm}: {r.reason}', 90) for r in b.rows[2:]) or b.reason
+
 @patch
 def plot(self:FormatBench,
     ax=None, # matplotlib axes; None makes new ones
 ): # The axes
-    "Ratio and interval of each arm; the grey band is the noise"
+    "Ratio and interval of each arm, or the ratio of each round where they are too few for an interval; the grey band is the noise"
     import matplotlib.pyplot as plt
-    rows = [r for r in self.rows if r.low is not None and r.verdict not in ('now', 'noise')][::-1]
-    if ax is None: ax = plt.subplots(figsize=(6, 1+0.4*max(len(rows), 1)))[1]
+    rows = [r for r in self.rows[2:] if r.ratio is not None][::-1]
+    if ax is None: ax = plt.subplots(figsize=(6, 1+0.4*max(len(rows), 2)))[1]
+    if self.verdict=='inconclusive': ax.set_title('\n'.join(textwrap.wrap(f'inconclusive: {self.reason}', 70)), fontsize=9)
+    if not rows: ax.text(0.5, 0.5, _nothing(self), ha='center', va='center', fontsize=8, transform=ax.transAxes)
     if self.noise: ax.axvspan(*self.noise, color='0.85', label='noise')
     ax.axvline(1, color='0.4', lw=1)
     colors = {'faster': 'tab:green', 'slower': 'tab:red', 'tie': 'tab:gray'}
     for i,r in enumerate(rows):
-        ax.errorbar(r.ratio, i, xerr=[[r.ratio-r.low], [r.high-r.ratio]], fmt='o', capsize=3, color=colors[r.verdict])
+        if r.low is None:
+            ax.plot(each := _ratios(self, r), [i]*len(each), '|', color='tab:gray')
+            ax.plot(r.ratio, i, 'o', mfc='white', color='tab:gray')
+        else: ax.errorbar(r.ratio, i, xerr=[[r.ratio-r.low], [r.high-r.ratio]], fmt='o', capsize=3, color=colors[r.verdict])
     ax.set_yticks(range(len(rows)), [r.arm for r in rows])
-    ax.set_ylim(-0.7, len(rows)-0.3)
+    ax.set_ylim(-0.7, max(len(rows), 1)-0.3)
     ax.set_xlabel(f'times as fast as {self.conditions.get("now") or self.now.arm}')
     return ax
 
@@ -366,7 +390,7 @@ def _race(lanes, clock, end, rounds, block, width, seed, bar):
         if max(_ranks(now+0.5*longest-late))>0: break
 
 # %% ../nbs/06_bench.ipynb #82dd48ad
-def _row(lane, base, noise):
+def _row(lane, base, noise, twins):
     row = BenchRow(lane.name, 'failed', lane.failed or '', first_seconds=lane.warm[0] if lane.warm else None,
         blocks=dict(lane.seconds))
     pairs = _pairs(base, lane)
@@ -378,8 +402,8 @@ def _row(lane, base, noise):
         return row
     row.seconds,row.cpu_seconds = float(np.median([*lane.seconds.values()])),float(np.median([*lane.cpu.values()]))
     row.ratio,row.low,row.high = interval(pairs)
-    row.verdict = verdict_of(row.ratio, row.low, row.high, noise) if noise and len(pairs)>=least_pairs else 'tie'
-    if len(pairs)<least_pairs or not noise: row.low,row.high,row.reason = None,None,f'only {_rounds(len(pairs))}: too few to tell'
+    if noise and len(pairs)>=least_pairs: row.verdict = verdict_of(row.ratio, row.low, row.high, noise)
+    else: row.verdict,row.low,row.high,row.reason = 'inconclusive',None,None,_needed(min(len(pairs), twins))
     return row
 
 def _rows(lanes):
@@ -387,7 +411,7 @@ def _rows(lanes):
     base,twin = lanes[:2]
     pairs = _pairs(base, twin)
     noise = interval(pairs, 0.95)[1:] if len(pairs)>=least_pairs else None
-    rows = [_row(l, base, noise) for l in lanes]
+    rows = [_row(l, base, noise, len(pairs)) for l in lanes]
     for r,v in zip(rows, ('now', 'noise')):
         if r.ratio is not None: r.verdict,r.reason = v,''
     rows[0].low = rows[0].high = None
@@ -455,7 +479,7 @@ def compare(
         for n,f in {first: arms[first], f'{first}, again': arms[first], **arms}.items()]
     with kept_memory() as kept: interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar)
     rows,noise = _rows(lanes)
-    return FormatBench(rows, noise, {**_machine(device), 'block': block, 'kept_memory': kept}, clock.now()-start,
+    return FormatBench(rows, noise, {**_machine(device), 'block': block, 'limit': limit, 'kept_memory': kept}, clock.now()-start,
         interrupted, notes=_warnings(rows, noise))
 
 # %% ../nbs/06_bench.ipynb #d6174efc
@@ -828,7 +852,7 @@ def bench_formats(
     with kept_memory() as kept:
         interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar)
         rows,noise = _rows(lanes)
-        conditions = {**_conditions(step, now, inference, block), 'kept_memory': kept}
+        conditions = {**_conditions(step, now, inference, block), 'limit': limit, 'kept_memory': kept}
         res = FormatBench(rows, noise, conditions, interrupted=interrupted, notes=_warnings(rows, noise))
         try: _add_more(res, step, lanes, inference, loader, clock, limit, interrupted)
         except KeyboardInterrupt: res.interrupted = True
