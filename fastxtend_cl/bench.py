@@ -10,7 +10,7 @@ __all__ = ['least_pairs', 'Clock', 'CudaClock', 'device_clock', 'interval', 'ver
            'bench_formats']
 
 # %% ../nbs/06_bench.ipynb #174d1a9c
-import gc, math, os, platform, random, textwrap, time
+import gc, math, os, platform, random, textwrap, time, zlib
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch.utils.flop_counter import FlopCounterMode
-from .check import check_formats
+from .check import _Noise, _unit, check_formats, epsilon, margin
 from .format import _tensors_in, as_channels_last, as_contiguous, conv_params, format_of
 from .kernels import tuned_kernels
 from .memory import kept_memory
-from .step import StepResult, TrainingStep
+from .step import StepResult, TrainingStep, seed_all
 from .ways import can_tune
 
 # %% ../nbs/06_bench.ipynb #6f7b3d41
@@ -425,13 +425,17 @@ def _check_args(limit, rounds, block, width):
         raise ValueError(f'block is at least 2, for the first step of a block does not count, received {block!r}')
     if not 0<width<1: raise ValueError(f'width is between 0 and 1, such as 0.04, received {width!r}')
 
-def _measure(lanes, clock, limit, rounds, block, width, seed, bar):
+def _measure(lanes, clock, limit, rounds, block, width, seed, bar, judge_of=None):
     "Warm up and race; returns whether it was interrupted, and the steps of a block"
     show,start = _Progress(bar),clock.now()
     try:
         for lane in lanes:
             if not lane.failed: _warm(lane, clock, limit=limit/(4*len(lanes)))
         if lanes[0].failed: raise ValueError(f'{lanes[0].name} cannot be measured: {lanes[0].failed}')
+        if judge_of:
+            judge = judge_of(lanes[0])
+            for lane in lanes[2:]:
+                if not lane.failed: judge(lane)
         compiling = sum(max(0., l.warm[0]-2*np.median(l.warm[1:])) for l in lanes if len(l.warm)>1) # is not counted
         end = start + limit + compiling
         block = block or max(_ranks(_block_size(lanes, end-clock.now())))
@@ -626,44 +630,113 @@ def _prepare(step, arm, inference, kept):
 def _size(ts): return float(torch.stack([t.detach().double().norm().cpu() for t in ts]).norm()) if ts else 0.
 
 def _outcome(step, res):
-    "Loss and size of the gradients that a step has left, or size of an output"
-    if not isinstance(res, StepResult): return None,_size([t for t in _tensors_in(res) if t.is_floating_point()])
-    return float(res.loss),_size([p.grad for p in step.params().values() if p.grad is not None])
+    "Loss and norm of each gradient that a step has left, or the norm of what a function returns"
+    if isinstance(res, StepResult):
+        return {'loss': float(res.loss), **{n: 0. if p.grad is None else _size([p.grad]) for n,p in step.params().items()}}
+    ts = [t for t in _tensors_in(res) if t.is_floating_point()]
+    return {'output': _size(ts)} if ts else {}
 
-def _gross(loss, size, kept):
-    "Raise an `ArmFailed` if the outcome is not that of the present"
-    if loss is not None and not math.isfinite(loss): raise ArmFailed(f'its loss is {loss}')
-    if not math.isfinite(size): raise ArmFailed('its gradients are not finite')
-    if not kept: return
-    if loss is not None and kept['loss'] is not None and abs(loss-kept['loss'])>0.3*max(abs(loss), abs(kept['loss']))+0.1:
-        raise ArmFailed(f"it computes something else: its loss is {loss:.4g}, that of the present {kept['loss']:.4g}")
-    if kept['size'] and not 1/30<size/kept['size']<30:
-        raise ArmFailed(f"it computes something else: its gradients have the norm {size:.4g}, "
-            f"those of the present {kept['size']:.4g}")
+def _check_finite(outcome):
+    "Raise an `ArmFailed` for a number that is not finite"
+    if not math.isfinite(loss := outcome.get('loss', 0.)): raise ArmFailed(f'its loss is {loss}')
+    if all(map(math.isfinite, outcome.values())): return
+    raise ArmFailed('its output is not finite' if 'output' in outcome else 'its gradients are not finite')
+
+def _apart(a, b):
+    "How far each number of outcome `a` is from that of `b`: a loss relatively, a norm by the logarithm of the ratio"
+    usual = np.median([v for n,v in b.items() if n!='loss' and v>0] or [1.])
+    floor = 1e-6*usual
+    def far(n):
+        x,y = a[n],b[n]
+        if n!='loss' and min(x, y)==0 and max(x, y)>0.01*usual: return math.inf # rounding does not do that
+        d = abs(x-y)/(max(abs(x), abs(y))+1/3) if n=='loss' else abs(math.log((x+floor)/(y+floor)))
+        return d if d<math.inf else math.inf # also where it is no number
+    return {n: far(n) for n in b if n in a}
 
 # %% ../nbs/06_bench.ipynb #175dfedb
-def _first(step, kept, present, f):
-    "The first step of an arm"
+def _scaled_step(step, kept, f):
+    "What `f` returns, at a loss scale that lets fp16 make an update"
     res = f()
     for _ in range(8):
-        if not getattr(res, 'skipped', False): break
+        if not getattr(res, 'skipped', False): return res
         step.loss_scale /= 8
         kept['scale'],res = step.loss_scale,f()
-    if getattr(res, 'skipped', False):
-        raise ArmFailed(f'gradients overflow in fp16 even at a loss scale of {step.loss_scale:g}, so that no update is made')
-    loss,size = _outcome(step, res)
-    if isinstance(res, StepResult) or present.get('size'): _gross(loss, size, {} if kept is present else present)
-    kept.update(loss=loss, size=size)
+    if not getattr(res, 'skipped', False): return res
+    raise ArmFailed(f'gradients overflow in fp16 even at a loss scale of {step.loss_scale:g}, so that no update is made')
 
-def _step_lane(step, arm, inference, present, on):
-    kept = present if arm.name=='now' else {}
+def _first(step, kept, f):
+    "The first step of an arm"
+    out = _outcome(step, _scaled_step(step, kept, f))
+    _check_finite(out)
+    kept.update(loss=out.get('loss'), outcome=out)
+
+def _step_lane(step, arm, inference, on):
+    kept = {}
     def run(body):
         with kept_memory(arm.keep_memory), step.preserved(on=on):
             f = _attempt(_prepare, step, arm, inference, kept)
             with tuned_kernels(step.kernels, model=step.model): return body(f) # also for inference, and for functions of the user
-    lane = _Lane(arm.name, run, partial(_first, step, kept, present))
+    lane = _Lane(arm.name, run, partial(_first, step, kept))
     lane.kept,lane.arm = kept,arm
     return lane
+
+# %% ../nbs/06_bench.ipynb #69fae43a
+_tolerance,_points = 0.3,3 # A norm may be 1.35 times as large without a closer look
+
+@torch.no_grad()
+def _shift(step, size, seed):
+    "Multiply each parameter by random numbers around 1, the same in each memory format"
+    for n,p in step.params().items():
+        if not p.is_floating_point(): continue
+        gen = torch.Generator(p.device).manual_seed(zlib.crc32(n.encode())+seed)
+        p.mul_(1+size*torch.randn(p.shape, generator=gen, device=p.device))
+
+def _rounding(step, arm):
+    "Relative rounding of an arm; a function of the user may compute in any precision"
+    own = next((p.dtype for p in step.model.parameters() if p.is_floating_point()), None)
+    dtype = step.autocast if isinstance(arm.dtype, str) else arm.dtype
+    return epsilon['bf16'] if arm.setup else max(_unit(step, dtype), epsilon.get(_names.get(own), 0.))
+
+class _Judge:
+    "Fails an arm that differs from the baseline by more than rounding explains"
+    def __init__(self, step, base): self.step,self.base,self.at_point,self.moved = step,base,{0: base.kept['outcome']},{}
+
+    def at(self, lane, point, unit=0., seed=0):
+        "Outcome of an arm at a point, with planted errors of size `unit`; None if it fails there"
+        def body(f):
+            seed_all(1000*point+seed)
+            if point: _shift(self.step, 0.01, point)
+            if not unit: return _outcome(self.step, _scaled_step(self.step, lane.kept, f))
+            noise = _Noise(lambda k: unit, unit, seed)
+            noise.attach(self.step.model)
+            try:
+                with torch.compiler.set_stance('force_eager'): return _outcome(self.step, _scaled_step(self.step, lane.kept, f))
+            finally: noise.remove()
+        try: return lane.run(lambda f: _attempt(body, f))
+        except ArmFailed: return None
+
+    def baseline(self, point, unit):
+        "Outcome of the baseline, and how far planted errors move it"
+        if point not in self.at_point: self.at_point[point] = self.at(self.base, point)
+        out,key = self.at_point[point],(point, unit)
+        if key not in self.moved and out is not None:
+            found = [_apart(o or {}, out) for o in (self.at(self.base, point, unit, i) for i in range(1, 4))]
+            self.moved[key] = {n: max(o.get(n, math.inf) for o in found) for n in out}
+        return out,self.moved.get(key)
+
+    def __call__(self, lane):
+        unit,ours,base = max(_rounding(self.step, l.arm) for l in (lane, self.base)),lane.kept['outcome'],self.at_point[0]
+        off = {n for n,d in _apart(ours, base).items() if d>_tolerance}
+        for point in range(_points):
+            if not any(_ranks(bool(off))): return
+            out,moved = self.baseline(point, unit)
+            new = self.at(lane, point) if point else ours
+            if out is None or new is None: return
+            off = {n for n,d in _apart(new, out).items() if n in off and d>_tolerance+margin*moved[n]}
+        n = 'loss' if 'loss' in off else max(off, key=lambda n: _apart(ours, base)[n], default=None)
+        what = 'loss' if n=='loss' else 'norm of the output' if n=='output' else f'norm of the gradient of {n}'
+        why = off and f"rejected: {what} {ours[n]:.3g} differs from the baseline's {base[n]:.3g} by more than rounding explains"
+        if whys := [w for w in _ranks(why) if w]: lane.failed = whys[0]
 
 # %% ../nbs/06_bench.ipynb #bffb0765
 @contextmanager
@@ -845,12 +918,12 @@ def bench_formats(
     what is there so far."""
     _check_args(limit, rounds, block, width)
     clock,now = clock or device_clock(step.device),replace(now or Arm('now'), name='now')
-    chosen,start,present = _chosen(step, arms, compile, now),clock.now(),{}
-    lanes = [_step_lane(step, a, inference, present, on) for a in (now, replace(now, name='now, again'), *chosen)]
+    chosen,start = _chosen(step, arms, compile, now),clock.now()
+    lanes = [_step_lane(step, a, inference, on) for a in (now, replace(now, name='now, again'), *chosen)]
     if check and not inference:
         for name,why in _wrong_arms(step, chosen).items(): next(l for l in lanes if l.name==name).failed = why
     with kept_memory() as kept:
-        interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar)
+        interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar, partial(_Judge, step))
         rows,noise = _rows(lanes)
         conditions = {**_conditions(step, now, inference, block), 'limit': limit, 'kept_memory': kept}
         res = FormatBench(rows, noise, conditions, interrupted=interrupted, notes=_warnings(rows, noise))

@@ -440,7 +440,7 @@ def test_nothing_is_left_behind(fault, trained):
         if fault is None or 'at' not in fault else {'own': interrupt(int(fault.split()[-1]))})
     before = state(step)
     res = bench_formats(step, ['contiguous bf16', 'channels last fp32', 'channels last bf16', *arms.items()],
-        loader=[(step.inputs[0]+1, step.targets[0])]*8, **quick)
+        loader=[(step.inputs[0]+1, step.targets[0])]*8, **{**quick, 'limit': 60. if fault and 'at' in fault else 1.})
     assert same(state(step), before)
     assert res.interrupted==(fault is not None and 'interrupted' in fault)
     if fault=='raises': assert res['own'].reason=='out of memory: MemoryError: planted'
@@ -471,8 +471,8 @@ def test_an_arm_that_computes_something_else():
     arms = {'loss': lambda s: s.model[-1].weight.data.mul_(50), 'nan': lambda s: s.model[0].weight.data.fill_(math.nan),
         'gradients': loses_gradients, 'right': lambda s: None}
     res = bench_formats(step_of(network(), opt=adamw), arms, **quick)
-    assert res['loss'].reason.startswith('it computes something else: its loss is') and res['nan'].reason=='its loss is nan'
-    assert res['gradients'].reason.startswith('it computes something else: its gradients have the norm') and res['right'].verdict!='failed'
+    assert res['loss'].reason.startswith('rejected: loss ') and res['nan'].reason=='its loss is nan'
+    assert res['gradients'].reason.startswith('rejected: norm of the gradient of ') and res['right'].verdict!='failed'
 
 def test_rounding_is_nothing_else():
     "Batch normalization over two values multiplies the rounding of bf16: gradients of five times the norm are still right"
@@ -482,6 +482,86 @@ def test_rounding_is_nothing_else():
     res = bench_formats(TrainingStep(model, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), F.cross_entropy),
         [Arm('bf16', 'channels_last', torch.bfloat16)], **quick)
     assert res['bf16'].verdict!='failed', res['bf16'].reason
+
+class Scaled(torch.autograd.Function):
+    "The identity, with a gradient `k` times too large"
+    @staticmethod
+    def forward(ctx, x, k): ctx.k = k; return x.view_as(x)
+    @staticmethod
+    def backward(ctx, g): return ctx.k*g, None
+
+def tiny_batch(bs, size=32, seed=0):
+    "Batch normalization over few values, the last of them over `bs`; where that is two, the gradient before it is all rounding"
+    torch.manual_seed(seed)
+    def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+    model = nn.Sequential(*[block(3 if i==0 else 8, 8) for i in range(round(math.log2(size)))], nn.Flatten(), nn.Linear(8, 4))
+    return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), F.cross_entropy, adamw(model))
+
+def scaled_loss(k):
+    "Three times too large, turned round, or lost"
+    def setup(step):
+        old = step.loss_func
+        step.loss_func = lambda p,t: old(Scaled.apply(p, k), t)
+    return setup
+
+def lost_body(step): step.model[-1].register_forward_pre_hook(lambda m, a: (Scaled.apply(a[0], 0.),))
+
+def judged(step, *arms):
+    "What the first steps of `arms` are found to be: name to reason"
+    lanes = [bench._step_lane(step, a, False, None) for a in (Arm('now'), *arms)]
+    for l in lanes: l.attempt(lambda f: bench._attempt(l.first, f))
+    judge = bench._Judge(step, lanes[0])
+    for l in lanes[1:]:
+        if not l.failed: judge(l)
+    return {l.name: l.failed for l in lanes[1:]}
+
+low = torch.bfloat16
+@pytest.mark.parametrize('bs,size', [(2, 32), (2, 64), (3, 32), (4, 32), (16, 32)])
+@pytest.mark.parametrize('seed', range(3))
+def test_tiny_batches_are_judged_by_what_rounding_does_to_them(bs, size, seed, monkeypatch):
+    monkeypatch.setattr(bench, 'precisions', lambda device: [low])
+    step = tiny_batch(bs, size, seed)
+    before = state(step)
+    right = judged(step, *format_arms(step).values(), Arm('as is', setup=lambda s: None))
+    assert len(right)==7+1 and not any(right.values()), right
+    faults = {'triple': scaled_loss(3.), 'third': scaled_loss(1/3), 'lost': scaled_loss(0.), 'lost body': lost_body, 'nan': scaled_loss(math.nan)}
+    wrong = judged(step, *[Arm(f'{n} {d}', f, d, setup=s) for n,s in faults.items() for f,d in (('channels_last', None), ('contiguous', low))])
+    assert all(wrong.values()), wrong
+    assert {v for k,v in wrong.items() if 'nan' in k}=={'its gradients are not finite'}
+    assert all(v.startswith('rejected: norm of the gradient of ') for k,v in wrong.items() if 'nan' not in k), wrong
+    assert same(state(step), before)
+
+def test_random_layers_are_no_fault():
+    "Dropout of a batch of two draws other numbers in another memory format"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(0.7), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    step = TrainingStep(model, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), F.cross_entropy)
+    res = judged(step, Arm('cl', 'channels_last'), Arm('low', 'channels_last', low))
+    assert not any(res.values()), res
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body,self.head,self.aux = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),nn.Linear(8, 4),nn.Linear(8, 4)
+    def forward(self, x): return self.head(h := self.body(x)),self.aux(h)
+
+def test_a_lost_term_is_found():
+    "The loss is the same, and one of its two terms has no gradient"
+    def loss(term): return lambda ps,t: F.cross_entropy(ps[0], t)+0.3*F.cross_entropy(term(ps[1]), t)
+    def without(step): step.loss_func = loss(torch.Tensor.detach)
+    step = step_of(TwoHeads())
+    step.loss_func = loss(lambda p: p)
+    for dtype in (None, low):
+        res = judged(step, Arm('lost', 'channels_last', dtype, setup=without), Arm('right', 'channels_last', dtype))
+        assert res['right'] is None and res['lost'].startswith('rejected: norm of the gradient of aux.'), res
+    res = judged(step, Arm('half', setup=lambda s: s.model.head.weight.register_hook(lambda g: 0.5*g)))
+    assert res['half'].startswith('rejected: norm of the gradient of head.weight') and not step.model.head.weight._backward_hooks
+
+def test_what_a_function_returns_decides_what_is_compared():
+    "Nothing, or its own tensors: these are no gradients"
+    step = step_of(network())
+    res = judged(step, Arm('nothing', setup=lambda s: lambda: None), Arm('output', setup=lambda s: lambda: s.model(*s.inputs)))
+    assert not any(res.values()), res
 
 class Fault(torch.autograd.Function):
     @staticmethod
