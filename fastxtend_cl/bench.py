@@ -914,15 +914,16 @@ def bench_formats(
 ) -> FormatBench:
     """Measure a training step in each format and precision against the one it has now, paired, in short blocks in random order
 
-    Raises a `ValueError` if the present step itself cannot be made, and for an arm that is not known. Ctrl-C returns
-    what is there so far."""
+    Lazy layers have their weights meanwhile. Raises a `ValueError` if the present step itself cannot be made, and for an
+    arm that is not known. Ctrl-C returns the partial result."""
     _check_args(limit, rounds, block, width)
     clock,now = clock or device_clock(step.device),replace(now or Arm('now'), name='now')
-    chosen,start = _chosen(step, arms, compile, now),clock.now()
-    lanes = [_step_lane(step, a, inference, on) for a in (now, replace(now, name='now, again'), *chosen)]
-    if check and not inference:
-        for name,why in _wrong_arms(step, chosen).items(): next(l for l in lanes if l.name==name).failed = why
-    with kept_memory() as kept:
+    start = clock.now()
+    with step.initialized(), kept_memory() as kept:
+        chosen = _chosen(step, arms, compile, now)
+        lanes = [_step_lane(step, a, inference, on) for a in (now, replace(now, name='now, again'), *chosen)]
+        if check and not inference:
+            for name,why in _wrong_arms(step, chosen).items(): next(l for l in lanes if l.name==name).failed = why
         interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar, partial(_Judge, step))
         rows,noise = _rows(lanes)
         conditions = {**_conditions(step, now, inference, block), 'limit': limit, 'kept_memory': kept}

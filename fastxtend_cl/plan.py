@@ -248,8 +248,8 @@ def plan_formats(
 ) -> FormatPlan:
     """The fastest proven setting for `step`: a memory format, a precision and tuned kernels or not, or what it has now
 
-    Raises a `ValueError` for a model without a convolution, and what the step itself raises. Ctrl-C leaves everything
-    as it was."""
+    Lazy layers have their weights meanwhile. Raises a `ValueError` for a model without a convolution, and what the step
+    itself raises. Ctrl-C leaves everything as it was."""
     if cache not in (True, False, 'refresh'): raise ValueError(f"cache must be True, False or 'refresh', got {cache!r}")
     if not budget>0: raise ValueError(f'budget must be a number of seconds above 0, got {budget!r}')
     if precision not in ('as is', *_names):
@@ -257,10 +257,11 @@ def plan_formats(
     if not any(isinstance(m, _ConvNd) for m in step.model.modules()):
         raise ValueError(f'there is nothing to plan: {type(step.model).__name__} has no convolution')
     dtype,now = step.autocast if isinstance(precision, str) else precision,replace(now or Arm('now'), name='now')
-    key = plan_key(step, str(dtype), compile, memory, now.memory_format, now.tuned, now.setup is None) if cache else None
-    if cache is True and (kept := _ranks(_read_cache(cache_file()).get(key))[0]): # every rank takes the first one's
-        return replace(FormatPlan.from_dict(kept), cached=True)
-    plan = _find(step, dtype, budget, compile, memory, now, bar)
+    with step.initialized():
+        key = plan_key(step, str(dtype), compile, memory, now.memory_format, now.tuned, now.setup is None) if cache else None
+        if cache is True and (kept := _ranks(_read_cache(cache_file()).get(key))[0]): # every rank takes the first one's
+            return replace(FormatPlan.from_dict(kept), cached=True)
+        plan = _find(step, dtype, budget, compile, memory, now, bar)
     first_rank = _world()==1 or torch.distributed.get_rank()==0
     if cache and first_rank and plan.verdict!='inconclusive': _write_cache(cache_file(), key, plan)
     return plan
