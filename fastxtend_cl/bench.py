@@ -10,7 +10,7 @@ __all__ = ['least_pairs', 'Clock', 'CudaClock', 'device_clock', 'interval', 'ver
            'bench_formats']
 
 # %% ../nbs/06_bench.ipynb #174d1a9c
-import gc, math, os, platform, random, textwrap, time
+import gc, math, os, platform, random, textwrap, time, zlib
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch.utils.flop_counter import FlopCounterMode
-from .check import check_formats
+from .check import _Noise, _unit, check_formats, epsilon, margin
 from .format import _tensors_in, as_channels_last, as_contiguous, conv_params, format_of
 from .kernels import tuned_kernels
 from .memory import kept_memory
-from .step import StepResult, TrainingStep
+from .step import StepResult, TrainingStep, seed_all
 from .ways import can_tune
 
 # %% ../nbs/06_bench.ipynb #6f7b3d41
@@ -99,12 +99,14 @@ def verdict_of(
 # %% ../nbs/06_bench.ipynb #15693bf5
 def _rounds(n): return f'{n} round{"" if n==1 else "s"}'
 
+def _needed(n): return f'{least_pairs} rounds needed, {n} measured'
+
 @dataclass
 class BenchRow:
     "One arm"
     arm:str # Name
-    verdict:str # 'faster', 'slower', 'tie' or 'failed'; of the present 'now', of its twin 'noise'
-    reason:str='' # Why it failed, or why it is no more than a tie
+    verdict:str # 'faster', 'slower', 'tie', 'inconclusive' or 'failed'; of the present 'now', of its twin 'noise'
+    reason:str='' # Why it failed or is inconclusive
     ratio:float|None=None # Of the present's time to this arm's: above 1 is faster; median over the rounds
     low:float|None=None # Of the interval
     high:float|None=None
@@ -120,7 +122,7 @@ class BenchRow:
     blocks:dict=field(default_factory=dict, repr=False) # Round to seconds a step
 
 # %% ../nbs/06_bench.ipynb #c8010027
-@dataclass
+@dataclass(repr=False)
 class FormatBench:
     "Which arm is fastest, and how sure that is"
     rows:list=field(repr=False) # `BenchRow`s: the present, its twin, the others from fast to slow
@@ -139,10 +141,10 @@ class FormatBench:
     def best(self): return max((r for r in self.rows if r.verdict=='faster'), key=lambda r: r.ratio, default=self.now)
     @property
     def verdict(self):
-        "'faster', 'fastest already', 'tie' or 'cannot tell'"
+        "'faster', 'fastest already', 'tie' or 'inconclusive'"
         others = [r.verdict for r in self.rows[2:] if r.verdict!='failed']
-        if self.noise is None or not others: return 'cannot tell'
-        return 'faster' if 'faster' in others else 'tie' if 'tie' in others else 'fastest already'
+        if self.noise is None or not others: return 'inconclusive'
+        return next((v for v in ('faster', 'inconclusive', 'tie') if v in others), 'fastest already')
     @property
     def break_even(self):
         "Steps after which the measuring has paid for itself, or None"
@@ -163,8 +165,16 @@ def reason(self:FormatBench) -> str:
     if self.verdict=='tie': return f'no arm is faster than {present} by more than the noise{span}'
     if not self.rows[2:]: return f'there is no other arm to compare {present} with'
     if all(r.verdict=='failed' for r in self.rows[2:]): return 'no other arm could be measured: the rows say why'
-    return (f'{_rounds(self.now.pairs)} {"was" if self.now.pairs==1 else "were"} measured, '
-        f'and a verdict takes {least_pairs}: give it more time with `limit`')
+    return _too_few(self) + (f': try `limit={n}`' if (n := _enough_seconds(self)) and not self.interrupted else '')
+
+def _measured_rounds(b): return min(r.pairs for r in b.rows if r.verdict!='failed')
+
+def _too_few(b): return _needed(_measured_rounds(b))
+
+def _enough_seconds(b):
+    "Time for the missing rounds and half as much again, or None where it is not known what the measured ones took"
+    limit,n = b.conditions.get('limit'),max(1, _measured_rounds(b))
+    return limit and 10*math.ceil(1.5*limit*least_pairs/n/10)
 
 @patch
 def to_dict(self:FormatBench):
@@ -218,27 +228,41 @@ def __str__(self:FormatBench):
     return '\n'.join([f'{self.verdict}: {self.reason}', *map(text, cells), _about(self), *_lines(self)])
 
 @patch
+def __repr__(self:FormatBench): return str(self)
+
+@patch
 def _repr_markdown_(self:FormatBench):
     head,*rows = self.cells()
     table = '\n'.join('| '+' | '.join(r)+' |' for r in (head, ['---', '---', *['--:']*(len(head)-2)], *rows))
     return '\n\n'.join([f'**{self.verdict}**: {self.reason}', table, *_lines(self), f'<small>{_about(self)}</small>'])
 
 # %% ../nbs/06_bench.ipynb #cde9472a
+def _ratios(b, row): return [s/row.blocks[i] for i,s in b.now.blocks.items() if i in row.blocks]
+
+def _nothing(b):
+    "What to say in place of a picture"
+    return '\n'.join(textwrap.shorten(f'{r.arm}: {r.reason}', 90) for r in b.rows[2:]) or b.reason
+
 @patch
 def plot(self:FormatBench,
     ax=None, # matplotlib axes; None makes new ones
 ): # The axes
-    "Ratio and interval of each arm; the grey band is the noise"
+    "Ratio and interval of each arm, or the ratio of each round where they are too few for an interval; the grey band is the noise"
     import matplotlib.pyplot as plt
-    rows = [r for r in self.rows if r.low is not None and r.verdict not in ('now', 'noise')][::-1]
-    if ax is None: ax = plt.subplots(figsize=(6, 1+0.4*max(len(rows), 1)))[1]
+    rows = [r for r in self.rows[2:] if r.ratio is not None][::-1]
+    if ax is None: ax = plt.subplots(figsize=(6, 1+0.4*max(len(rows), 2)))[1]
+    if self.verdict=='inconclusive': ax.set_title('\n'.join(textwrap.wrap(f'inconclusive: {self.reason}', 70)), fontsize=9)
+    if not rows: ax.text(0.5, 0.5, _nothing(self), ha='center', va='center', fontsize=8, transform=ax.transAxes)
     if self.noise: ax.axvspan(*self.noise, color='0.85', label='noise')
     ax.axvline(1, color='0.4', lw=1)
     colors = {'faster': 'tab:green', 'slower': 'tab:red', 'tie': 'tab:gray'}
     for i,r in enumerate(rows):
-        ax.errorbar(r.ratio, i, xerr=[[r.ratio-r.low], [r.high-r.ratio]], fmt='o', capsize=3, color=colors[r.verdict])
+        if r.low is None:
+            ax.plot(each := _ratios(self, r), [i]*len(each), '|', color='tab:gray')
+            ax.plot(r.ratio, i, 'o', mfc='white', color='tab:gray')
+        else: ax.errorbar(r.ratio, i, xerr=[[r.ratio-r.low], [r.high-r.ratio]], fmt='o', capsize=3, color=colors[r.verdict])
     ax.set_yticks(range(len(rows)), [r.arm for r in rows])
-    ax.set_ylim(-0.7, len(rows)-0.3)
+    ax.set_ylim(-0.7, max(len(rows), 1)-0.3)
     ax.set_xlabel(f'times as fast as {self.conditions.get("now") or self.now.arm}')
     return ax
 
@@ -366,7 +390,7 @@ def _race(lanes, clock, end, rounds, block, width, seed, bar):
         if max(_ranks(now+0.5*longest-late))>0: break
 
 # %% ../nbs/06_bench.ipynb #82dd48ad
-def _row(lane, base, noise):
+def _row(lane, base, noise, twins):
     row = BenchRow(lane.name, 'failed', lane.failed or '', first_seconds=lane.warm[0] if lane.warm else None,
         blocks=dict(lane.seconds))
     pairs = _pairs(base, lane)
@@ -378,8 +402,8 @@ def _row(lane, base, noise):
         return row
     row.seconds,row.cpu_seconds = float(np.median([*lane.seconds.values()])),float(np.median([*lane.cpu.values()]))
     row.ratio,row.low,row.high = interval(pairs)
-    row.verdict = verdict_of(row.ratio, row.low, row.high, noise) if noise and len(pairs)>=least_pairs else 'tie'
-    if len(pairs)<least_pairs or not noise: row.low,row.high,row.reason = None,None,f'only {_rounds(len(pairs))}: too few to tell'
+    if noise and len(pairs)>=least_pairs: row.verdict = verdict_of(row.ratio, row.low, row.high, noise)
+    else: row.verdict,row.low,row.high,row.reason = 'inconclusive',None,None,_needed(min(len(pairs), twins))
     return row
 
 def _rows(lanes):
@@ -387,7 +411,7 @@ def _rows(lanes):
     base,twin = lanes[:2]
     pairs = _pairs(base, twin)
     noise = interval(pairs, 0.95)[1:] if len(pairs)>=least_pairs else None
-    rows = [_row(l, base, noise) for l in lanes]
+    rows = [_row(l, base, noise, len(pairs)) for l in lanes]
     for r,v in zip(rows, ('now', 'noise')):
         if r.ratio is not None: r.verdict,r.reason = v,''
     rows[0].low = rows[0].high = None
@@ -401,13 +425,17 @@ def _check_args(limit, rounds, block, width):
         raise ValueError(f'block is at least 2, for the first step of a block does not count, received {block!r}')
     if not 0<width<1: raise ValueError(f'width is between 0 and 1, such as 0.04, received {width!r}')
 
-def _measure(lanes, clock, limit, rounds, block, width, seed, bar):
+def _measure(lanes, clock, limit, rounds, block, width, seed, bar, judge_of=None):
     "Warm up and race; returns whether it was interrupted, and the steps of a block"
     show,start = _Progress(bar),clock.now()
     try:
         for lane in lanes:
             if not lane.failed: _warm(lane, clock, limit=limit/(4*len(lanes)))
         if lanes[0].failed: raise ValueError(f'{lanes[0].name} cannot be measured: {lanes[0].failed}')
+        if judge_of:
+            judge = judge_of(lanes[0])
+            for lane in lanes[2:]:
+                if not lane.failed: judge(lane)
         compiling = sum(max(0., l.warm[0]-2*np.median(l.warm[1:])) for l in lanes if len(l.warm)>1) # is not counted
         end = start + limit + compiling
         block = block or max(_ranks(_block_size(lanes, end-clock.now())))
@@ -455,7 +483,7 @@ def compare(
         for n,f in {first: arms[first], f'{first}, again': arms[first], **arms}.items()]
     with kept_memory() as kept: interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar)
     rows,noise = _rows(lanes)
-    return FormatBench(rows, noise, {**_machine(device), 'block': block, 'kept_memory': kept}, clock.now()-start,
+    return FormatBench(rows, noise, {**_machine(device), 'block': block, 'limit': limit, 'kept_memory': kept}, clock.now()-start,
         interrupted, notes=_warnings(rows, noise))
 
 # %% ../nbs/06_bench.ipynb #d6174efc
@@ -602,44 +630,113 @@ def _prepare(step, arm, inference, kept):
 def _size(ts): return float(torch.stack([t.detach().double().norm().cpu() for t in ts]).norm()) if ts else 0.
 
 def _outcome(step, res):
-    "Loss and size of the gradients that a step has left, or size of an output"
-    if not isinstance(res, StepResult): return None,_size([t for t in _tensors_in(res) if t.is_floating_point()])
-    return float(res.loss),_size([p.grad for p in step.params().values() if p.grad is not None])
+    "Loss and norm of each gradient that a step has left, or the norm of what a function returns"
+    if isinstance(res, StepResult):
+        return {'loss': float(res.loss), **{n: 0. if p.grad is None else _size([p.grad]) for n,p in step.params().items()}}
+    ts = [t for t in _tensors_in(res) if t.is_floating_point()]
+    return {'output': _size(ts)} if ts else {}
 
-def _gross(loss, size, kept):
-    "Raise an `ArmFailed` if the outcome is not that of the present"
-    if loss is not None and not math.isfinite(loss): raise ArmFailed(f'its loss is {loss}')
-    if not math.isfinite(size): raise ArmFailed('its gradients are not finite')
-    if not kept: return
-    if loss is not None and kept['loss'] is not None and abs(loss-kept['loss'])>0.3*max(abs(loss), abs(kept['loss']))+0.1:
-        raise ArmFailed(f"it computes something else: its loss is {loss:.4g}, that of the present {kept['loss']:.4g}")
-    if kept['size'] and not 1/30<size/kept['size']<30:
-        raise ArmFailed(f"it computes something else: its gradients have the norm {size:.4g}, "
-            f"those of the present {kept['size']:.4g}")
+def _check_finite(outcome):
+    "Raise an `ArmFailed` for a number that is not finite"
+    if not math.isfinite(loss := outcome.get('loss', 0.)): raise ArmFailed(f'its loss is {loss}')
+    if all(map(math.isfinite, outcome.values())): return
+    raise ArmFailed('its output is not finite' if 'output' in outcome else 'its gradients are not finite')
+
+def _apart(a, b):
+    "How far each number of outcome `a` is from that of `b`: a loss relatively, a norm by the logarithm of the ratio"
+    usual = np.median([v for n,v in b.items() if n!='loss' and v>0] or [1.])
+    floor = 1e-6*usual
+    def far(n):
+        x,y = a[n],b[n]
+        if n!='loss' and min(x, y)==0 and max(x, y)>0.01*usual: return math.inf # rounding does not do that
+        d = abs(x-y)/(max(abs(x), abs(y))+1/3) if n=='loss' else abs(math.log((x+floor)/(y+floor)))
+        return d if d<math.inf else math.inf # also where it is no number
+    return {n: far(n) for n in b if n in a}
 
 # %% ../nbs/06_bench.ipynb #175dfedb
-def _first(step, kept, present, f):
-    "The first step of an arm"
+def _scaled_step(step, kept, f):
+    "What `f` returns, at a loss scale that lets fp16 make an update"
     res = f()
     for _ in range(8):
-        if not getattr(res, 'skipped', False): break
+        if not getattr(res, 'skipped', False): return res
         step.loss_scale /= 8
         kept['scale'],res = step.loss_scale,f()
-    if getattr(res, 'skipped', False):
-        raise ArmFailed(f'gradients overflow in fp16 even at a loss scale of {step.loss_scale:g}, so that no update is made')
-    loss,size = _outcome(step, res)
-    if isinstance(res, StepResult) or present.get('size'): _gross(loss, size, {} if kept is present else present)
-    kept.update(loss=loss, size=size)
+    if not getattr(res, 'skipped', False): return res
+    raise ArmFailed(f'gradients overflow in fp16 even at a loss scale of {step.loss_scale:g}, so that no update is made')
 
-def _step_lane(step, arm, inference, present, on):
-    kept = present if arm.name=='now' else {}
+def _first(step, kept, f):
+    "The first step of an arm"
+    out = _outcome(step, _scaled_step(step, kept, f))
+    _check_finite(out)
+    kept.update(loss=out.get('loss'), outcome=out)
+
+def _step_lane(step, arm, inference, on):
+    kept = {}
     def run(body):
         with kept_memory(arm.keep_memory), step.preserved(on=on):
             f = _attempt(_prepare, step, arm, inference, kept)
             with tuned_kernels(step.kernels, model=step.model): return body(f) # also for inference, and for functions of the user
-    lane = _Lane(arm.name, run, partial(_first, step, kept, present))
+    lane = _Lane(arm.name, run, partial(_first, step, kept))
     lane.kept,lane.arm = kept,arm
     return lane
+
+# %% ../nbs/06_bench.ipynb #69fae43a
+_tolerance,_points = 0.3,3 # A norm may be 1.35 times as large without a closer look
+
+@torch.no_grad()
+def _shift(step, size, seed):
+    "Multiply each parameter by random numbers around 1, the same in each memory format"
+    for n,p in step.params().items():
+        if not p.is_floating_point(): continue
+        gen = torch.Generator(p.device).manual_seed(zlib.crc32(n.encode())+seed)
+        p.mul_(1+size*torch.randn(p.shape, generator=gen, device=p.device))
+
+def _rounding(step, arm):
+    "Relative rounding of an arm; a function of the user may compute in any precision"
+    own = next((p.dtype for p in step.model.parameters() if p.is_floating_point()), None)
+    dtype = step.autocast if isinstance(arm.dtype, str) else arm.dtype
+    return epsilon['bf16'] if arm.setup else max(_unit(step, dtype), epsilon.get(_names.get(own), 0.))
+
+class _Judge:
+    "Fails an arm that differs from the baseline by more than rounding explains"
+    def __init__(self, step, base): self.step,self.base,self.at_point,self.moved = step,base,{0: base.kept['outcome']},{}
+
+    def at(self, lane, point, unit=0., seed=0):
+        "Outcome of an arm at a point, with planted errors of size `unit`; None if it fails there"
+        def body(f):
+            seed_all(1000*point+seed)
+            if point: _shift(self.step, 0.01, point)
+            if not unit: return _outcome(self.step, _scaled_step(self.step, lane.kept, f))
+            noise = _Noise(lambda k: unit, unit, seed)
+            noise.attach(self.step.model)
+            try:
+                with torch.compiler.set_stance('force_eager'): return _outcome(self.step, _scaled_step(self.step, lane.kept, f))
+            finally: noise.remove()
+        try: return lane.run(lambda f: _attempt(body, f))
+        except ArmFailed: return None
+
+    def baseline(self, point, unit):
+        "Outcome of the baseline, and how far planted errors move it"
+        if point not in self.at_point: self.at_point[point] = self.at(self.base, point)
+        out,key = self.at_point[point],(point, unit)
+        if key not in self.moved and out is not None:
+            found = [_apart(o or {}, out) for o in (self.at(self.base, point, unit, i) for i in range(1, 4))]
+            self.moved[key] = {n: max(o.get(n, math.inf) for o in found) for n in out}
+        return out,self.moved.get(key)
+
+    def __call__(self, lane):
+        unit,ours,base = max(_rounding(self.step, l.arm) for l in (lane, self.base)),lane.kept['outcome'],self.at_point[0]
+        off = {n for n,d in _apart(ours, base).items() if d>_tolerance}
+        for point in range(_points):
+            if not any(_ranks(bool(off))): return
+            out,moved = self.baseline(point, unit)
+            new = self.at(lane, point) if point else ours
+            if out is None or new is None: return
+            off = {n for n,d in _apart(new, out).items() if n in off and d>_tolerance+margin*moved[n]}
+        n = 'loss' if 'loss' in off else max(off, key=lambda n: _apart(ours, base)[n], default=None)
+        what = 'loss' if n=='loss' else 'norm of the output' if n=='output' else f'norm of the gradient of {n}'
+        why = off and f"rejected: {what} {ours[n]:.3g} differs from the baseline's {base[n]:.3g} by more than rounding explains"
+        if whys := [w for w in _ranks(why) if w]: lane.failed = whys[0]
 
 # %% ../nbs/06_bench.ipynb #bffb0765
 @contextmanager
@@ -817,18 +914,19 @@ def bench_formats(
 ) -> FormatBench:
     """Measure a training step in each format and precision against the one it has now, paired, in short blocks in random order
 
-    Raises a `ValueError` if the present step itself cannot be made, and for an arm that is not known. Ctrl-C returns
-    what is there so far."""
+    Lazy layers have their weights meanwhile. Raises a `ValueError` if the present step itself cannot be made, and for an
+    arm that is not known. Ctrl-C returns the partial result."""
     _check_args(limit, rounds, block, width)
     clock,now = clock or device_clock(step.device),replace(now or Arm('now'), name='now')
-    chosen,start,present = _chosen(step, arms, compile, now),clock.now(),{}
-    lanes = [_step_lane(step, a, inference, present, on) for a in (now, replace(now, name='now, again'), *chosen)]
-    if check and not inference:
-        for name,why in _wrong_arms(step, chosen).items(): next(l for l in lanes if l.name==name).failed = why
-    with kept_memory() as kept:
-        interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar)
+    start = clock.now()
+    with step.initialized(), kept_memory() as kept:
+        chosen = _chosen(step, arms, compile, now)
+        lanes = [_step_lane(step, a, inference, on) for a in (now, replace(now, name='now, again'), *chosen)]
+        if check and not inference:
+            for name,why in _wrong_arms(step, chosen).items(): next(l for l in lanes if l.name==name).failed = why
+        interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar, partial(_Judge, step))
         rows,noise = _rows(lanes)
-        conditions = {**_conditions(step, now, inference, block), 'kept_memory': kept}
+        conditions = {**_conditions(step, now, inference, block), 'limit': limit, 'kept_memory': kept}
         res = FormatBench(rows, noise, conditions, interrupted=interrupted, notes=_warnings(rows, noise))
         try: _add_more(res, step, lanes, inference, loader, clock, limit, interrupted)
         except KeyboardInterrupt: res.interrupted = True

@@ -172,7 +172,7 @@ class CheckRow:
     verdict:str # 'right', 'wrong' or 'cannot tell'
 
 # %% ../nbs/04_check.ipynb #3ba0e9b7
-@dataclass
+@dataclass(repr=False)
 class FormatCheck:
     "Whether a training step is right in channels last"
     ok:bool|None # None: cannot tell
@@ -204,6 +204,9 @@ def __str__(self:FormatCheck):
     table = [f"{'':12}{'':6}{'':9}{'distance from double precision':40}{'contiguous':>11}{'channels last':>15}{'allowed':>10}",
         *rows] if rows and not self.ok else []
     return '\n'.join([head, *table])
+
+@patch
+def __repr__(self:FormatCheck): return str(self)
 
 @patch
 def _repr_markdown_(self:FormatCheck):

@@ -234,9 +234,8 @@ def bench_channelslast(self:Learner,
     afterwards as it was"""
     step,dl = TrainingStep.from_learner(self),_train_dl(self)
     now = _present(self)
-    if not epochs:
-        with step.initialized(): return bench_formats(step, arms, now=now, **kwargs)
-    with step.initialized(), Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
+    if not epochs: return bench_formats(step, arms, now=now, **kwargs)
+    with Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
         return bench_formats(step, arms, now=now, loader=_Batches(self, step.device), **kwargs)
 
 # %% ../nbs/10_learner.ipynb #2efd52eb
@@ -259,4 +258,4 @@ def plan_channelslast(self:Learner,
 ) -> FormatPlan: # For `to_channelslast(plan=...)`
     "The fastest proven way to make the first training step; the `Learner` is afterwards as it was"
     step = TrainingStep.from_learner(self)
-    with step.initialized(): return plan_formats(step, _allowed(self, step, use_amp, amp_mode), now=_present(self), **kwargs)
+    return plan_formats(step, _allowed(self, step, use_amp, amp_mode), now=_present(self), **kwargs)

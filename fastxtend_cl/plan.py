@@ -16,13 +16,17 @@ import torch
 from fastcore.basics import patch
 from torch.nn.modules.conv import _ConvNd
 from .bench import Arm, BenchRow, FormatBench, bench_formats, present_label, usual_arms
-from .bench import _machine, _names, _ranks, _world
+from .bench import _machine, _names, _ranks, _too_few, _world
 from .format import FormatWarning, _tensors_in
 from .kernels import cache_folder
 from .memory import can_keep_memory
 from .step import TrainingStep
 
 # %% ../nbs/08_plan.ipynb #1862da5a
+def _unproven(bench):
+    "Why `bench` is inconclusive, in words of a plan"
+    return f'{_too_few(bench)}: try a larger `budget`' if 'inconclusive' in {r.verdict for r in bench.rows} else bench.reason
+
 @dataclass(repr=False)
 class FormatPlan:
     "The fastest proven setting of a training step"
@@ -48,13 +52,13 @@ class FormatPlan:
     def verdict(self):
         "'faster', 'no faster setting' or 'inconclusive'"
         if self.changes: return 'faster'
-        return 'inconclusive' if self.bench and self.bench.verdict=='cannot tell' else 'no faster setting'
+        return 'inconclusive' if self.bench and self.bench.verdict=='inconclusive' else 'no faster setting'
 
     @property
     def reason(self):
         "The verdict in words"
         now = f' ({self.conditions["now"]})' if 'now' in self.conditions else ''
-        if self.verdict=='inconclusive': return f'{self.bench.reason}; keeping the current setting{now}'
+        if self.verdict=='inconclusive': return f'{_unproven(self.bench)}; keeping the current setting{now}'
         if not self.changes: return f'no faster setting found; keeping the current one{now}'
         if not self.bench: return self.arm
         row = self.bench[self.arm]
@@ -126,7 +130,7 @@ def _measure_memory(step, arm, limit, bar):
 
 def _keeps(memory, changes):
     "Whether training keeps memory: unless that is slower, or, where nothing else changes, if it is faster"
-    return memory[_kept_arm].verdict in (('faster', 'tie') if changes else ('faster',))
+    return memory[_kept_arm].verdict in (('faster', 'tie', 'inconclusive') if changes else ('faster',))
 
 def _memory_note(memory, keeps):
     row,does = memory[_kept_arm],'is' if keeps else 'is not'
@@ -244,8 +248,8 @@ def plan_formats(
 ) -> FormatPlan:
     """The fastest proven setting for `step`: a memory format, a precision and tuned kernels or not, or what it has now
 
-    Raises a `ValueError` for a model without a convolution, and what the step itself raises. Ctrl-C leaves everything
-    as it was."""
+    Lazy layers have their weights meanwhile. Raises a `ValueError` for a model without a convolution, and what the step
+    itself raises. Ctrl-C leaves everything as it was."""
     if cache not in (True, False, 'refresh'): raise ValueError(f"cache must be True, False or 'refresh', got {cache!r}")
     if not budget>0: raise ValueError(f'budget must be a number of seconds above 0, got {budget!r}')
     if precision not in ('as is', *_names):
@@ -253,10 +257,11 @@ def plan_formats(
     if not any(isinstance(m, _ConvNd) for m in step.model.modules()):
         raise ValueError(f'there is nothing to plan: {type(step.model).__name__} has no convolution')
     dtype,now = step.autocast if isinstance(precision, str) else precision,replace(now or Arm('now'), name='now')
-    key = plan_key(step, str(dtype), compile, memory, now.memory_format, now.tuned, now.setup is None) if cache else None
-    if cache is True and (kept := _ranks(_read_cache(cache_file()).get(key))[0]): # every rank takes the first one's
-        return replace(FormatPlan.from_dict(kept), cached=True)
-    plan = _find(step, dtype, budget, compile, memory, now, bar)
+    with step.initialized():
+        key = plan_key(step, str(dtype), compile, memory, now.memory_format, now.tuned, now.setup is None) if cache else None
+        if cache is True and (kept := _ranks(_read_cache(cache_file()).get(key))[0]): # every rank takes the first one's
+            return replace(FormatPlan.from_dict(kept), cached=True)
+        plan = _find(step, dtype, budget, compile, memory, now, bar)
     first_rank = _world()==1 or torch.distributed.get_rank()==0
     if cache and first_rank and plan.verdict!='inconclusive': _write_cache(cache_file(), key, plan)
     return plan

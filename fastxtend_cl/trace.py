@@ -464,7 +464,7 @@ class TraceRow:
     count:int=1 # How many tensors
 
 # %% ../nbs/05_trace.ipynb #0455349e
-@dataclass
+@dataclass(repr=False)
 class FormatTrace:
     "What loses channels last in a training step"
     reason:str # The verdict in words
@@ -532,6 +532,9 @@ def __str__(self:FormatTrace):
     return '\n'.join([*lines, *([f'and {more} lines more in `rows`'] if more>0 else []), _conditions_line(self.conditions)])
 
 @patch
+def __repr__(self:FormatTrace): return str(self)
+
+@patch
 def _repr_markdown_(self:FormatTrace):
     def code(s): return f'`{s}`'.replace('|', '\\|') if s else ''
     def row(o):
@@ -591,7 +594,8 @@ def plot(self:FormatTrace,
     at,names = _ticks(fwd)
     ax.set_xticks(at, names, rotation=90, fontsize=7)
     ax.set_yticks([0.5, -0.5], ['forward', 'backward'])
-    ax.set(xlim=(-1, len(fwd)), ylim=(-1.25, 1.25))
+    ax.set(xlim=(-1, max(1, len(fwd))), ylim=(-1.25, 1.25))
+    if not fwd: ax.text(0, 0, 'no operator on images', ha='center')
     used = {_colours.get(o['format_out'], _colours['other']):o['format_out'] for o in self.ops}
     marks = ([plt.Line2D([], [], marker='v', color='black', linestyle='', label='loses it')]
         if any(o['leak'] for o in self.ops) else [])

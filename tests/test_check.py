@@ -275,6 +275,7 @@ def test_result_is_a_value():
     d = json.loads(json.dumps(res.to_dict()))
     assert d['ok'] is False and d['wrong']==res.wrong and len(d['rows'])==len(res.rows) and d['conditions']['device']=='cpu'
     assert res._repr_markdown_().startswith('**wrong**: ') and '<details>' in res._repr_markdown_()
+    assert repr(res).startswith(f'wrong: {res.reason}\n') and 'gradient' in repr(res) and f'{[res]}'==f'[{res}]'
 
 class Shifted(nn.Module):
     "In fp32 and channels last all pixels of a channel are off alike, as from a mean that was summed in single precision"

@@ -221,14 +221,14 @@ def test_a_plan_keeps_memory_unless_that_is_slower(libc, monkeypatch, verdict):
     assert again.keep_memory==p.keep_memory and again.memory==p.memory
 
 def test_what_changes_nothing_else_has_to_be_faster():
-    assert [plans._keeps(proven(v), True) for v in ('faster', 'tie', 'slower', 'failed')]==[True, True, False, False]
-    assert [plans._keeps(proven(v), False) for v in ('faster', 'tie', 'slower', 'failed')]==[True, False, False, False]
+    assert [plans._keeps(proven(v), True) for v in ('faster', 'tie', 'inconclusive', 'slower', 'failed')]==[True, True, True, False, False]
+    assert [plans._keeps(proven(v), False) for v in ('faster', 'tie', 'inconclusive', 'slower', 'failed')]==[True, False, False, False, False]
     failed = proven('failed')
     failed['memory kept'].reason = 'out of memory'
     assert plans._memory_note(failed, False)=='Keeping freed memory could not be measured: out of memory.'
-    few = proven('tie')
-    few['memory kept'].low,few['memory kept'].reason = None,'only 3 rounds: too few to tell'
-    assert plans._memory_note(few, True)=='Keeping freed memory: inconclusive (only 3 rounds: too few to tell); it is kept.'
+    few = proven('inconclusive')
+    few['memory kept'].low,few['memory kept'].reason = None,'8 rounds needed, 3 measured'
+    assert plans._memory_note(few, True)=='Keeping freed memory: inconclusive (8 rounds needed, 3 measured); it is kept.'
 
 def test_a_plan_does_not_measure_what_has_no_effect(libc, monkeypatch):
     p,seen = planned_with(monkeypatch, 'faster', memory=False)

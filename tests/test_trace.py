@@ -77,6 +77,12 @@ def test_a_copy_in_a_resnet_is_named():
     assert r.back==['layer2.1.conv2: convolution (forward)', 'layer2.1.conv2: convolution_backward (backward)']
     assert r.bytes==3*4*128*8*8*4, 'the copy, and two conversions back'
     assert str(res).startswith('1 place loses it, ') and '`layer2.1`' in str(res) and 'memory_format=torch.channels_last' in r.advice
+    assert repr(res)==str(res) and r.where.split('/')[-1] in repr(res)
+
+def test_the_plot_of_a_trace_without_operators_says_so():
+    import matplotlib
+    matplotlib.use('Agg')
+    assert [t.get_text() for t in FormatTrace('keeps channels last throughout').plot().texts]==['no operator on images']
 
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16])
 def test_a_copy_in_a_custom_backward_is_named(autocast):

@@ -13,6 +13,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.gan import GANLearner, InvisibleTensor, basic_critic, basic_generator
+from fastxtend_cl import bench as bench_module
 from fastxtend_cl.all import *
 from fastxtend_cl.step import Preserved, TrainingStep, reachable
 from helpers import SeeBatch, caught_warnings, device, fit, of_class, snapshot, assert_same_snapshot, tensor_dls, tiny_cnn, tiny_learner
@@ -174,6 +175,29 @@ def test_lazy_models_are_asked_and_stay_lazy(question):
     if question=='check': assert res.ok is True and {'0.weight', '3.weight'} <= {r.name for r in res.rows}
     fit(learn)
     assert not torch.nn.parameter.is_lazy(learn.model[0].weight)
+
+@pytest.mark.parametrize('inference', [False, True])
+def test_a_lazy_step_is_measured_as_any_other(inference, monkeypatch):
+    "Arms are chosen with its weights there; afterwards it is lazy again"
+    monkeypatch.setattr(bench_module, 'ceiling', lambda *a, **kw: 1e12)
+    step = step_of(lazy())
+    res = bench_formats(step, limit=1, rounds=8, block=2, bar=False, inference=inference)
+    assert {'channels last fp32', 'channels last fp32, tuned'} < {r.arm for r in res.rows} and not [r for r in res.rows if r.verdict=='failed'], res
+    assert res.conditions['now']=='contiguous fp32' and torch.nn.parameter.is_lazy(step.model[0].weight) and type(step.model[3]) is nn.LazyConv2d
+
+def test_a_lazy_step_is_planned_as_any_other(monkeypatch, tmp_path):
+    monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path))
+    monkeypatch.setattr(bench_module, 'ceiling', lambda *a, **kw: 1e12)
+    step = step_of(lazy())
+    p = plan_formats(step, budget=2, memory=False, bar=False)
+    assert 'channels last fp32' in {r.arm for r in p.bench.rows} and torch.nn.parameter.is_lazy(step.model[0].weight)
+
+@pytest.mark.parametrize('ask', [check_formats, trace_format, lambda s: bench_formats(s, limit=1, bar=False), lambda s: plan_formats(s, budget=1, bar=False)],
+    ids=['check', 'trace', 'bench', 'plan'])
+def test_an_empty_batch_initializes_nothing(ask):
+    step = step_of(lazy(), bs=0)
+    with pytest.raises(ValueError, match='the batch is empty'): ask(step)
+    assert torch.nn.parameter.is_lazy(step.model[0].weight)
 
 # networks outside
 
