@@ -62,7 +62,7 @@ class ChannelsLastCallback(ChannelsLast):
         tune:bool=True, # Compute each convolution in the fastest correct way; False: replace only kernels that compute wrong results
     ):
         super().__init__()
-        self.plan,self.tune,self.tfm,self._said = plan,tune,ChannelsLastTfm(),set()
+        self.plan,self.tune,self.tfm,self._said,self._since = plan,tune,ChannelsLastTfm(),set(),kernel_count()
         self.as_is = None,False # memory format, and whether tuned, where the plan leaves them as they are
         self.amp_displaced,self.keep_added = None,None
 

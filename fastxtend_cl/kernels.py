@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from .verify import bench_of, is_memory_error, tf32_allowed, tolerances
 from .ways import (Call, Way, as_is, can_tune, candidates, compute_forward, compute_gradients, deadly, dense_like, kernels_wanted,
     last_formats, restrided, strides_like, suspicious, trusted)
@@ -387,9 +388,11 @@ def _with_strides(kernel, at, always):
 
 # %% ../nbs/00c_kernels.ipynb #3ed4b8ce
 def _is_last(x):
-    "Whether `x` is a plain tensor in channels last, and autograd alone is at work"
+    "Whether `x` is a plain tensor in channels last, and reverse mode alone is at work"
     return (type(x) is Tensor and x.ndim in last_formats and x.shape[1]>1 and x.stride(1)==1 and x.is_contiguous(memory_format=last_formats[x.ndim])
-        and not torch._C._are_functorch_transforms_active())
+        and not torch._C._are_functorch_transforms_active() and unpack_dual(x).tangent is None)
+
+def _last_copy(t): return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1) # vmap knows no other format
 
 class _Mean(torch.autograd.Function):
     @staticmethod
@@ -400,7 +403,7 @@ class _Mean(torch.autograd.Function):
     def backward(ctx, g):
         n,nd = math.prod(ctx.shape[2:]),len(ctx.shape)
         if not ctx.keepdim: g = g[(...,)+(None,)*(nd-2)]
-        return (g/n).expand(ctx.shape).contiguous(memory_format=last_formats[nd]),None,None
+        return _last_copy((g/n).expand(ctx.shape)),None,None
 
 def _mean(kernel):
     def f(ks, x, dim, keepdim=False, *, dtype=None):
@@ -419,7 +422,7 @@ class _CircularPad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         for d,n,a,b in reversed(ctx.sides):
-            res = g.narrow(d, a, n).clone(memory_format=last_formats[g.ndim])
+            res = _last_copy(g.narrow(d, a, n))
             res.narrow(d, n-a, a).add_(g.narrow(d, 0, a))
             res.narrow(d, 0, b).add_(g.narrow(d, a+n, b))
             g = res

@@ -73,12 +73,13 @@ def test_predict(tmp_path):
     assert {m for m,_ in learn.see_kernels.seen}=={'tuned'} and _now.mode is None
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, CancelFitException, CancelBatchException, SystemExit])
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_batch'])
+@pytest.mark.parametrize('event', ['before_fit', 'before_batch', 'after_pred', 'after_loss', 'before_step', 'after_batch'])
 def test_given_up_after_any_exception(error, event):
     learn = learner().to_channelslast()
     def fail(): raise error('planted')
     cb = Callback()
     setattr(cb, event, fail)
+    if event=='before_fit': cb.order = -60 # before any other has prepared anything
     learn.add_cb(cb)
     try: fit(learn)
     except (RuntimeError, KeyboardInterrupt, SystemExit, CancelBatchException): pass
