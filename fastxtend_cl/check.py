@@ -372,8 +372,11 @@ class _Pace:
 def _fits(pace, *args): return pace is None or pace.fits(*args)
 
 # %% ../nbs/04_check.ipynb #a1c0de02
-def _judged(step, runs, others, dtype, pace):
+def _all_runs(step, memory_format, pace): return [_Runs(step, shift, memory_format, pace) for shift in (0., 0.01, 0.02, 0.03)]
+
+def _judged(step, all_runs, dtype, pace):
     "Rows of one precision, and where a fault starts; what looks wrong is measured again at other points"
+    runs,*others = all_runs
     rows,place = _compare(runs, dtype)
     for i,other in enumerate(others):
         if not any(r.verdict=='wrong' for r in rows): break
@@ -398,16 +401,30 @@ def _differs(rows, step, once, pace):
     again = _run(step, 'contiguous', step.autocast, _Watch()) if whole else _forward_again(step)
     return _unlike(once, again, step.device)
 
+_runs_to_come = 7 # in times of the first one: channels last, double precision, planted errors, a repetition
+
+def _some_items(step, pace):
+    "`step` with as many items of its batch as fit into the time that is left after a run with all, at least 4; None if all do"
+    sizes = {len(t) if t.ndim else 0 for t in _tensors_in([step.inputs, step.targets])}
+    n,cost = sizes.pop() if len(sizes)==1 else 0,_runs_to_come*pace.cost[False]
+    k = max(4, int(n*(pace.seconds-pace.spent())/cost)) if cost else n
+    if 1.5*k>n: return None
+    pace.left_out.append(f'{n-k} of {n} items of the batch')
+    return replace(step, **{p: _map(lambda t: t[:k], getattr(step, p)) for p in ('inputs', 'targets')})
+
 def _checked(step, memory, memory_format, pace):
+    runs = _all_runs(step, memory_format, pace)
+    once,watch = runs[0]('contiguous', step.autocast)
+    if some := _some_items(step, pace):
+        step,runs = some,_all_runs(some, memory_format, pace)
+        once,watch = runs[0]('contiguous', step.autocast)
     conditions = _conditions(step, memory_format)
-    runs,*others = (_Runs(step, shift, memory_format, pace) for shift in (0., 0.01, 0.02, 0.03))
-    once,watch = runs('contiguous', step.autocast)
     need,have = double_bytes(step, watch.elements),_free_bytes(step.device) if memory is None else memory
     if need>have:
         return FormatCheck(None, f'the comparison with double precision needs about {_gib(need)} of memory, '
             f'{_gib(have)} are free: use a smaller batch', conditions=conditions)
-    found = {step.autocast: _judged(step, runs, others, step.autocast, pace)}
-    if step.autocast is not None and pace.fits(2, 1, 'the comparison in fp32'): found = {None: _judged(step, runs, others, None, pace), **found}
+    found = {step.autocast: _judged(step, runs, step.autocast, pace)}
+    if step.autocast is not None and pace.fits(2, 1, 'the comparison in fp32'): found = {None: _judged(step, runs, None, pace), **found}
     rows = [r for rs,_ in found.values() for r in rs]
     differ = _differs(found[step.autocast][0], step, once, pace)
     if differ>_unit(step, None):

@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 from fastxtend_cl.all import *
 from fastxtend_cl import check
 from fastxtend_cl.amp import cpu_bf16
+from helpers import assert_same_snapshot, snapshot
 
 class Fault(torch.autograd.Function):
     "The identity, whose backward multiplies channels-last gradients of `dtype` by `factor`"
@@ -327,6 +328,22 @@ def test_without_time_less_is_measured_and_said():
         assert found.ok is False and found.first['module']=='2'
     assert check_formats(step_of(network()), seconds=1e6).conditions['left_out']==[]
     with pytest.raises(ValueError, match='seconds must be above 0, got 0'): check_formats(step_of(network()), seconds=0)
+
+@pytest.mark.parametrize('fault,module', [(None, None), (Faulty, '2'), (FaultyForward, '2')])
+def test_a_large_step_is_checked_with_some_items_of_the_batch(fault, module):
+    step = step_of(network(*[f() for f in [fault] if f]), bs=24)
+    before = snapshot(step.model)
+    res = check_formats(step, seconds=1e-6)
+    assert '20 of 24 items of the batch' in res.reason and res.conditions['shape'][0]==4 and len(step.inputs[0])==24
+    assert res.ok is (fault is None) and (fault is None or res.first['module']==module)
+    assert_same_snapshot(snapshot(step.model), before)
+
+def test_batches_that_have_no_items_are_not_cut():
+    step = step_of(network(), bs=24)
+    uneven = TrainingStep(step.model, step.inputs, (step.targets[0], torch.zeros(3)), lambda p, y, z: F.cross_entropy(p, y))
+    for s in (uneven, step_of(network(), bs=5)):
+        assert not any('items of the batch' in o for o in check_formats(s, seconds=1e-6).conditions['left_out'])
+    assert not any('items of the batch' in o for o in check_formats(step, seconds=1e6).conditions['left_out'])
 
 def test_without_time_randomness_is_still_seen():
     import time
