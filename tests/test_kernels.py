@@ -1,5 +1,5 @@
 "Each convolution in the fastest correct way: faults, decisions, cache, and that nothing else notices"
-import copy, io, json, math, os, pickle, subprocess, sys, warnings
+import copy, io, itertools, json, math, os, pickle, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 import pytest, torch
@@ -520,6 +520,54 @@ def test_two_ranks(root, tmp_path):
     outs = [p.communicate(timeout=300) for p in procs]
     assert [p.returncode for p in procs]==[0, 0], outs
     assert outs[0][0]==outs[1][0]
+
+# Formats
+
+def force(monkeypatch, way):
+    "Compute in this way whatever can be"
+    def choose(kernel, ks, call, name, device, timed): return K.KernelChoice(name, way if way in candidates(call, name) else as_is, 'fastest')
+    monkeypatch.setattr(K, '_choose', choose)
+    monkeypatch.setattr(K, '_now', K._Now())
+    monkeypatch.setattr(K._Now, 'cached', lambda self, call: None)
+
+every_way = [as_is, Way(contiguous=True), Way(fp32=True), Way(fp32=True, contiguous=True), Way(tiled=True), Way(padded=True)]
+mixed_layers = {'plain': (nn.Conv2d(8, 6, 3, padding=1), (2,8,7,7)), '1x1': (nn.Conv2d(8, 6, 1), (2,8,7,7)), 'depthwise': (nn.Conv2d(8, 8, 5, padding=2, groups=8), (2,8,9,9)),
+    'one channel': (nn.Conv2d(1, 8, 3), (2,1,7,7)), 'transposed': (nn.ConvTranspose2d(8, 4, 2, stride=2), (2,8,7,7)), 'tokens': (nn.Conv1d(8, 6, 1), (2,8,36)),
+    '1-D': (nn.Conv1d(8, 8, 3, groups=8), (2,8,36)), '3-D': (nn.Conv3d(8, 6, 3, padding=1), (2,8,4,5,5)), '3-D 1x1x1': (nn.Conv3d(8, 6, 1), (2,8,4,5,5))}
+
+def last(t): return t.movedim(1, -1).contiguous().movedim(-1, 1)
+def as_slice(t): return last(torch.cat([t, t], 1))[:,:t.shape[1]]
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('dtype', [torch.float32, bf16])
+@pytest.mark.parametrize('name', mixed_layers)
+def test_strides_of_results_do_not_depend_on_the_way(monkeypatch, name, dtype):
+    "Input and weight in all pairs of formats; an input's gradient has the input's strides, all else what torch gives it"
+    layer,shape = mixed_layers[name]
+    layer = copy.deepcopy(layer).to(dtype)
+    def run(x, w, grads):
+        x,layer.weight = x.detach().requires_grad_(),nn.Parameter(w)
+        y = layer(x)
+        gx,gw = torch.autograd.grad(y, (x, layer.weight), grads(torch.ones_like(y)))
+        return [tuple(s for s,n in zip(t.stride(), t.shape) if n>1) for t in (y, gx, gw)]
+    for fx,fw,fg in itertools.product((torch.clone, last, as_slice), (torch.clone, last), (torch.clone, last, as_slice)):
+        x,w = fx(torch.randn(shape).to(dtype)),fw(layer.weight.detach())
+        y,gx,gw = run(x, w, fg)
+        want = [y, tuple(s for s,n in zip(torch.empty_like(x).stride(), shape) if n>1), gw]
+        for way in every_way:
+            force(monkeypatch, way)
+            with tuned_kernels(): assert run(x, w, fg)==want, (way, fx, fw, fg)
+
+@pytest.mark.parametrize('way', every_way[:2], ids=str)
+def test_compiled_graphs_get_the_strides_that_they_were_planned_with(monkeypatch, way):
+    conv,x = nn.Conv2d(8, 8, 3, padding=1).to(memory_format=torch.channels_last),torch.randn(2, 8, 7, 7).requires_grad_()
+    def grad():
+        torch._dynamo.reset()
+        return torch.autograd.grad(torch.compile(lambda x: conv(x).square().sum(), backend='aot_eager')(x), x)[0]
+    want = grad()
+    force(monkeypatch, way)
+    with tuned_kernels(): got = grad()
+    assert got.stride()==want.stride()!=x.stride() and rel(got, want)<1e-5
 
 # The other operators
 

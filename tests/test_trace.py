@@ -12,6 +12,7 @@ from fastxtend_cl.all import *
 from fastxtend_cl import trace as trace_module
 from fastxtend_cl.trace import layout_of, _Tracer
 from helpers import device, tiny_cnn, tiny_learner
+from test_kernels import every_way, force
 
 def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU())
 
@@ -362,6 +363,24 @@ def test_long_tables_are_folded():
             conditions=dict(device='cpu', torch='', threads=1, shape=[1], autocast='', compiled=False))
     assert ('<details>' not in result(10)._repr_markdown_() and '<summary>3 more</summary>' in result(13)._repr_markdown_()
         and str(result(13)).splitlines()[-2]=='and 3 lines more in `rows`')
+
+class Attention(nn.Module):
+    "Tokens through 1-D convolutions, as fastai's `SelfAttention`"
+    def __init__(self, c):
+        super().__init__()
+        self.query,self.value = nn.Conv1d(c, c, 1),nn.Conv1d(c, c, 1)
+    def forward(self, x):
+        q,v = (l(x.flatten(2)) for l in (self.query, self.value))
+        return (v@F.softmax(q.transpose(1, 2)@q, 1)).view(x.shape).contiguous()+x
+
+@pytest.mark.skipif(device.type!='cpu', reason='the ways of a CPU')
+def test_a_trace_does_not_depend_on_the_kernels_that_were_fastest(monkeypatch):
+    found = []
+    for way in every_way:
+        force(monkeypatch, way)
+        res = trace(network(nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8), Attention(8), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.ReLU()), tuned=True)
+        found.append((res.kept, sorted((r.module, r.op, r.kind, r.phase, r.shape, r.back) for r in (*res.rows, *res.left))))
+    assert found[0][1] and all(o==found[0] for o in found), found
 
 @pytest.mark.parametrize('n', [1, 20])
 def test_plot(n):
