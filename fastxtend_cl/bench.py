@@ -735,8 +735,10 @@ class _Judge:
             off = {n for n,d in _apart(new, out).items() if n in off and d>_tolerance+margin*moved[n]}
         n = 'loss' if 'loss' in off else max(off, key=lambda n: _apart(ours, base)[n], default=None)
         what = 'loss' if n=='loss' else 'norm of the output' if n=='output' else f'norm of the gradient of {n}'
-        why = off and f"rejected: {what} {ours[n]:.3g} differs from the baseline's {base[n]:.3g} by more than rounding explains"
-        if whys := [w for w in _ranks(why) if w]: lane.failed = whys[0]
+        def reject():
+            if off: raise ArmFailed(f"rejected: {what} {ours[n]:.3g} differs from the baseline's {base[n]:.3g} by more than rounding explains")
+        try: _attempt(reject)
+        except ArmFailed as e: lane.failed = str(e)
 
 # %% ../nbs/06_bench.ipynb #bffb0765
 @contextmanager

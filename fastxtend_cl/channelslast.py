@@ -30,7 +30,7 @@ from .amp import DeviceMixedPrecision, _wraps, as_amp_mode, check_scaler_args, l
 from .format import (FormatWarning, NoEffectWarning, align_state, apply_contiguous, as_channels_last,
     as_contiguous, contiguous_meanwhile, conv_params, convert_format, format_of, format_warnings)
 from .kernels import fixed_kernels, kernel_count, tuning_line
-from .memory import can_keep_memory, kept_memory
+from .memory import _not_kept, can_keep_memory, kept_memory
 from .plan import FormatPlan, plan_formats
 from .step import generators, reachable, seed_all
 
@@ -125,8 +125,7 @@ def _no_keep(learn):
     "Why a `KeepMemoryCallback` would have no effect on `learn`, as a list of warnings"
     device = learner_device(learn)
     if device.type!='cpu': why = f'the model is on {device}, whose allocator keeps memory by itself'
-    elif not can_keep_memory():
-        why = "this is for glibc's allocator, where the environment does not set it (MALLOC_..., GLIBC_TUNABLES)"
+    elif not can_keep_memory(): why = _not_kept()
     else: return []
     return [NoEffectWarning(f'keep_memory=True has no effect: {why}')]
 

@@ -8,16 +8,37 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/memory.html.md"""
 __all__ = ['kept_memory', 'can_keep_memory', 'poisoned_memory']
 
 # %% ../nbs/00b_memory.ipynb #c317e425
-import ctypes, os, platform, threading
+import ctypes, os, threading
 from contextlib import contextmanager
+from pathlib import Path
 
 # %% ../nbs/00b_memory.ipynb #37f7e16a
 _trim_threshold,_mmap_threshold,_mmap_max = -1,-3,-4 # of malloc.h
 _wishes,_lock = [],threading.Lock()
 
-def _glibc():
-    if platform.libc_ver()[0]!='glibc' or any(o.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for o in os.environ): return None
-    return ctypes.CDLL(None)
+class _Symbol(ctypes.Structure):
+    "`Dl_info` of dlfcn.h"
+    _fields_ = [('file', ctypes.c_char_p), ('base', ctypes.c_void_p), ('name', ctypes.c_char_p), ('address', ctypes.c_void_p)]
+
+def _defined_in(libc, name):
+    "File and address of the library that a function comes from"
+    f,info = getattr(libc, name, None),_Symbol()
+    if not f or not libc.dladdr(ctypes.cast(f, ctypes.c_void_p), ctypes.byref(info)): return None,None
+    return Path(os.fsdecode(info.file)).name,info.base
+
+def _other_allocator():
+    "What stands in for glibc's allocator, or None"
+    if os.name!='posix' or not hasattr(libc := ctypes.CDLL(None), 'gnu_get_libc_version'): return 'a C library other than glibc'
+    own = _defined_in(libc, 'gnu_get_libc_version')
+    return next((file or 'an unknown one' for file,base in (_defined_in(libc, n) for n in ('malloc', 'posix_memalign', 'free', 'mallopt'))
+        if base is None or base!=own[1]), None)
+
+def _not_kept():
+    "Why `kept_memory` has no effect, or None"
+    if other := _other_allocator(): return f"this is for glibc's allocator, here it is that of {other}"
+    if names := [o for o in os.environ if o.startswith(('MALLOC_', 'GLIBC_TUNABLES'))]: return f'the environment sets the allocator ({", ".join(names)})'
+
+def _glibc(): return None if _not_kept() else ctypes.CDLL(None)
 
 def _wish(libc, change):
     "Let `change` add a wish or take one away, and do as the last one says"
@@ -35,7 +56,9 @@ def _wish(libc, change):
 def kept_memory(
     keep:bool=True, # Keep it, or, inside a context that does, give it back as usual
 ):
-    "A context in which the allocator of the CPU gives no memory back to the system; yields whether that is so"
+    """A context in which the allocator of the CPU gives no memory back to the system; yields whether that is so
+
+    Afterwards it does so again, from fixed thresholds: glibc adapts them no longer."""
     libc,own = _glibc(),[keep]
     if libc is None: yield False; return
     def leave(): _wishes[:] = [o for o in _wishes if o is not own]
@@ -54,8 +77,8 @@ _perturb = -6 # of malloc.h
 def poisoned_memory():
     """A context in which glibc's allocator fills all memory that it gives out with the byte 0x7f, which makes huge numbers in each
     floating-point dtype: a kernel that reads what it has not written shows; yields whether that is so"""
-    libc = ctypes.CDLL(None) if platform.libc_ver()[0]=='glibc' else None
-    if libc is None: yield False; return
+    if _other_allocator(): yield False; return
+    libc = ctypes.CDLL(None)
     libc.mallopt(_perturb, 0x80) # what it gives out gets the complement
     try: yield True
     finally: libc.mallopt(_perturb, int(os.environ.get('MALLOC_PERTURB_') or 0)) # as the user has it

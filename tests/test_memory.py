@@ -1,6 +1,6 @@
 """`kept_memory` and `KeepMemoryCallback`: page faults are counted in processes of their own, what the allocator was told
 is noted elsewhere. No test asserts a time"""
-import os, subprocess, sys, threading
+import os, shutil, subprocess, sys, threading
 from pathlib import Path
 import pytest, torch
 import fastai.callback.schedule # fit_one_cycle
@@ -83,6 +83,71 @@ def test_environment_has_the_last_word(monkeypatch):
     assert not can_keep_memory()
     with kept_memory() as told: assert told is False
     assert compare({'now': lambda: None}, bar=False, limit=0.1).conditions['kept_memory'] is False
+
+left = """
+def busy(sizes=(1, 2, 4, 6, 30), n=10):
+    "Page faults of steps that take and free tensors of so many MiB"
+    def step():
+        ts = [torch.ones(s<<18) for s in sizes]
+    for _ in range(3): step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n): step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before
+alone = busy()
+with kept_memory(): busy()
+assert busy()<=alone+100, (alone, busy())
+ctypes.CDLL(None).mallopt(-3, 128<<10); ctypes.CDLL(None).mallopt(-1, 128<<10); ctypes.CDLL(None).malloc_trim(0)
+initial = busy()
+assert initial>alone+1000, (alone, initial)
+"""
+
+@glibc
+def test_the_thresholds_left_behind_take_no_more_page_faults_than_glibcs_own():
+    "They are fixed from then on; the initial ones, fixed, would be worse"
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'THP_MEM_ALLOC_ENABLE': '0'}
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', head+left], env=env, capture_output=True, text=True, timeout=600)
+    if r.returncode==77: pytest.skip('the kernel gives huge pages')
+    assert r.returncode==0, r.stderr
+
+# Other allocators
+
+stand_in = """
+#include <stddef.h>
+extern void *__libc_malloc(size_t);
+extern void *__libc_memalign(size_t, size_t);
+#ifdef ALIGNED
+int posix_memalign(void **p, size_t a, size_t n) { *p = __libc_memalign(a, n); return *p ? 0 : 12; }
+#else
+void *malloc(size_t n) { return __libc_malloc(n); }
+#endif
+"""
+
+asks = """
+from fastxtend_cl.memory import can_keep_memory, kept_memory, poisoned_memory, _not_kept
+with kept_memory() as kept, poisoned_memory() as poisoned: print(can_keep_memory(), kept, poisoned, _not_kept(), sep=';')
+"""
+
+def asked(**env):
+    env = {**{k:v for k,v in os.environ.items() if k!='LD_PRELOAD'}, 'PYTHONPATH': str(root), **env}
+    r = subprocess.run([sys.executable, '-c', asks], env=env, capture_output=True, text=True, timeout=600)
+    assert r.returncode==0, r.stderr
+    return r.stdout.strip().split(';')
+
+@glibc
+@pytest.mark.parametrize('flags', [[], ['-DALIGNED']], ids=['malloc', 'posix_memalign'])
+def test_an_allocator_that_stands_in_for_glibcs_is_seen(flags, tmp_path):
+    if not (gcc := shutil.which('gcc')): pytest.skip('there is no gcc')
+    (tmp_path/'a.c').write_text(stand_in)
+    so = tmp_path/'libother.so.2'
+    subprocess.run([gcc, '-shared', '-fPIC', *flags, '-o', so, tmp_path/'a.c'], check=True)
+    assert asked()==['True', 'True', 'True', 'None']
+    assert asked(LD_PRELOAD=str(so))==['False', 'False', 'False', "this is for glibc's allocator, here it is that of libother.so.2"]
+
+def test_a_c_library_without_glibcs_functions(monkeypatch):
+    "As musl, and the C library of macOS"
+    monkeypatch.setattr(memory.ctypes, 'CDLL', lambda name: object())
+    assert not can_keep_memory() and memory._not_kept()=="this is for glibc's allocator, here it is that of a C library other than glibc"
+    with kept_memory() as kept, memory.poisoned_memory() as poisoned: assert kept is poisoned is False
 
 # What the allocator is told
 
@@ -176,8 +241,8 @@ def test_without_effect_it_is_said(monkeypatch):
     from fastxtend_cl import channelslast
     learn = tiny_learner()
     monkeypatch.setenv('MALLOC_ARENA_MAX', '1')
-    with pytest.warns(NoEffectWarning, match="keep_memory=True has no effect: this is for glibc's allocator, where the "
-        r'environment does not set it \(MALLOC_..., GLIBC_TUNABLES\)'): learn.to_channelslast(use_amp=False, keep_memory=True)
+    with pytest.warns(NoEffectWarning, match=r'keep_memory=True has no effect: the environment sets the '
+        r'allocator \(MALLOC_ARENA_MAX\)'): learn.to_channelslast(use_amp=False, keep_memory=True)
     assert learn._grab_cbs(ChannelsLastCallback) and not learn._grab_cbs(KeepMemoryCallback)
     monkeypatch.setattr(channelslast, 'learner_device', lambda learn: torch.device('cuda:1'))
     said = channelslast._no_keep(learn)
