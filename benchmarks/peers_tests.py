@@ -1,4 +1,4 @@
-"""What PyTorch's, Composer's and fastxtend's own tests ask of channels last, asked of this package: `python benchmarks/peers_tests.py`
+"""What PyTorch's, Composer's, fastxtend's and fastai's own tests ask of channels last, asked of this package: `python benchmarks/peers_tests.py`
 
 modules: each case of PyTorch's list of modules (`torch.testing._internal.common_modules`, which needs `pip install expecttest`): converted,
 with its images and volumes in channels last, inside `tuned_kernels`, it computes the outputs and gradients that it computes contiguous in
@@ -6,9 +6,13 @@ double precision; a case with convolutions is checked and traced as a training s
 composer: after the algorithm has been applied to a model, or to a Trainer before its first batch, weights and activations are in channels
 last, and a step trains.
 fastxtend: the callback and the transform, on the input types of fastai, with and without mixed precision, and back again.
+fastai: each cell of its notebooks that needs no GPU and no download, read from `--fastai-nbs FOLDER` (the folder `nbs` of a clone of fastai):
+what runs without this package runs when it is imported, and with every Learner in channels last.
 Prints what fails, and exits with 1 if anything does."""
-import copy, inspect, sys, time, warnings
+import copy, inspect, json, subprocess, sys, tempfile, time, warnings
 from collections import Counter
+from functools import partial
+from pathlib import Path
 warnings.simplefilter('ignore')
 import torch
 from torch import nn
@@ -137,14 +141,39 @@ def fastxtend(names):
         if any(format_of(p)=='channels_last' for p in model.parameters()): return 'weights stay in channels last'
     for f in (transform, callback, there_and_back, signature, plain_function): yield f.__name__.replace('_', ' '),f
 
+# fastai
+
+with_learners = ('12_optimizer', '13_callback.core', '13a_learner', '13b_metrics', '14_callback.schedule', '14a_callback.data', '15_callback.hook', '15a_vision.models.unet',
+    '16_callback.progress', '17_callback.tracker', '18_callback.fp16', '18a_callback.training', '18b_callback.preds', '18c_callback.channelslast', '19_callback.mixup',
+    '20_interpret', '20a_distributed', '21_vision.learner', '24_vision.gan')
+
+def cell_results(notebook, mode):
+    "What each cell came to, in a process and a folder of its own"
+    with tempfile.TemporaryDirectory() as folder:
+        r = subprocess.run([sys.executable, '-W', 'ignore', Path(__file__).resolve().with_name('fastai_cells.py'), notebook, mode], cwd=folder, capture_output=True, text=True)
+    if r.returncode: sys.exit(f'{notebook.name}, {mode}: {(r.stderr.splitlines() or ["ended"])[-1]}')
+    return json.loads(r.stdout.splitlines()[-1])
+
+def fastai(folder, names):
+    for name in names or with_learners:
+        if not (notebook := Path(folder).resolve()/f'{name}.ipynb').exists(): sys.exit(f'no notebook {notebook}')
+        plain = cell_results(notebook, 'plain')
+        for mode in ('imported', 'converted'):
+            for i,why in cell_results(notebook, mode).items():
+                if plain[i]=='ok': yield f'{name}, cell {i}, {mode}',lambda why=why: None if why=='ok' else why
+
 suites = dict(modules=modules, composer=composer, fastxtend=fastxtend)
 
 @call_parse
 def main(
     parts:str=','.join(suites), # Suites, separated by commas
-    names:str='', # Of PyTorch's modules, such as nn.Conv2d, separated by commas; none: all
+    names:str='', # Of PyTorch's modules, such as nn.Conv2d, or of fastai's notebooks, separated by commas; none: all
+    fastai_nbs:str='', # Folder of fastai's notebooks; with it the suite fastai runs, too, or alone with `--parts fastai`
 ):
     "Run the suites and exit with 1 if anything fails"
+    if fastai_nbs:
+        suites['fastai'] = partial(fastai, fastai_nbs)
+        if 'fastai' not in parts.split(','): parts += ',fastai'
     if bad := {*parts.split(',')}-{*suites}: sys.exit(f'unknown suite {", ".join(bad)}: choose from {", ".join(suites)}')
     failed,start = Counter(),time.time()
     for part in parts.split(','):

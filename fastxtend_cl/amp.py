@@ -159,6 +159,7 @@ class DeviceMixedPrecision(MixedPrecision):
 
     def before_batch(self):
         "Enter autocast"
+        torch.clear_autocast_cache() # where another autocast was never left, nothing else does: old weights would stay in use
         self.autocast.__enter__()
         self._entered = True
 
@@ -206,12 +207,17 @@ def kernels_mode(
     asked = [k for k in asked if isinstance(k, str)] # a callback of somebody else may mean something else by it
     return next((m for m in ('tuned', 'correct') if m in asked), None)
 
+def _autocast_depth():
+    "How many autocast contexts are open"
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
 _fastai_one_batch = getattr(Learner.one_batch, '_wrapped', Learner.one_batch)
 
 @patch
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`, with the kernels and the precision that the callbacks ask for"
-    mode,amp = kernels_mode(self),self._grab_cbs(DeviceMixedPrecision)
+    mode,amp,depth = kernels_mode(self),self._grab_cbs(DeviceMixedPrecision),_autocast_depth()
     outside = amp.filter(lambda cb: cb.autocast is None) # of a fit
     for cb in outside: cb.before_fit()
     with tuned_kernels(mode, model=self.model) if mode else nullcontext():
@@ -219,6 +225,8 @@ def one_batch(self:Learner, i, b):
         finally:
             for cb in amp: cb.leave()
             for cb in outside: cb.after_fit()
+            for cb in self._grab_cbs(MixedPrecision): # fastai's own stays inside where a batch ends before its loss
+                if cb.autocast is not None and _autocast_depth()>depth: cb.autocast.__exit__(None, None, None)
 
 def _wraps(
     method, # Of this package

@@ -1,9 +1,10 @@
 import copy
 import pickle
 from itertools import product
+from types import MethodType
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -319,6 +320,34 @@ def test_without_our_wrapping_it_would_be_left(monkeypatch):
     left = autocasts()
     learn.mixed_precision.leave()
     assert left==tuple(o==device.type for o in ('cpu', 'cuda')) and autocasts()==(False, False)
+
+class Ends(Callback):
+    def __init__(self, error): self.error = error
+    def after_pred(self): raise self.error()
+
+@pytest.mark.filterwarnings('ignore:.*CUDA is not available')
+@pytest.mark.parametrize('error', [CancelBatchException, KeyboardInterrupt])
+def test_fastais_own_is_left_too(error):
+    "It stays inside by itself, where a batch ends before its loss"
+    learn = tiny_learner(cbs=[MixedPrecision, Ends(error)])
+    for one_batch,stays in ((Learner.one_batch, False), (amp._fastai_one_batch, True)):
+        learn.one_batch = MethodType(one_batch, learn)
+        try: fit(learn)
+        except KeyboardInterrupt: pass
+        left = amp._autocast_depth()
+        for _ in range(left): torch.autocast_decrement_nesting()
+        assert (left>0)==stays
+
+def test_weights_are_cast_anew_where_another_autocast_was_never_left():
+    def losses():
+        learn = fit(tiny_learner(cbs=DeviceMixedPrecision('bf16')), lr=0.1)
+        return [l.item() for l in learn.recorder.losses]
+    want = losses()
+    torch.autocast_increment_nesting()
+    try: assert losses()==want
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
 
 @pytest.mark.parametrize('interrupted,copied', list(product([False, True], [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])))
 def test_a_learner_is_copied_after_training(interrupted, copied):
