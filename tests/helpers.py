@@ -162,19 +162,21 @@ def gloo_threads():
     names = (f.read_text().strip() for f in Path('/proc/self/task').glob('*/comm'))
     return sorted(n for n in names if 'gloo' in n or 'tcpstore' in n)
 
+def end_group():
+    "Destroy the group, and see its threads end: Python may abort at exit while they run. What holds it, as `DistributedDataParallel` does, must be gone"
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    gc.collect()
+    assert not gloo_threads(), gloo_threads()
+
 @contextmanager
 def process_group(**kwargs):
-    """A gloo group, whose threads have ended when this does: Python may abort at exit while they run
-
-    What holds the group, as `DistributedDataParallel` does, must be gone by then."""
+    "A gloo group until the end of the body, and its rank"
     import torch.distributed as dist
     import torch.distributed.nn # `torch.optim` imports it; default arguments of its functions hold the group, where there is one by then
     dist.init_process_group('gloo', **kwargs)
     yield dist.get_rank()
-    dist.barrier()
-    dist.destroy_process_group()
-    gc.collect()
-    assert not gloo_threads()
+    end_group()
 
 def two_processes(*args, timeout=600, **env):
     "Run Python with `args` as both ranks of a group, in an environment whose values may be functions of the rank; stdout and stderr of each"
