@@ -520,9 +520,9 @@ def test_each_arm_computes_with_its_own_kernels(monkeypatch, inference):
 
 def test_a_check_computes_as_the_arm_does(monkeypatch):
     seen = []
-    def fake(step):
+    def fake(step, bar):
         seen.append((step.autocast, step.tuned))
-        res = check_formats(step)
+        res = check_formats(step, bar=bar)
         return res
     from fastxtend_cl.check import check_formats
     monkeypatch.setattr(bench, 'check_formats', fake)
