@@ -352,7 +352,8 @@ def trace(
     "Find the operations of a training step that lose the format"
     step = model_step(model, bs, size, classes, device, amp, tuned=True)
     from fastxtend_cl.trace import trace_format
-    with _model_errors(model): res = trace_format(step)
+    with _model_errors(model), contextlib.redirect_stdout(sys.stderr) if not _terminal() or json else contextlib.nullcontext():
+        res = trace_format(step)
     show(res, json)
 
 # %% ../nbs/09_cli.ipynb #8f3b92a3

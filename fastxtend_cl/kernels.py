@@ -54,9 +54,8 @@ class Decision:
     def __post_init__(self):
         ways = [self.choices[k].way if k in self.choices else None for k in ('forward', 'dgrad', 'wgrad')]
         self.forward,self.dgrad,self.wgrad = ways
-        torchs = all(w in (None, as_is) for w in ways)
-        self.plain = torchs and (not self.dgrad or self.call.uniform) # torch's own, and the gradient of the input has its strides
-        self.judged = not torchs or any(c.errors for c in self.choices.values()) # else there was one way only
+        self.plain = all(w in (None, as_is) for w in ways)
+        self.judged = not self.plain or any(c.errors for c in self.choices.values()) # else there was one way only
 
 # %% ../nbs/00c_kernels.ipynb #7c9319b0
 clear_margins = {True: 0.95, False: 0.9} # on a GPU or not; on a CPU shared with others, noise is 10 % and more

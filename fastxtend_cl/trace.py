@@ -16,11 +16,13 @@ import torch
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from .format import _tensors_in, channels_last_formats, dense_strides, format_of
 from .kernels import tuned_kernels
 from .step import TrainingStep, _has_convolution, _has_storage, _unseen
+from .ways import torchs_formats
 
 # %% ../nbs/05_trace.ipynb #2bc3f24a
 def layout_of(
@@ -145,7 +147,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.modules,self.by_node,self.lost,self.slices,self.losses,self.ops = _Modules(step),{},{},{},[],[]
         self.params = {_storage(p):n for n,p in step.params().items() if p.layout==torch.strided}
-        self.count,self.sources,self.feeding,self.casts = 0,{},0,set()
+        self.count,self.sources,self.feeding,self.casts,self.weak = 0,{},0,set(),{}
     def __enter__(self): self.modules.__enter__(); return super().__enter__()
     def __exit__(self, *error): super().__exit__(*error); return self.modules.__exit__(*error)
 
@@ -153,6 +155,8 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self.modules.seen: return out # before the model is called
+        for t in _strided_in((args, kwargs, out)): # while there is a weak reference, no new storage gets the address of a freed one
+            if _storage(t) not in self.weak: self.weak[_storage(t)] = StorageWeakRef(t.untyped_storage())
         self.frame = sys._getframe(1)
         try: self.note(func, args, kwargs, out)
         finally: self.frame = None
@@ -654,7 +658,7 @@ def _traced(step, n=3):
         warnings.filterwarnings('ignore', 'Using `torch.compile.module.` when there are global hooks')
         step.convert('channels_last')
         seconds = _step_seconds(step, n)
-        with (tracer := _Tracer(step)): step.run(keep='loss', optimizer_step=False)
+        with (tracer := _Tracer(step)), torchs_formats(): step.run(keep='loss', optimizer_step=False)
     return tracer,seconds
 
 # %% ../nbs/05_trace.ipynb #d9163c2d

@@ -6,11 +6,12 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/ways.html.md"""
 
 # %% auto #0
 __all__ = ['low_precision', 'last_formats', 'as_is', 'contiguous_strides', 'dense_like', 'restrided', 'canonical_contiguous',
-           'device_name', 'Call', 'Way', 'trusted', 'torchs_format', 'strides_in', 'compute_gradients',
-           'compute_forward', 'strides_like', 'deadly', 'suspicious', 'deadly_layers', 'mask_of', 'kernels_wanted',
-           'can_tune', 'candidates']
+           'device_name', 'Call', 'Way', 'trusted', 'torchs_format', 'strides_in', 'torchs_formats',
+           'compute_gradients', 'compute_forward', 'strides_like', 'deadly', 'suspicious', 'deadly_layers', 'mask_of',
+           'kernels_wanted', 'can_tune', 'candidates']
 
 # %% ../nbs/00a_ways.ipynb #60ab2fae
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import torch
@@ -85,11 +86,6 @@ class Call:
     def contiguous(self):
         "Whether the kernels will read input and weight as contiguous; where sizes of 1 leave that open, it is denied"
         return all(stride==contiguous_strides(shape) for shape,stride,_ in (self.x, self.w))
-    @property
-    def uniform(self):
-        "Whether input and weight have one memory format, so that torch's gradients have it, too"
-        last = len(self.stride)==2 and all(torch.empty_strided(*o[:2], device='meta').is_contiguous(memory_format=torch.channels_last) for o in (self.x, self.w))
-        return last or self.contiguous
     @property
     def sides(self):
         "Sizes in space of what the convolution reads and writes; of a transposed one, of its gradient"
@@ -201,19 +197,26 @@ def strides_in(shape, stride, fmt):
     if not t.is_contiguous(memory_format=fmt): t = torch.empty(t.shape, device='meta', memory_format=fmt)
     return (t.squeeze(2) if flat else t).stride()
 
-def _input_strides(x, fmt):
-    "Strides for the gradient of `x`, by autograd or in a graph that is compiled for memory format `fmt`"
-    node = torch._C._current_autograd_node()
-    if node is not None and node.name()=='ConvolutionBackward0': return dense_like(x.shape, x.stride())
-    return strides_in(x.shape, x.stride(), fmt)
+_own_formats = [False]
+
+@contextmanager
+def torchs_formats():
+    "A context in which all ways answer in torch's own memory formats, so that these depend on no measurement"
+    old,_own_formats[0] = _own_formats[0],True
+    try: yield
+    finally: _own_formats[0] = old
+
+def _gradient_strides(t, fmt):
+    "Strides for the gradient of `t`; outside of autograd, as in a compiled graph, those that torch would give it"
+    node = None if _own_formats[0] else torch._C._current_autograd_node()
+    follows = node is not None and node.name()=='ConvolutionBackward0'
+    return dense_like(t.shape, t.stride()) if follows else strides_in(t.shape, t.stride(), fmt)
 
 def compute_gradients(kernel, ks, way, args, mask):
     "Gradients of input, weight and bias that `mask` asks for, computed in one way"
     g,x,w,bias,*rest,_ = args
+    if way==as_is: return kernel.call_boxed(ks, g, x, w, bias, *rest, list(mask))
     groups,fmt = rest[-1],torchs_format(x, w, None, rest)
-    if way==as_is:
-        gx,*others = kernel.call_boxed(ks, g, x, w, bias, *rest, list(mask))
-        return restrided(gx, _input_strides(x, fmt), x.dtype) if mask[0] else None,*others
     if way.padded: g,x,rest = _written_out(g, x, *rest)
     if way.dense: w,rest = _dense(w, groups, _format(x)),[*rest[:-1], 1]
     gf,xf = _ready(g, way),_ready(x, way) if mask[1] else _shell(x, way)
@@ -224,11 +227,11 @@ def compute_gradients(kernel, ks, way, args, mask):
         wf = _ready(w, way) if mask[0] else _shell(w, way)
         gx,gw,gb = kernel.call_boxed(ks, gf, xf, wf, bias, *rest, list(mask))
     if mask[2] and (way.tiled or way.padded): gb = args[0].float().sum([0, *range(2, g.ndim)])
-    if mask[0]: gx = restrided(gx, _input_strides(args[1], fmt), x.dtype)
+    if mask[0]: gx = restrided(gx, _gradient_strides(args[1], fmt), x.dtype)
     if mask[1]:
         w = args[2]
         if way.dense: gw = _blocks(gw, groups).movedim(-1, 0).reshape(w.shape)
-        gw = restrided(gw, strides_in(w.shape, w.stride(), fmt), w.dtype)
+        gw = restrided(gw, _gradient_strides(w, fmt), w.dtype)
     return gx if mask[0] else None,gw if mask[1] else None,gb.to(w.dtype) if mask[2] else None
 
 # %% ../nbs/00a_ways.ipynb #e2460165

@@ -1,7 +1,7 @@
 "Small models, data and comparisons that several test files share"
-import os
-import warnings
+import gc, os, socket, subprocess, sys, warnings
 from contextlib import contextmanager
+from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import Datasets
@@ -154,3 +154,42 @@ def format_name(t):
     if t.ndim not in (4, 5): return t.ndim
     nchw,nhwc = t.is_contiguous(),t.is_contiguous(memory_format=torch.channels_last if t.ndim==4 else torch.channels_last_3d)
     return ['none', 'nhwc', 'nchw', 'both'][nchw*2+nhwc]
+
+# Several processes
+
+def gloo_threads():
+    "Names of the native threads of process groups in this process; Linux only"
+    names = (f.read_text().strip() for f in Path('/proc/self/task').glob('*/comm'))
+    return sorted(n for n in names if 'gloo' in n or 'tcpstore' in n)
+
+def end_group():
+    "Destroy the group, and see its threads end: Python may abort at exit while they run. What holds it, as `DistributedDataParallel` does, must be gone"
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    gc.collect()
+    assert not gloo_threads(), gloo_threads()
+
+@contextmanager
+def process_group(**kwargs):
+    "A gloo group until the end of the body, and its rank"
+    import torch.distributed as dist
+    import torch.distributed.nn # `torch.optim` imports it; default arguments of its functions hold the group, where there is one by then
+    dist.init_process_group('gloo', **kwargs)
+    yield dist.get_rank()
+    end_group()
+
+def two_processes(*args, timeout=600, **env):
+    "Run Python with `args` as both ranks of a group, in an environment whose values may be functions of the rank; stdout and stderr of each"
+    root = Path(__file__).resolve().parent.parent
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'RANK': str, 'LOCAL_RANK': str,
+        'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(map(str, (root, root/'tests'))), 'CUDA_VISIBLE_DEVICES': '', 'FXCL_DEVICE': 'cpu', **env}
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', *map(str, args)], env={k: v(i) if callable(v) else v for k,v in env.items()},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try: outs = [p.communicate(timeout=timeout) for p in ps]
+    finally:
+        for p in ps: p.kill()
+    assert [p.returncode for p in ps]==[0, 0], outs
+    return outs

@@ -1,6 +1,6 @@
 """`compare`, `bench_formats` and `Learner.bench_channelslast`: the statistics on a simulated clock, planted faults as
 rows, and nothing left behind. No test asserts a time"""
-import json, math, os, random, socket, subprocess, sys, warnings
+import json, math, random, sys, warnings
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -15,8 +15,7 @@ from fastxtend_cl.bench import (Arm, Clock, FormatBench, _Lane, _Progress, _bloc
 from fastxtend_cl.format import apply_channels_last
 from fastxtend_cl.kernels import _now
 from fastxtend_cl.step import TrainingStep
-
-root = Path(__file__).resolve().parent.parent
+from helpers import process_group, two_processes
 
 class Simulated(Clock):
     "A clock moved on by a machine with noise, a load that comes and goes, drift, and a first step after another arm's that costs more"
@@ -637,9 +636,9 @@ def test_each_arm_computes_with_its_own_kernels(monkeypatch, inference):
 
 def test_a_check_computes_as_the_arm_does(monkeypatch):
     seen = []
-    def fake(step):
+    def fake(step, bar):
         seen.append((step.autocast, step.tuned))
-        res = check_formats(step)
+        res = check_formats(step, bar=bar)
         return res
     from fastxtend_cl.check import check_formats
     monkeypatch.setattr(bench, 'check_formats', fake)
@@ -757,42 +756,28 @@ def test_learner_method_knows_what_fit_would_do():
 
 def worker(folder):
     "Rank 1 takes twice as long, and one arm fails on it alone"
-    import torch.distributed as dist
-    dist.init_process_group('gloo')
-    rank = dist.get_rank()
-    clock = Simulated(noise=0.02*(1+rank), seed=rank)
-    def fails():
-        if rank==1 and len(clock.log)>60: raise RuntimeError('on one rank')
-        clock.spend('fails', 0.1)
-    a,c = clock.arm('now', 0.1*(1+rank)),clock.arm('other', 0.05*(1+rank))
-    sums = []
-    def together():
-        t = torch.ones(())
-        dist.all_reduce(t)
-        sums.append(t.item()); clock.spend('together', 0.08*(1+rank))
-    res = compare({'now': a, 'other': c, 'fails': fails, 'together': together}, clock=clock, bar=rank==0, limit=40)
-    log = clock.log[:]
-    step = step_of(network(), opt=adamw)
-    formats = bench_formats(step, ['channels last fp32', 'contiguous bf16'], **quick)
-    torch.save(dict(rows=[vars(r) for r in res.rows], noise=res.noise, log=log, ranks=res.conditions['ranks'],
-        sums=set(sums), formats={r.arm:(r.seconds,r.ratio,r.samples) for r in formats.rows}), Path(folder)/f'{rank}.pth')
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group() as rank:
+        clock = Simulated(noise=0.02*(1+rank), seed=rank)
+        def fails():
+            if rank==1 and len(clock.log)>60: raise RuntimeError('on one rank')
+            clock.spend('fails', 0.1)
+        a,c = clock.arm('now', 0.1*(1+rank)),clock.arm('other', 0.05*(1+rank))
+        sums = []
+        def together():
+            t = torch.ones(())
+            torch.distributed.all_reduce(t)
+            sums.append(t.item()); clock.spend('together', 0.08*(1+rank))
+        res = compare({'now': a, 'other': c, 'fails': fails, 'together': together}, clock=clock, bar=rank==0, limit=40)
+        log = clock.log[:]
+        step = step_of(network(), opt=adamw)
+        formats = bench_formats(step, ['channels last fp32', 'contiguous bf16'], **quick)
+        torch.save(dict(rows=[vars(r) for r in res.rows], noise=res.noise, log=log, ranks=res.conditions['ranks'],
+            sums=set(sums), formats={r.arm:(r.seconds,r.ratio,r.samples) for r in formats.rows}), Path(folder)/f'{rank}.pth')
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1',
-        'PYTHONPATH': os.pathsep.join([str(root), str(root/'tests')]), 'CUDA_VISIBLE_DEVICES': ''}
-    ps = [subprocess.Popen([sys.executable, __file__, str(folder)], env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
-    try: outs = [p.communicate(timeout=600) for p in ps]
-    finally:
-        for p in ps: p.kill()
-    assert [p.returncode for p in ps]==[0, 0], outs
+    two_processes(__file__, folder)
     return [torch.load(folder/f'{i}.pth', weights_only=False) for i in range(2)]
 
 def test_ranks_measure_the_same_and_agree(two):

@@ -81,6 +81,16 @@ def test_bench_check_leaves_out_the_wrong(own, capsys):
     rows = {r['arm']:r for r in json.loads(capsys.readouterr().out)['rows']}
     assert rows['channels last fp32']['verdict']=='failed' and rows['channels last fp32']['reason'].startswith('wrong: ')
 
+@pytest.mark.parametrize('command', [['bench', '--check', '--limit', '1'], ['check'], ['trace']], ids=lambda c: c[0])
+def test_slow_commands_print_nothing_but_json(own, capsys, monkeypatch, command):
+    "As if all took longer than the two seconds after which a bar is shown"
+    from fastxtend_cl import check, trace
+    monkeypatch.setattr(check._Pace, 'wall', lambda self: 3.)
+    make = trace._Costs.__init__
+    monkeypatch.setattr(trace._Costs, '__init__', lambda self, device, budget: make(self, device, 3.))
+    assert main([command[0], 'own_models:right', *command[1:], '--json', *tiny])==0
+    json.loads(capsys.readouterr().out)
+
 def test_a_terminal_gets_rich_tables(own, capsys, monkeypatch):
     monkeypatch.setattr(cli, '_terminal', lambda: True)
     assert main(['check', 'own_models:right', *tiny])==0

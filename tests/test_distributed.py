@@ -1,22 +1,18 @@
 "Two processes on one CPU, through fastai's `distrib_ctx` and accelerate; this file is its own worker"
-import os
-import socket
-import subprocess
-import sys
+import os, sys
 from pathlib import Path
-import pytest
-import torch
-
-root,tests = Path(__file__).resolve().parent.parent,Path(__file__).resolve().parent
+import pytest, torch
+from helpers import two_processes
 
 def worker(folder, amp, opt):
     "Two fits with a process group of two, then one without; leaves what was found in `folder`"
+    import torch.distributed.nn # before there is a group: see `helpers.process_group`
     from functools import partial
     from fastai.callback.channelslast import ChannelsLast
     from fastai.callback.core import Callback
     from fastai.distributed import DistributedDL
     from fastai.optimizer import OptimWrapper
-    from helpers import SeeBatch, quiet, state_follows, tiny_learner
+    from helpers import SeeBatch, end_group, quiet, state_follows, tiny_learner
     import fastxtend_cl.channelslast
 
     def _broadcast(self, t, rank): # fastai's moves the indices to CUDA, which nccl needs and gloo does not
@@ -52,25 +48,13 @@ def worker(folder, amp, opt):
         learn.fit(1, 1e-2)
         found.update(alone=learn.see_wrapped.wrapped, follows_alone=state_follows(learn.model, learn.opt))
     torch.save(found, Path(folder)/f'{rank}.pth')
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
+    del learn
+    end_group() # accelerate leaves it
 
 def run_two(folder, *args):
     "Run two workers; what each found, and what they wrote to stderr"
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2',
-        'LOCAL_WORLD_SIZE': '2', 'ACCELERATE_USE_CPU': 'true',
-        'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(root), str(tests)]), 'CUDA_VISIBLE_DEVICES': '', 'FXCL_DEVICE': 'cpu'}
-    command = [sys.executable, __file__, str(folder), *args]
-    ps = [subprocess.Popen(command, env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True) for i in range(2)]
-    try: outs = [p.communicate(timeout=600)[1] for p in ps]
-    finally:
-        for p in ps: p.kill()
-    assert [p.returncode for p in ps]==[0, 0], '\n'.join(outs)
-    return [torch.load(folder/f'{i}.pth') for i in range(2)],'\n'.join(outs)
+    outs = two_processes('-W', 'default', __file__, folder, *args, ACCELERATE_USE_CPU='true')
+    return [torch.load(folder/f'{i}.pth') for i in range(2)],'\n'.join(err for _,err in outs)
 
 @pytest.fixture(scope='module', params=['fp32-fastai', 'fp32-fused', 'bf16-fused'])
 def two(request, tmp_path_factory): return run_two(tmp_path_factory.mktemp('distributed'), *request.param.split('-'))

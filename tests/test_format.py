@@ -4,7 +4,6 @@ from copy import deepcopy
 from functools import partial
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from fastai import optimizer as fastai_optim
 from fastai.optimizer import OptimWrapper
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from helpers import (all_tensors, assert_same_snapshot, furthest, images, mixed, naive_channels_last, naive_contiguous,
-    snapshot, state_follows, strides)
+    process_group, snapshot, state_follows, strides)
 from fastxtend_cl import format as fmt
 from fastxtend_cl.format import (FormatWarning, NoConvolutionWarning, align_state, apply_channels_last,
     apply_contiguous, contiguous_meanwhile,
@@ -280,9 +279,7 @@ def test_lbfgs(wrap):
 
 @pytest.fixture
 def one_process_group(tmp_path):
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with process_group(init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1): yield
 
 def test_ddp_wrapped_model_is_refused_and_unchanged(one_process_group):
     for inner,f in ((mixed(), apply_channels_last), (apply_channels_last(mixed()), apply_contiguous)):

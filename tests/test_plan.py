@@ -1,5 +1,5 @@
 "The plan: what is measured, what wins, how it is kept, and how a Learner trains by it"
-import inspect, json, os, subprocess, sys, threading
+import inspect, json, subprocess, sys, threading
 from pathlib import Path
 import pytest, torch
 from fastai.callback.channelslast import ChannelsLast
@@ -7,7 +7,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
-from helpers import AveragedCopy, caught_warnings, dls_of, fit, labels, quiet, random_images, tiny_learner
+from helpers import AveragedCopy, caught_warnings, dls_of, fit, labels, process_group, quiet, random_images, tiny_learner, two_processes
 import fastxtend_cl.all
 from fastxtend_cl import bench as bench_module, plan as module
 from fastxtend_cl.amp import kernels_mode
@@ -448,30 +448,17 @@ def test_command(capsys, monkeypatch):
 
 def worker(folder):
     "Plan in a group of two"
-    import torch.distributed as dist
-    dist.init_process_group('gloo')
-    rank = dist.get_rank()
-    p = plan_formats(step_of(), low, budget=5, bar=False)
-    p.bench.noise = p.bench.noise or (0.9, 1.1) # also where the machine is too busy for a verdict
-    module._find = lambda *a: p
-    plan_formats(step_of(), low, cache='refresh')
-    dist.barrier()
-    again = plan_formats(step_of(), low)
-    (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=cache_file().exists())))
-    dist.destroy_process_group()
+    with process_group() as rank:
+        p = plan_formats(step_of(), low, budget=5, bar=False)
+        p.bench.noise = p.bench.noise or (0.9, 1.1) # also where the machine is too busy for a verdict
+        module._find = lambda *a: p
+        plan_formats(step_of(), low, cache='refresh')
+        torch.distributed.barrier()
+        again = plan_formats(step_of(), low)
+        (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=cache_file().exists())))
 
 def test_two_processes_get_the_same_plan(tmp_path):
-    from test_distributed import free_port
-    tests = Path(__file__).resolve().parent
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': '2',
-        'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tests.parent), str(tests)])}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(tmp_path)],
-        env={**env, 'RANK': str(i), 'FASTXTEND_CL_CACHE': str(tmp_path/f'cache{i}')}, stderr=subprocess.PIPE, text=True)
-        for i in range(2)]
-    try: errs = [p.communicate(timeout=200)[1] for p in ps]
-    finally:
-        for p in ps: p.kill()
-    assert [p.returncode for p in ps]==[0, 0], errs
+    two_processes(__file__, tmp_path, timeout=200, FASTXTEND_CL_CACHE=lambda i: str(tmp_path/f'cache{i}'))
     a,b = (json.loads((tmp_path/f'{i}.json').read_text()) for i in range(2))
     assert a['plan']['arm']==b['plan']['arm']
     assert (a['kept'],b['kept'])==(True, False) and a['again']['cached'] and b['again']['cached'], 'the first rank keeps it for all'

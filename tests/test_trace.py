@@ -364,7 +364,7 @@ def test_long_tables_are_folded():
     assert ('<details>' not in result(10)._repr_markdown_() and '<summary>3 more</summary>' in result(13)._repr_markdown_()
         and str(result(13)).splitlines()[-2]=='and 3 lines more in `rows`')
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     "Tokens through 1-D convolutions, as fastai's `SelfAttention`"
     def __init__(self, c):
         super().__init__()
@@ -378,9 +378,15 @@ def test_a_trace_does_not_depend_on_the_kernels_that_were_fastest(monkeypatch):
     found = []
     for way in every_way:
         force(monkeypatch, way)
-        res = trace(network(nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8), Attention(8), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.ReLU()), tuned=True)
+        res = trace(network(nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8), SelfAttention(8), nn.Conv2d(8, 8, 5, padding=2, groups=8), nn.ReLU()), tuned=True)
         found.append((res.kept, sorted((r.module, r.op, r.kind, r.phase, r.shape, r.back) for r in (*res.rows, *res.left))))
     assert found[0][1] and all(o==found[0] for o in found), found
+
+def test_a_freed_tensors_address_is_not_taken_for_another():
+    with _Tracer(step_of(network())) as tracer:
+        tracer.modules.seen = True
+        seen = {trace_module._storage(torch.zeros(3, 3)) for _ in range(50)}
+    assert len(seen)==50
 
 @pytest.mark.parametrize('n', [1, 20])
 def test_plot(n):
