@@ -856,12 +856,12 @@ def _whole(step, lanes, loader, clock, limit, turns=4):
         workers=workers, batches=sum(map(len, rows[now])), text=text+'.')
 
 # %% ../nbs/06_bench.ipynb #7929bfa4
-def _wrong_arms(step, arms):
+def _wrong_arms(step, arms, bar=False):
     "Reasons by arm: of those in channels last whose precision `check_formats` finds wrong"
     def setting(a): return step.autocast if isinstance(a.dtype, str) else a.dtype,step.tuned if a.tuned is None else a.tuned
     res,last = {},[a for a in arms if a.memory_format=='channels_last']
     for dtype,tuned in dict.fromkeys(map(setting, last)):
-        checked = check_formats(replace(step, autocast=dtype, tuned=tuned))
+        checked = check_formats(replace(step, autocast=dtype, tuned=tuned), bar=bar)
         if checked.ok is False and _names[dtype] in {r.precision for r in checked.rows if r.verdict=='wrong'}:
             res |= {a.name: f'wrong: {checked.reason}' for a in last if setting(a)==(dtype,tuned)}
     return res
@@ -925,7 +925,7 @@ def bench_formats(
         chosen = _chosen(step, arms, compile, now)
         lanes = [_step_lane(step, a, inference, on) for a in (now, replace(now, name='now, again'), *chosen)]
         if check and not inference:
-            for name,why in _wrong_arms(step, chosen).items(): next(l for l in lanes if l.name==name).failed = why
+            for name,why in _wrong_arms(step, chosen, bar).items(): next(l for l in lanes if l.name==name).failed = why
         interrupted,block = _measure(lanes, clock, limit, rounds, block, width, seed, bar, partial(_Judge, step))
         rows,noise = _rows(lanes)
         conditions = {**_conditions(step, now, inference, block), 'limit': limit, 'kept_memory': kept}
