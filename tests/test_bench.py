@@ -579,6 +579,14 @@ def test_a_wrong_arm_is_found_by_the_check():
     assert res['contiguous fp32'].verdict!='failed'
     assert bench_formats(step, ['channels last fp32'], **quick)['channels last fp32'].verdict!='failed', 'the crude measure lets 5 % pass'
 
+@pytest.mark.parametrize('bar', [False, True])
+def test_the_check_shows_a_bar_only_where_the_measurement_does(bar, monkeypatch):
+    "On a slow machine it would stand in front of the JSON of a command"
+    seen,real = [],bench.check_formats
+    monkeypatch.setattr(bench, 'check_formats', lambda s, **kw: seen.append(kw['bar']) or real(s, **{**kw, 'bar': False}))
+    bench_formats(step_of(network()), ['channels last fp32'], check=True, **{**quick, 'bar': bar})
+    assert seen==[bar]
+
 @pytest.mark.parametrize('always', [False, True])
 def test_fp16_steps_that_make_no_update_do_not_count(always):
     "A loss of 300 overflows at a scale of 1024"
