@@ -24,7 +24,6 @@ from fastcore.meta import delegates
 from torch.amp import GradScaler, autocast
 from .format import NoEffectWarning
 from .kernels import tuned_kernels
-from .step import _nesting
 
 # %% ../nbs/01_amp.ipynb #530dcacc
 amp_dtypes = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
@@ -208,12 +207,17 @@ def kernels_mode(
     asked = [k for k in asked if isinstance(k, str)] # a callback of somebody else may mean something else by it
     return next((m for m in ('tuned', 'correct') if m in asked), None)
 
+def _autocast_depth():
+    "How many autocast contexts are open"
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
 _fastai_one_batch = getattr(Learner.one_batch, '_wrapped', Learner.one_batch)
 
 @patch
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`, with the kernels and the precision that the callbacks ask for"
-    mode,amp,depth = kernels_mode(self),self._grab_cbs(DeviceMixedPrecision),_nesting()
+    mode,amp,depth = kernels_mode(self),self._grab_cbs(DeviceMixedPrecision),_autocast_depth()
     outside = amp.filter(lambda cb: cb.autocast is None) # of a fit
     for cb in outside: cb.before_fit()
     with tuned_kernels(mode, model=self.model) if mode else nullcontext():
@@ -222,7 +226,7 @@ def one_batch(self:Learner, i, b):
             for cb in amp: cb.leave()
             for cb in outside: cb.after_fit()
             for cb in self._grab_cbs(MixedPrecision): # fastai's own stays inside where a batch ends before its loss
-                if cb.autocast is not None and _nesting()>depth: cb.autocast.__exit__(None, None, None)
+                if cb.autocast is not None and _autocast_depth()>depth: cb.autocast.__exit__(None, None, None)
 
 def _wraps(
     method, # Of this package

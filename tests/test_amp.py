@@ -334,7 +334,7 @@ def test_fastais_own_is_left_too(error):
         learn.one_batch = MethodType(one_batch, learn)
         try: fit(learn)
         except KeyboardInterrupt: pass
-        left = amp._nesting()
+        left = amp._autocast_depth()
         for _ in range(left): torch.autocast_decrement_nesting()
         assert (left>0)==stays
 
