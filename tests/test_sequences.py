@@ -1,18 +1,21 @@
 "After any sequence of calls a Learner is as after the last conversion alone"
 import copy, tempfile
+from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
 import pytest, torch
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import OptimWrapper
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, assume, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from helpers import fit, labels, quiet, random_images, state_follows, strides, dls_of, tiny_learner
+from helpers import SeeBatch, fit, labels, quiet, random_images, state_follows, strides, dls_of, tiny_learner
 import fastxtend_cl.all
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastCallback, KeepMemoryCallback
 from fastxtend_cl.format import format_of
+from fastxtend_cl.kernels import _now
 from fastxtend_cl.plan import FormatPlan
 
 plans = {'contiguous': FormatPlan('contiguous bf16, tuned', 'contiguous', 'bf16', tuned=True, keep_memory=True),
@@ -25,7 +28,9 @@ plans = {'contiguous': FormatPlan('contiguous bf16, tuned', 'contiguous', 'bf16'
 def leaves_something(call):
     "Whether what `call` comes to depends on what was before it"
     name,kw = call
-    return not kw['to_fp32'] if name=='to_contiguous' else kw.get('plan') in ('the same', 'as it is, compiled')
+    return name in fastais or (not kw['to_fp32'] if name=='to_contiguous' else kw.get('plan') in ('the same', 'as it is, compiled'))
+
+fastais = 'to_fp16', 'to_bf16', 'to_fp32' # they add callbacks of fastai's own, or take all away
 
 conversions = [('to_channelslast', kw) for kw in (dict(), dict(use_amp=False), dict(amp_mode='bf16', keep_memory=True), dict(amp_mode='fp16', growth_interval=7),
     dict(to_fp16=True, tune=False), dict(amp_mode=False, keep_memory=False), dict(init_scale=8.), *[dict(plan=p) for p in plans],
@@ -45,12 +50,14 @@ def call(learn, o):
     with quiet(learn): res = getattr(learn, name)(**{**kw, **(dict(plan=plans[kw['plan']]) if 'plan' in kw else {})})
     assert res is learn
 
+def settings_of(amp): return {k: v for k,v in amp.kwargs.items() if k!='enabled' or type(amp) is not MixedPrecision} # fastai's own sets that in a fit
+
 def described(learn):
     "Callbacks of the package and their settings"
     cl,amps = learn._grab_cbs(ChannelsLast),learn._grab_cbs(MixedPrecision)
-    assert getattr(learn, 'channels_last', None) is (cl[0] if cl else None) and getattr(learn, 'mixed_precision', None) is (amps[0] if amps else None)
+    assert getattr(learn, 'channels_last', None) is (cl[0] if cl else None) and getattr(learn, 'mixed_precision', None) in (amps or [None])
     assert all(cb.learn is learn for cb in learn.cbs) and all(type(cb) is ChannelsLastCallback for cb in cl)
-    return dict(all=sorted(type(cb).__name__ for cb in learn.cbs), amp=[(type(cb), cb.amp_mode, cb.kwargs) for cb in amps],
+    return dict(all=sorted(type(cb).__name__ for cb in learn.cbs), amp=[(type(cb), cb.amp_mode, settings_of(cb)) for cb in amps],
         channels_last=[(cb.plan, cb.tune, cb.memory_format, cb.kernels) for cb in cl], keep=len(learn._grab_cbs(KeepMemoryCallback)))
 
 def not_compiled(f, **kwargs):
@@ -70,12 +77,18 @@ def reference(calls, fused, own=None):
         references[key] = described(learn),learn.model._compiled_call_impl is not None,strides(fit(learn).model)
     return references[key]
 
+class Fails(Callback):
+    def __init__(self, event, error, order): self.event,self.error,self.order = event,error,order
+    def __call__(self, event):
+        if event==self.event: raise self.error()
+
 class Sequences(RuleBasedStateMachine):
-    @initialize(fused=st.booleans(), amp=st.sampled_from([None, 'bf16']))
-    def make(self, fused, amp):
+    @initialize(fused=st.booleans())
+    def make(self, fused):
         self.folder = tempfile.TemporaryDirectory()
-        self.fused,self.amp,self.learn = fused,amp,new_learner(fused, amp, Path(self.folder.name))
+        self.fused,self.learn = fused,new_learner(fused, path=Path(self.folder.name))
         self.calls,self.own,self.settled,self.saved = [],None,True,False
+        self.users = [] # the call that gave the Learner fastai's own mixed precision
 
     @rule(o=st.sampled_from(conversions))
     def convert_only(self, o): self.convert(o)
@@ -83,15 +96,38 @@ class Sequences(RuleBasedStateMachine):
     @rule(o=st.sampled_from(conversions))
     def convert_and_fit(self, o): self.convert(o); self.fit()
 
+    @rule(name=st.sampled_from(fastais))
+    def fastais_own(self, name):
+        cl = self.learn._grab_cbs(ChannelsLastCallback)
+        assume(name!='to_fp32' or not cl or cl[0].amp_displaced is None) # it comes back with the next `to_channelslast()`
+        call(self.learn, (name, {}))
+        self.users = [] if name=='to_fp32' else [(name, {})]
+        self.calls = [*self.calls, (name, {})]
+
     def convert(self, o):
         call(self.learn, o)
-        self.calls = [*self.calls, o] if leaves_something(o) else [o]
-        if o==('to_contiguous', dict(to_fp32=True)): self.amp = None # the user's own is gone for good
+        if o==('to_contiguous', dict(to_fp32=True)): self.users = []
+        self.calls = [*self.calls, o] if leaves_something(o) else [*self.users, o]
         self.settled = o[0]=='to_contiguous'
 
     def fit(self):
         fit(self.learn)
         self.settled = True
+
+    @rule(event=st.sampled_from(['before_fit', 'before_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step', 'before_validate', 'after_epoch']),
+        error=st.sampled_from([CancelFitException, CancelEpochException, CancelBatchException, KeyboardInterrupt]), order=st.sampled_from([-60, 50]))
+    def fit_fails(self, event, error, order):
+        try:
+            with self.learn.added_cbs(Fails(event, error, order)): fit(self.learn)
+        except (KeyboardInterrupt, CancelEpochException, CancelBatchException): pass # fastai catches what belongs to the event
+        if event!='before_fit': self.settled = True
+
+    @rule(without=st.sampled_from([[], [ChannelsLast], [MixedPrecision], [KeepMemoryCallback], [ChannelsLast, MixedPrecision]]))
+    def fit_with_others(self, without):
+        "Callbacks that come for one fit, in nested contexts, and some that are away meanwhile"
+        with self.learn.removed_cbs(self.learn._grab_cbs(tuple(without))) if without else nullcontext(), self.learn.added_cbs([Callback()]), self.learn.added_cbs([SeeBatch()]):
+            fit(self.learn)
+        if ChannelsLast not in without: self.settled = True
 
     @rule(how=st.sampled_from(['freeze', 'unfreeze']))
     def freeze(self, how): getattr(self.learn, how)()
@@ -120,11 +156,12 @@ class Sequences(RuleBasedStateMachine):
 
     @invariant()
     def is_as_after_the_last_conversion(self):
-        found,compiled,after_fit = reference(self.calls, self.fused, self.amp)
+        found,compiled,after_fit = reference(self.calls, self.fused)
         assert described(self.learn)==found, self.calls
         impl = self.learn.model._compiled_call_impl
         assert impl is self.own if self.own else (impl is not None)==compiled, self.calls
         if self.settled: assert strides(self.learn.model)==after_fit, self.calls
+        assert _now.mode is None and not torch.is_autocast_enabled('cpu')
         if self.learn.opt is not None: assert state_follows(self.learn.model, self.learn.opt)
 
     def teardown(self):
