@@ -358,6 +358,7 @@ def test_shapes_without_end_are_trusted_in_the_end(monkeypatch):
     "After ten times the limit, checks of a layer that were all right stop"
     checked,verify = [],KernelBench.verify
     monkeypatch.setattr(KernelBench, 'verify', lambda self, way: checked.append(self.call.x[0][2:]) or verify(self, way))
+    monkeypatch.setattr(KernelBench, 'race', lambda self, ways: dict.fromkeys(ways, 1.)) # the trusted way is not checked, and might win
     w,args = (4,4,3,3),plain_case[2]
     with tuned_kernels(benchmark_limit=1):
         for n in range(8, 8+13): backward(*inputs((1,4,n,5), w, args), args)
