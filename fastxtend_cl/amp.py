@@ -217,15 +217,17 @@ _fastai_one_batch = getattr(Learner.one_batch, '_wrapped', Learner.one_batch)
 @patch
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`, with the kernels and the precision that the callbacks ask for"
-    mode,amp,depth = kernels_mode(self),self._grab_cbs(DeviceMixedPrecision),_autocast_depth()
-    outside = amp.filter(lambda cb: cb.autocast is None) # of a fit
+    mode,depth = kernels_mode(self),_autocast_depth()
+    amps = [cb for cb in self.cbs if isinstance(cb, MixedPrecision)] # without fastcore's L, which takes tens of microseconds
+    ours = [cb for cb in amps if isinstance(cb, DeviceMixedPrecision)]
+    outside = [cb for cb in ours if cb.autocast is None] # of a fit
     for cb in outside: cb.before_fit()
     with tuned_kernels(mode, model=self.model) if mode else nullcontext():
         try: return _fastai_one_batch(self, i, b)
         finally:
-            for cb in amp: cb.leave()
+            for cb in ours: cb.leave()
             for cb in outside: cb.after_fit()
-            for cb in self._grab_cbs(MixedPrecision): # fastai's own stays inside where a batch ends before its loss
+            for cb in amps: # fastai's own stays inside where a batch ends before its loss
                 if cb.autocast is not None and _autocast_depth()>depth: cb.autocast.__exit__(None, None, None)
 
 def _wraps(
