@@ -208,7 +208,7 @@ _lock = threading.RLock()
 class _Now:
     "What holds in this process"
     def __init__(self):
-        self.mode,self.stack,self.fixed,self.limit,self.now = None,[],0,10,None
+        self.mode,self.stack,self.fixed,self.limit,self.now = None,[],[],10,None
         self.books = defaultdict(dict) # (conditions, kind) to call key to `Decision`
         self.layers = defaultdict(list) # Of timed decisions, by layer
         self.right_in_a_row = Counter() # Shapes that were verified and not timed, by layer
@@ -239,6 +239,19 @@ class _Now:
 
 _now = _Now()
 
+# %% ../nbs/00c_kernels.ipynb #76f463c3
+def open_contexts():
+    "The contexts of kernels that are open"
+    return [*_now.stack],[*_now.fixed]
+
+def close_contexts(
+    until, # Of `open_contexts`
+):
+    "Close those that were opened since, as an interrupt leaves one that comes in its first or last lines"
+    with _lock:
+        _now.stack[:],_now.fixed[:] = until
+        _now.set()
+
 # %% ../nbs/00c_kernels.ipynb #67388efa
 @contextmanager
 def tuned_kernels(
@@ -262,8 +275,8 @@ def tuned_kernels(
     try: yield
     finally:
         with _lock:
-            at = max(i for i,o in enumerate(_now.stack) if o is own)
-            del _now.stack[at]
+            at = max((i for i,o in enumerate(_now.stack) if o is own), default=None)
+            if at is not None: del _now.stack[at] # else it was closed by `close_contexts`
             _now.set()
         if _now.mode is None and _now.new: _now.keep()
 
@@ -272,10 +285,11 @@ def fixed_kernels():
     """A context in which nothing is timed, so that runs repeat bit for bit: choices are those made before, or by correctness alone
 
     The same holds where `torch.use_deterministic_algorithms` or `torch.backends.cudnn.deterministic` is set, as fastai's `no_random` does."""
-    with _lock: _now.fixed += 1
+    own = object()
+    with _lock: _now.fixed.append(own)
     try: yield
     finally:
-        with _lock: _now.fixed -= 1
+        with _lock: _now.fixed[:] = [o for o in _now.fixed if o is not own]
 
 # %% ../nbs/00c_kernels.ipynb #010e5ca2
 def _find(kernel, ks, key, args, device):

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from .format import (_check_model, _tensors_in, as_channels_last, as_contiguous, channels_last_formats, convert_format,
     convolutions, format_of)
-from .kernels import tuned_kernels
+from .kernels import close_contexts, open_contexts, tuned_kernels
 
 # %% ../nbs/03_step.ipynb #d024dc45
 def _followed(module_name):
@@ -264,7 +264,7 @@ def _autocast_flags(): return [f for d in torch._C._autocast_supported_devices()
 def _flags():
     "Pairs of functions that read and set one setting of torch"
     b = torch.backends
-    return [*_autocast_flags(), (_nesting, _set_nesting), (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    return [(open_contexts, close_contexts), *_autocast_flags(), (_nesting, _set_nesting), (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
         (torch.is_grad_enabled, torch.set_grad_enabled),
         (torch.is_anomaly_enabled, lambda v: torch.set_anomaly_enabled(v, torch.is_anomaly_check_nan_enabled())),
         (torch.is_anomaly_check_nan_enabled, lambda v: torch.set_anomaly_enabled(torch.is_anomaly_enabled(), v)),

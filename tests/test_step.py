@@ -18,6 +18,7 @@ import fastxtend_cl.channelslast, fastxtend_cl.learner
 from fastxtend_cl import step as step_module
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.channelslast import ChannelsLastTfm
+from fastxtend_cl.kernels import fixed_kernels, open_contexts, tuned_kernels
 from fastxtend_cl.step import Preserved, StepResult, TrainingStep
 from helpers import dls_of, labels, tiny_learner
 
@@ -77,7 +78,7 @@ def process():
         b.cudnn.benchmark, b.cudnn.deterministic, b.mkldnn.enabled,
         b.cuda.flash_sdp_enabled(),
         *[torch._C._get_fp32_precision_getter(d, o) for d in ('cuda','mkldnn') for o in ('matmul','conv','rnn','all')],
-        signal.getsignal(signal.SIGINT)]
+        signal.getsignal(signal.SIGINT), open_contexts()]
     for f in (torch.get_float32_matmul_precision, lambda: b.cuda.matmul.allow_tf32, lambda: b.cudnn.allow_tf32):
         try: flags.append(f())
         except RuntimeError: flags.append('mixed')
@@ -480,6 +481,17 @@ def test_interrupt_at_any_instant():
             assert fingerprint(step, keep=keep)==before, i
     finally: signal.signal(signal.SIGALRM, old)
     assert hit
+
+def test_contexts_of_kernels_that_an_interrupt_left_open_are_closed():
+    step,outer,late = make(),tuned_kernels('correct'),[tuned_kernels('survive'), tuned_kernels(), fixed_kernels()]
+    with outer, unchanged(step):
+        with step.preserved():
+            for c in late: c.__enter__() # and never left: the interrupt came on the way in
+            step.run()
+        assert open_contexts()==([('correct', 10)], [])
+        for c in late: c.__exit__(None, None, None) # that comes after all
+        assert open_contexts()==([('correct', 10)], [])
+    assert open_contexts()==([], [])
 
 def test_one_failure_stops_no_other(monkeypatch):
     step = make('conv2d', 'adam', warm=1)

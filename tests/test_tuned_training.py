@@ -20,8 +20,8 @@ cpu = pytest.mark.skipif(str(dls_of(random_images(2), labels(2)).device)!='cpu',
 class SeeKernels(Callback):
     "The mode that the model computes in, and whether anything may be timed"
     def __init__(self): self.seen = []
-    def after_pred(self): self.seen.append((_now.mode, _now.fixed>0))
-    def step(self): self.seen.append((_now.mode, _now.fixed>0)) # after the gradients
+    def after_pred(self): self.seen.append((_now.mode, bool(_now.fixed)))
+    def step(self): self.seen.append((_now.mode, bool(_now.fixed))) # after the gradients
     def after_backward(self): self.step()
 
 def plan(**kwargs): return FormatPlan(**{**dict(arm='channels last bf16, tuned', memory_format='channels_last', autocast='bf16', tuned=True), **kwargs})
@@ -142,12 +142,12 @@ def test_the_line_is_of_this_fit(capsys):
 def test_less_random_times_nothing():
     learn = learner().to_channelslast(use_amp=False)
     with less_random(): fit(learn)
-    assert {f for _,f in learn.see_kernels.seen}=={True} and _now.fixed==0
+    assert {f for _,f in learn.see_kernels.seen}=={True} and not _now.fixed
     learn.see_kernels.seen.clear()
     fit(learn)
     assert {f for _,f in learn.see_kernels.seen}=={False}
     with pytest.raises(ZeroDivisionError), less_random(): 1/0
-    assert _now.fixed==0
+    assert not _now.fixed
 
 # TrainingStep
 
