@@ -267,6 +267,12 @@ def unknown(names):
         near = difflib.get_close_matches(n, parts, 1)
         return f"unknown part {n!r}; {f'did you mean {near[0]!r}?' if near else f'choose from {chr(44).join(parts)}'}"
 
+def unknown_sections(names, sections):
+    "What to say of sections that are not those of the one part named, or None"
+    known = {n: v[1].split(',') for n,v in parts.items() if v}
+    if sections and (len(names)>1 or {*sections.split(',')}-{*known.get(names[0], [])}):
+        return f'sections {sections!r}: choose from those of one part: {", ".join(f"{n}: {chr(44).join(v)}" for n,v in known.items())}'
+
 @call_parse
 def main(
     device:str='cuda', # Where to run
@@ -276,10 +282,8 @@ def main(
     sections:str=None, # Of one part of faults, right and checks, only these; what its file has of the others stays
 ):
     "Run the parts and write benchmarks/results/gpu-PART-DEVICE.json"
-    names,all_parts = parts.split(','),globals()['parts']
-    if why := unknown(names): sys.exit(why)
-    if sections and (len(names)>1 or not (all_parts[names[0]] or ('', ''))[1] or {*sections.split(',')}-{*all_parts[names[0]][1].split(',')}):
-        sys.exit(f'sections {sections!r}: choose from those of one part: {", ".join(f"{k}: {v[1]}" for k,v in all_parts.items() if v)}')
+    names = parts.split(',')
+    if why := unknown(names) or unknown_sections(names, sections): sys.exit(why)
     limit = seconds or (100 if tiny else 80)
     if len(names)>1: # each in a process of its own, so that a lost device or its memory is one part's
         own = [sys.executable, str(here/'gpu.py'), '--device', device, '--seconds', str(limit), *['--tiny']*tiny]

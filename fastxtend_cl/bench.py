@@ -220,15 +220,12 @@ def _lines(b):
     return res + b.notes + ([f'Interrupted after {_rounds(b.now.pairs)}.'] if b.interrupted else [])
 
 @patch
-def __str__(self:FormatBench):
+def __repr__(self:FormatBench):
     cells = self.cells()
     width = [max(len(r[i]) for r in cells) for i in range(len(cells[0]))]
     text = lambda r: '  '.join(o.ljust(w) if i<2 or i==len(r)-1 and not cells[0][-1] else o.rjust(w)
         for i,(o,w) in enumerate(zip(r, width))).rstrip()
     return '\n'.join([f'{self.verdict}: {self.reason}', *map(text, cells), _about(self), *_lines(self)])
-
-@patch
-def __repr__(self:FormatBench): return str(self)
 
 @patch
 def _repr_markdown_(self:FormatBench):
@@ -237,8 +234,6 @@ def _repr_markdown_(self:FormatBench):
     return '\n\n'.join([f'**{self.verdict}**: {self.reason}', table, *_lines(self), f'<small>{_about(self)}</small>'])
 
 # %% ../nbs/06_bench.ipynb #cde9472a
-def _ratios(b, row): return [s/row.blocks[i] for i,s in b.now.blocks.items() if i in row.blocks]
-
 def _nothing(b):
     "What to say in place of a picture"
     return '\n'.join(textwrap.shorten(f'{r.arm}: {r.reason}', 90) for r in b.rows[2:]) or b.reason
@@ -258,7 +253,7 @@ def plot(self:FormatBench,
     colors = {'faster': 'tab:green', 'slower': 'tab:red', 'tie': 'tab:gray'}
     for i,r in enumerate(rows):
         if r.low is None:
-            ax.plot(each := _ratios(self, r), [i]*len(each), '|', color='tab:gray')
+            ax.plot(each := _pairs(self.now.blocks, r.blocks), [i]*len(each), '|', color='tab:gray')
             ax.plot(r.ratio, i, 'o', mfc='white', color='tab:gray')
         else: ax.errorbar(r.ratio, i, xerr=[[r.ratio-r.low], [r.high-r.ratio]], fmt='o', capsize=3, color=colors[r.verdict])
     ax.set_yticks(range(len(rows)), [r.arm for r in rows])
@@ -347,11 +342,11 @@ def _block(lane, clock, n, i):
     if (times[0]<=0).any(): lane.backwards += 1; return
     lane.seconds[i],lane.cpu[i] = (float(np.median(t[1:])) for t in times)
 
-def _pairs(base, lane): return [s/lane.seconds[i] for i,s in base.seconds.items() if i in lane.seconds]
+def _pairs(base, other): return [s/other[i] for i,s in base.items() if i in other] # of the rounds that both have
 
 def _is_settled(base, lane, width):
     "Whether more rounds would not change what is said of an arm: its interval is narrow, or far below 1"
-    pairs = _pairs(base, lane)
+    pairs = _pairs(base.seconds, lane.seconds)
     if len(pairs)<least_pairs: return False
     mid,low,high = interval(pairs)
     return high-low<=width*mid or high<0.9
@@ -393,7 +388,7 @@ def _race(lanes, clock, end, rounds, block, width, seed, bar):
 def _row(lane, base, noise, twins):
     row = BenchRow(lane.name, 'failed', lane.failed or '', first_seconds=lane.warm[0] if lane.warm else None,
         blocks=dict(lane.seconds))
-    pairs = _pairs(base, lane)
+    pairs = _pairs(base.seconds, lane.seconds)
     row.pairs = len(pairs)
     if lane.failed: return row
     if not pairs:
@@ -409,7 +404,7 @@ def _row(lane, base, noise, twins):
 def _rows(lanes):
     "Rows and the noise floor"
     base,twin = lanes[:2]
-    pairs = _pairs(base, twin)
+    pairs = _pairs(base.seconds, twin.seconds)
     noise = interval(pairs, 0.95)[1:] if len(pairs)>=least_pairs else None
     rows = [_row(l, base, noise, len(pairs)) for l in lanes]
     for r,v in zip(rows, ('now', 'noise')):

@@ -44,13 +44,15 @@ class ChannelsLastTfm(DisplayedTransform):
 # %% ../nbs/02_channelslast.ipynb #15904a1b
 def _not_converted(learn):
     "Warnings of what stays contiguous: parameters of the model, and networks that loss and callbacks hold beside it"
-    res,seen = format_warnings(learn.model),{id(p) for p in conv_params(learn.model).values()}
+    res,own = format_warnings(learn.model),{id(p) for p in conv_params(learn.model).values()}
+    seen = {id(m): m for m in learn.model.modules()}
     for name,holder in [('the loss', learn.loss_func), *((type(cb).__name__, cb) for cb in learn.cbs)]:
-        for m in filter(lambda o: isinstance(o, nn.Module), reachable([holder])):
-            new = {id(p) for p in conv_params(m).values() if format_of(p)=='contiguous'}-seen
-            if new: res.append(FormatWarning(f'{name} holds a network with convolutions ({type(m).__name__}) that is not converted '
-                'with the model: `apply_channels_last(network)` does that'))
-            seen |= new
+        for m in reachable([holder], seen):
+            if not isinstance(m, nn.Module): continue
+            seen |= {id(part): part for part in m.modules()}
+            if any(format_of(p)=='contiguous' and id(p) not in own for p in conv_params(m).values()):
+                res.append(FormatWarning(f'{name} holds a network with convolutions ({type(m).__name__}) that is not converted '
+                    'with the model: `apply_channels_last(network)` does that'))
     return res
 
 class ChannelsLastCallback(ChannelsLast):

@@ -197,16 +197,13 @@ def _worst(check, n=10):
     return rows[:n]
 
 @patch
-def __str__(self:FormatCheck):
+def __repr__(self:FormatCheck):
     head = f'{self.verdict}: {self.reason}'
     rows = [f'{r.verdict:12}{r.precision:6}{r.kind:9}{r.name:40}{r.contiguous:11.1e}{r.channels_last:15.1e}{r.allowed:10.1e}'
         for r in _worst(self)]
     table = [f"{'':12}{'':6}{'':9}{'distance from double precision':40}{'contiguous':>11}{'channels last':>15}{'allowed':>10}",
         *rows] if rows and not self.ok else []
     return '\n'.join([head, *table])
-
-@patch
-def __repr__(self:FormatCheck): return str(self)
 
 @patch
 def _repr_markdown_(self:FormatCheck):

@@ -288,6 +288,10 @@ def _model_errors(name):
     except (ValueError, RuntimeError, TypeError, NotImplementedError, AssertionError, IndexError) as e:
         raise UsageError(f'{name}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
 
+def _results_alone(json):
+    "A context in which what else is printed, such as a progress bar, goes to stderr, unless results are shown in a terminal"
+    return contextlib.redirect_stdout(sys.stderr) if not _terminal() or json else contextlib.nullcontext()
+
 def _check_file(plot):
     if plot is None: return
     import matplotlib.pyplot as plt
@@ -333,7 +337,7 @@ def check(
     "Compare a training step in channels last, with tuned kernels, with double precision"
     step = model_step(model, bs, size, classes, device, amp, tuned=True)
     from fastxtend_cl.check import check_formats
-    with _model_errors(model), contextlib.redirect_stdout(sys.stderr) if not _terminal() or json else contextlib.nullcontext():
+    with _model_errors(model), _results_alone(json):
         res = check_formats(step)
     show(res, json)
     return int(res.ok is False)
@@ -351,7 +355,7 @@ def trace(
     "Find the operations of a training step that lose the format"
     step = model_step(model, bs, size, classes, device, amp, tuned=True)
     from fastxtend_cl.trace import trace_format
-    with _model_errors(model), contextlib.redirect_stdout(sys.stderr) if not _terminal() or json else contextlib.nullcontext():
+    with _model_errors(model), _results_alone(json):
         res = trace_format(step)
     show(res, json)
 

@@ -275,8 +275,7 @@ def tuned_kernels(
     try: yield
     finally:
         with _lock:
-            at = max((i for i,o in enumerate(_now.stack) if o is own), default=None)
-            if at is not None: del _now.stack[at] # else it was closed by `close_contexts`
+            _now.stack[:] = [o for o in _now.stack if o is not own] # `close_contexts` may have closed it already
             _now.set()
         if _now.mode is None and _now.new: _now.keep()
 
@@ -595,7 +594,7 @@ def _cells(rows):
 def _short(s, n): return s if len(s)<=n else s[:n-1]+'…'
 
 @patch
-def __str__(self:KernelTable):
+def __repr__(self:KernelTable):
     if not self.rows: return self.verdict
     shown,rest = _shown(self)
     rows = [[_short(s, n) for s,n in zip(r, (50, 5, 16, 8, 8, 25))] for r in ([*_columns], *_cells(shown))]
@@ -603,9 +602,6 @@ def __str__(self:KernelTable):
     width[5] = min(width[5], 100-sum(width[:5])-5)
     def line(r): return ' '.join(_short(s, w).rjust(w) if i in (3, 4) else _short(s, w).ljust(w) for i,(s,w) in enumerate(zip(r, width))).rstrip()
     return '\n'.join([self.verdict, *map(line, rows), *rest])
-
-@patch
-def __repr__(self:KernelTable): return str(self)
 
 @patch
 def _repr_markdown_(self:KernelTable):

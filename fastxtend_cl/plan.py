@@ -77,11 +77,8 @@ def _plan_notes(plan):
     return [*plan.notes, f'Found in {plan.seconds:.0f} s{", earlier" if plan.cached else ""}{paid}.']
 
 @patch
-def __str__(self:FormatPlan):
+def __repr__(self:FormatPlan):
     return '\n'.join([f'{self.verdict}: {self.reason}', *_plan_notes(self), *([str(self.bench)] if self.bench else [])])
-
-@patch
-def __repr__(self:FormatPlan): return str(self)
 
 @patch
 def _repr_markdown_(self:FormatPlan):

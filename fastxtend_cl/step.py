@@ -100,9 +100,9 @@ def _cell(c):
 _atoms = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device,
     torch.memory_format, types.BuiltinFunctionType)
 
-def reachable(roots):
-    "Each object that `roots` hold, directly or not, once"
-    seen,todo,first = {},[*reversed(roots)],{id(o) for o in roots}
+def reachable(roots, seen=None):
+    "Each object that `roots` hold, directly or not, once; those in `seen`, by id, are not looked into, and what is found is added"
+    seen,todo,first = {} if seen is None else seen,[*reversed(roots)],{id(o) for o in roots}
     while todo:
         o = todo.pop()
         if id(o) in seen or isinstance(o, _atoms): continue

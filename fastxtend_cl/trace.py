@@ -527,16 +527,13 @@ def _conditions_line(c):
     return f'{c["device"]}, torch {c["torch"]}, {c["threads"]} threads, batch {tuple(c["shape"] or ())}, {c["autocast"]}{more}'
 
 @patch
-def __str__(self:FormatTrace):
+def __repr__(self:FormatTrace):
     lines = [self.reason]
     for o in _table(self, 10):
         lines.append(f'{o["share"]:>16} {o["mb"]:9.1f} MB  {o["kind"]:9}{o["phase"]:9}{o["op"]:12} {o["names"]}: {o["pair"]}')
         lines += [f'{"":31}{t}' for t in ([f'{o["where"]}: {o["code"]}'] if o['where'] else []) + [o['advice']]]
     more = len(_groups(self.rows))-10
     return '\n'.join([*lines, *([f'and {more} lines more in `rows`'] if more>0 else []), _conditions_line(self.conditions)])
-
-@patch
-def __repr__(self:FormatTrace): return str(self)
 
 @patch
 def _repr_markdown_(self:FormatTrace):
