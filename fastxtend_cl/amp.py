@@ -127,6 +127,7 @@ def learner_device(
 @delegates(GradScaler, but=['device'])
 class DeviceMixedPrecision(MixedPrecision):
     "Mixed precision training by PyTorch's autocast and `GradScaler`, on the device that the `Learner` is on"
+    paused,_means = False,None
     kernels = 'correct' # For `tuned_kernels`: a few convolutions have wrong gradients in bf16, in any memory format
     def __init__(self,
         amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'; None takes what the device does natively
@@ -143,6 +144,9 @@ class DeviceMixedPrecision(MixedPrecision):
         device:str|torch.device, # Where training runs
     ) -> AMPMode|None: # None: fp32
         "The mode used on `device`; a `ValueError` if the one asked for is impossible there"
+        return None if self.paused else self._mode(device)
+
+    def _mode(self, device):
         if self.amp_mode is None: return native_amp_mode(device)
         check_amp_mode(self.amp_mode, device)
         return self.amp_mode
@@ -150,12 +154,21 @@ class DeviceMixedPrecision(MixedPrecision):
     def before_fit(self):
         "Make autocast and `GradScaler` for the model's device"
         device = next((p.device for p in self.model.parameters()), learner_device(self.learn))
-        mode = self.mode_on(device)
+        mode = self._mode(device)
         self.explain(device)
         self.leave()
-        self.autocast = autocast(device.type, dtype=amp_dtypes.get(mode), enabled=mode is not None)
         scaled = mode==AMPMode.FP16 and self.kwargs.get('enabled', True)
-        self.learn.scaler,self.scales = GradScaler(device.type, **{**self.kwargs, 'enabled': scaled}),L()
+        low = autocast(device.type, dtype=amp_dtypes.get(mode), enabled=mode is not None),GradScaler(device.type, **{**self.kwargs, 'enabled': scaled})
+        self._means = low,(autocast(device.type, enabled=False),GradScaler(device.type, enabled=False))
+        self.scales = L()
+        self.pause(self.paused)
+
+    def pause(self,
+        paused:bool=True, # Or False, to go on
+    ):
+        "Train in the precision of the weights meanwhile; the scale of the loss stays for later. Between optimizer steps only"
+        self.paused = paused
+        if self._means: self.autocast,self.learn.scaler = self._means[paused]
 
     def before_batch(self):
         "Enter autocast"
@@ -166,6 +179,11 @@ class DeviceMixedPrecision(MixedPrecision):
     def after_loss(self):
         "Leave autocast"
         self.leave()
+
+    def after_fit(self):
+        "Forget autocast and `GradScaler`"
+        super().after_fit()
+        self._means = None
 
     def leave(self):
         "Leave autocast, if inside"
@@ -179,8 +197,8 @@ def explain(self:DeviceMixedPrecision,
 ):
     "Say once which precision is used on `device`, where that was not the user's own choice"
     device = torch.device(device)
-    mode = self.mode_on(device)
-    if self._said==(device,mode): return
+    mode = self._mode(device)
+    if self.paused or self._said==(device,mode): return
     self._said = (device,mode)
     if self.amp_mode is None and device.type!='cuda':
         if mode is None: warnings.warn(_why_fp32(device), NoEffectWarning, stacklevel=2)
@@ -223,12 +241,17 @@ def one_batch(self:Learner, i, b):
     outside = [cb for cb in ours if cb.autocast is None] # of a fit
     for cb in outside: cb.before_fit()
     with tuned_kernels(mode, model=self.model) if mode else nullcontext():
-        try: return _fastai_one_batch(self, i, b)
+        try:
+            while True:
+                try: return _fastai_one_batch(self, i, b)
+                except Exception as e:
+                    if not any([cb.rescue_batch(e) for cb in self.cbs if hasattr(type(cb), 'rescue_batch')]): raise
+                finally:
+                    for cb in ours: cb.leave()
+                    for cb in amps: # fastai's own stays inside where a batch ends before its loss
+                        if cb.autocast is not None and _autocast_depth()>depth: cb.autocast.__exit__(None, None, None)
         finally:
-            for cb in ours: cb.leave()
             for cb in outside: cb.after_fit()
-            for cb in amps: # fastai's own stays inside where a batch ends before its loss
-                if cb.autocast is not None and _autocast_depth()>depth: cb.autocast.__exit__(None, None, None)
 
 def _wraps(
     method, # Of this package

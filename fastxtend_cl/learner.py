@@ -25,10 +25,9 @@ from fastai.torch_core import apply, to_device
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fastxtend_cl.amp import (DeviceMixedPrecision, amp_dtypes, as_amp_mode, check_amp_mode, kernels_mode, learner_device,
-    native_amp_mode)
+from .amp import DeviceMixedPrecision, amp_dtypes, as_amp_mode, kernels_mode, learner_device
 from .bench import Arm, FormatBench, bench_formats
-from .channelslast import ChannelsLastCallback
+from .channelslast import ChannelsLastCallback, allowed_mode, present
 from .check import FormatCheck, check_formats
 from .format import _tensors_in, convolutions
 from .plan import FormatPlan, plan_formats
@@ -238,24 +237,17 @@ def bench_channelslast(self:Learner,
     with Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
         return bench_formats(step, arms, now=now, loader=_Batches(self, step.device), **kwargs)
 
-# %% ../nbs/10_learner.ipynb #2efd52eb
-def _allowed(learn, step, use_amp, amp_mode):
-    "The dtype that a plan may use besides fp32, or None"
-    if not use_amp: return None
-    if amp_mode is not None:
-        check_amp_mode(mode := as_amp_mode(amp_mode), step.device)
-        return amp_dtypes[mode]
-    if first(learn._grab_cbs(MixedPrecision)) and step.autocast is not None: return step.autocast
-    return amp_dtypes.get(native_amp_mode(step.device))
-
 # %% ../nbs/10_learner.ipynb #52e4f646
 @patch
-@delegates(plan_formats, but=['precision','now'])
+@delegates(plan_formats, but=['precision','tune','now'])
 def plan_channelslast(self:Learner,
     use_amp:bool=True, # Mixed precision is allowed
     amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'. None: what the `Learner` has, or else what its device does natively
+    tune:bool=True, # With tuned kernels
     **kwargs
 ) -> FormatPlan: # For `to_channelslast(plan=...)`
-    "The fastest proven way to make the first training step; the `Learner` is afterwards as it was"
-    step = TrainingStep.from_learner(self)
-    return plan_formats(step, _allowed(self, step, use_amp, amp_mode), now=_present(self), **kwargs)
+    """The fastest proven setting for the first training step, measured without training; the `Learner` is afterwards as it was
+
+    `to_channelslast(plan='auto')` finds it while it trains, and takes the one found here at once."""
+    mode = allowed_mode(self, use_amp, None if amp_mode is None else as_amp_mode(amp_mode))
+    return plan_formats(TrainingStep.from_learner(self), amp_dtypes.get(mode), tune=tune, now=present(self), **kwargs)
