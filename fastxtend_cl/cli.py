@@ -367,14 +367,14 @@ def plan(
     classes:int=10, # Of the output
     device:str=None, # Such as cpu or cuda; default: what fastai would take
     amp:str=None, # What may be used besides fp32: fp16, bf16 or none; default: what the device computes natively
-    compile:bool=False, # A compiled model is allowed, too
-    budget:float=60., # Seconds
+    compile:bool=False, # The fastest setting is measured compiled, too
+    seconds:float=60., # What it may take
     refresh:bool=False, # Find a new plan, even if one was found earlier
     json:bool=False, # Print one JSON object and nothing else
     plot:str=None, # Write a picture to this file
 ):
     "Find the fastest memory format and precision, and prove it"
-    check_range('budget', budget, 1, 86400)
+    check_range('seconds', seconds, 1, 86400)
     _check_file(plot)
     if amp not in (None, 'none', 'fp16', 'bf16'): raise UsageError(f'--amp must be fp16, bf16 or none, got {amp}')
     step = model_step(model, bs, size, classes, device)
@@ -383,7 +383,7 @@ def plan(
     native = next(iter(precisions(step.device)), None)
     dtype = {None: native, 'none': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[amp]
     with _model_errors(model):
-        res = plan_formats(step, dtype, budget=budget, compile=compile,
+        res = plan_formats(step, dtype, seconds=seconds, compile=compile,
             cache='refresh' if refresh else True, bar=not json and _terminal())
     show(res, json, plot)
 

@@ -76,7 +76,7 @@ class FormatPlan:
         if self.verdict=='inconclusive': return f'{first(r.reason for r in self.rows if r.verdict=="inconclusive")}; keeping {self.arm}'
         return f'no setting is faster than {self.arm} by more than the noise'
 
-# %% ../nbs/08_plan.ipynb #2514f391
+# %% ../nbs/08_plan.ipynb #338d5508
 _columns = 'setting', '', 'ratio', '99 %', 'ms', 'rounds'
 
 def _cells(rows):
@@ -86,7 +86,7 @@ def _cells(rows):
 
 def _below(plan):
     "Sentences below the table"
-    reasons = [f'{r.arm}: {r.reason}.' for r in plan.rows if r.verdict=='failed' or r.reason and r.verdict=='faster']
+    reasons = [f'{r.arm}: {r.reason}.' for r in plan.rows if r.reason and r.verdict!='inconclusive']
     found = f'{plan.steps} training steps' if plan.steps else f'{plan.seconds:.0f} s'
     c = plan.conditions
     about = [f'Found in {found}{", earlier" if plan.cached else ""}', 'x'.join(map(str, c.get('shape', ()))), c.get('device_name'), c.get('torch') and f'torch {c["torch"]}', c.get('date')]
@@ -274,7 +274,7 @@ class Race:
             for r in others: r.verdict = 'slower' if r.verdict=='inconclusive' else r.verdict
         return [base, *sorted(others, key=lambda r: -(r.ratio or 0))]
 
-# %% ../nbs/08_plan.ipynb #ce96ac2d
+# %% ../nbs/08_plan.ipynb #43cbefc7
 def cache_file() -> Path:
     "Where plans are kept"
     return cache_folder()/'plans.json'
@@ -289,8 +289,11 @@ def _read_cache(file):
         why = f'it is of version {d["version"]!r}'
     except FileNotFoundError: return {}
     except (OSError, ValueError, KeyError, TypeError) as e: why = f'{type(e).__name__}: {e}'
-    warnings.warn(FormatWarning(f'the plans kept in {file} cannot be used and will be written anew: {why}'), stacklevel=2)
+    _warn_unusable(file, why)
     return {}
+
+def _warn_unusable(file, why):
+    warnings.warn(FormatWarning(f'the plans kept in {file} cannot be used and will be written anew: {why}'), stacklevel=3)
 
 def _write_cache(file, key, shape, plan):
     "Add a plan; others may read and write meanwhile"
@@ -299,14 +302,15 @@ def _write_cache(file, key, shape, plan):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # it has been warned of
             plans = _read_cache(file)
-        old = {k:v for k,v in plans.pop(key, {}).items() if k!=shape}
+        old = plans.pop(key, {})
+        old = {k:v for k,v in old.items() if k!=shape} if isinstance(old, dict) else {}
         plans[key] = {**old, shape: plan.to_dict()} # the latest last
         fd,new = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(fd, 'w') as f: json.dump(dict(version=_cache_version, plans=dict([*plans.items()][-_most_kept:])), f)
         os.replace(new, file)
     except OSError as e: warnings.warn(FormatWarning(f'the plan is not kept: {e}'), stacklevel=2)
 
-# %% ../nbs/08_plan.ipynb #71a82410
+# %% ../nbs/08_plan.ipynb #70d6e375
 def batch_shape(
     inputs, # Tensors, also in dicts, lists and tuples
 ) -> str: # Such as '64x3x224x224'
@@ -337,8 +341,10 @@ def kept_plan(
 ) -> FormatPlan|None:
     "A plan that was found earlier"
     plans = _read_cache(cache_file()).get(key, {})
-    kept = plans.get(shape) if shape else next(reversed(plans.values()), None)
-    return kept and replace(FormatPlan.from_dict(kept), cached=True)
+    try:
+        kept = plans.get(shape) if shape else next(reversed(plans.values()), None)
+        return kept and replace(FormatPlan.from_dict(kept), cached=True)
+    except (AttributeError, KeyError, TypeError, ValueError) as e: _warn_unusable(cache_file(), f'{type(e).__name__}: {e}')
 
 def keep_plan(
     key:str, shape:str,

@@ -91,7 +91,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #dcec190d
+# %% ../nbs/08a_race.ipynb #1d4732ad
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -252,7 +252,9 @@ class RaceCallback(Callback):
         if self.suspect: return self._judge_suspect()
         may_wait = self.fresh or learner_device(self.learn).type=='cpu'
         if self.start is None or self.applied is self.base or not (self.between and may_wait): return
-        if not torch.isfinite(self.learn.loss_grad).all(): raise NotFiniteError(f'its loss is {self.learn.loss_grad.detach().float().mean().item()}')
+        if torch.isfinite(self.learn.loss_grad).all(): return
+        self.suspect = self.applied.name,f'its loss is {self.learn.loss_grad.detach().float().mean().item()}'
+        raise NotFiniteError(self.suspect[1])
 
     def _judge_suspect(self):
         "A loss that is not finite in the baseline either is not the setting's fault"
@@ -276,8 +278,7 @@ class RaceCallback(Callback):
         for b,old in self.saved[0]: b.data.copy_(old)
         for put,state in self.saved[1]: put(state)
         o,name = self.now,self.applied.name
-        if isinstance(e, NotFiniteError): self.suspect = name,str(e)
-        else: self._fail(o, name, e)
+        if not self.suspect: self._fail(o, name, e)
         if self.backward: self.learn.opt.zero_grad()
         if self.backward and not self.between: self.failures.append('The gradients accumulated so far are dropped.')
         self.between = True

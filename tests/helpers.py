@@ -114,6 +114,7 @@ class Double(Callback):
     "Inputs in fp64, as a model needs them that is in fp64"
     order = 8
     def before_batch(self): self.learn.xb = tuple(x.double() for x in self.xb)
+    def after_loss(self): self.learn.loss = self.loss.float() # fastai's Recorder averages in single precision
 
 def tiny_double(seed=0, **kwargs):
     "A Learner in fp64: its rounding is too small to hide an error"
