@@ -91,7 +91,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #1d4732ad
+# %% ../nbs/08a_race.ipynb #b3a0615d
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -249,6 +249,7 @@ class RaceCallback(Callback):
         self.failures.append(f'{name} left the race: {why}')
 
     def after_loss(self):
+        if self.learn.loss.dtype!=torch.float64: self.learn.loss = self.learn.loss.float() # averages of it allow one dtype
         if self.suspect: return self._judge_suspect()
         may_wait = self.fresh or learner_device(self.learn).type=='cpu'
         if self.start is None or self.applied is self.base or not (self.between and may_wait): return

@@ -1,4 +1,4 @@
-"""`kept_memory` and `KeepMemoryCallback`: page faults are counted in processes of their own, what the allocator was told
+"""`kept_memory`, and what `Learner.fit` does by it: page faults are counted in processes of their own, what the allocator was told
 is noted elsewhere. No test asserts a time"""
 import os, shutil, subprocess, sys, threading
 from pathlib import Path
@@ -6,11 +6,11 @@ import pytest, torch
 import fastai.callback.schedule # fit_one_cycle
 from fastai.callback.core import Callback
 from torch import nn
-from fastxtend_cl import memory, plan as plans
+from fastxtend_cl import memory
 from fastxtend_cl.all import *
 from fastxtend_cl.bench import compare, least_pairs
 from fastxtend_cl.memory import _glibc
-from helpers import caught_warnings, quiet, tiny_learner
+from helpers import caught_warnings, fit, quiet, tiny_learner
 
 root = Path(__file__).resolve().parent.parent
 glibc = pytest.mark.skipif(_glibc() is None, reason='not the allocator of glibc, or told otherwise by the environment')
@@ -61,7 +61,7 @@ def seen(learn, n=4):
     return count.seen[-1]
 learn = tiny_learner()
 assert seen(learn)>usual/5
-assert seen(learn.to_channelslast(keep_memory=True))<usual/10 and faults(1)>usual/20
+assert seen(learn.to_channelslast())<usual/10 and faults(1)>usual/20
 assert seen(learn.to_contiguous())>usual/5
 """
 
@@ -204,118 +204,44 @@ def trained(learn, libc, *cbs, raises=None):
     with quiet(learn): learn.fit(1, cbs=[see, *cbs])
     return {*see.seen}
 
-def test_training_keeps_memory(libc):
+def cl(learn, **kwargs): return learn.to_channelslast(use_amp=False, **kwargs)
+
+def test_training_in_channels_last_keeps_memory(libc):
+    "By default, in a fit only, and not for other Learners"
     learn = tiny_learner()
-    assert trained(learn, libc)=={False} and trained(learn, libc, KeepMemoryCallback())=={True} and not libc.kept
-    assert not learn._grab_cbs(KeepMemoryCallback)
-    learn.add_cb(KeepMemoryCallback())
-    assert trained(learn, libc)=={True} and not libc.kept
+    assert trained(learn, libc)=={False} and trained(learn, libc, ChannelsLastCallback())=={True}=={*trained(learn, libc, ChannelsLastCallback)} and not libc.kept
+    assert trained(cl(learn), libc)=={True} and not libc.kept
     with quiet(learn): learn.fit_one_cycle(1, 1e-3, cbs=(see := See(libc)))
     assert {*see.seen}=={True} and not libc.kept
+    with quiet(learn): learn.validate(cbs=(see := See(libc)))
+    assert {*see.seen}=={False}
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError('out of memory')], ids=['Ctrl-C', 'error'])
 def test_interrupted_training_leaves_the_allocator_as_it_was(libc, error):
-    learn = tiny_learner().to_channelslast(use_amp=False, keep_memory=True)
+    learn = cl(tiny_learner())
     with pytest.raises(type(error) if isinstance(error, Exception) else error): trained(learn, libc, raises=error)
     assert not libc.kept and not memory._wishes
     assert trained(learn, libc)=={True} and not libc.kept
 
 def test_the_argument(libc):
     learn = tiny_learner()
-    def has(): return len(learn._grab_cbs(KeepMemoryCallback))
-    assert not learn.to_channelslast(use_amp=False)._grab_cbs(KeepMemoryCallback)
-    learn.to_channelslast(use_amp=False, keep_memory=True).to_channelslast(use_amp=False, keep_memory=True)
-    assert has()==1
-    learn.to_channelslast(use_amp=False)
-    assert has()==0, 'as this call alone'
-    learn.add_cb(KeepMemoryCallback()).to_channelslast(use_amp=False, keep_memory=True).to_channelslast(use_amp=False)
-    assert has()==1, "the user's own stays"
-    learn.to_channelslast(use_amp=False, keep_memory=False)
-    assert has()==0
-    learn.to_channelslast(use_amp=False, keep_memory=True).to_contiguous()
-    assert has()==0 and not learn._grab_cbs(ChannelsLastCallback)
-    with pytest.raises(TypeError, match='keep_memory is True, False or None, received 1'): learn.to_channelslast(keep_memory=1)
+    assert trained(cl(learn, keep_memory=False), libc)=={False} and trained(cl(learn), libc)=={True}, 'as the last call says'
+    plan = FormatPlan('contiguous fp32', 'contiguous')
+    assert trained(cl(learn, keep_memory=False).to_channelslast(plan=plan), libc)=={True}
+    assert trained(learn.to_channelslast(plan=plan, keep_memory=False), libc)=={False} and trained(learn.to_contiguous(), libc)=={False}
+    assert trained(learn, libc, ChannelsLastCallback(keep_memory=False))=={False}
+    with pytest.raises(TypeError, match='keep_memory must be True or False, got None'): learn.to_channelslast(keep_memory=None)
     assert not learn._grab_cbs(ChannelsLastCallback)
 
-def test_without_effect_it_is_said(monkeypatch):
-    from fastxtend_cl import channelslast
-    learn = tiny_learner()
+def test_without_effect_nothing_is_said(monkeypatch):
     monkeypatch.setenv('MALLOC_ARENA_MAX', '1')
-    with pytest.warns(NoEffectWarning, match=r'keep_memory=True has no effect: the environment sets the '
-        r'allocator \(MALLOC_ARENA_MAX\)'): learn.to_channelslast(use_amp=False, keep_memory=True)
-    assert learn._grab_cbs(ChannelsLastCallback) and not learn._grab_cbs(KeepMemoryCallback)
+    with caught_warnings() as w: fit(cl(tiny_learner()))
+    assert not w and not memory._wishes
+
+def test_on_a_gpu_the_allocator_of_the_cpu_is_left_alone(libc, monkeypatch):
+    from fastxtend_cl import channelslast
     monkeypatch.setattr(channelslast, 'learner_device', lambda learn: torch.device('cuda:1'))
-    said = channelslast._no_keep(learn)
-    assert str(said[0])=='keep_memory=True has no effect: the model is on cuda:1, whose allocator keeps memory by itself'
-
-def test_exports_are_without(libc, tmp_path):
-    learn = tiny_learner(path=tmp_path).to_channelslast(use_amp=False, keep_memory=True)
-    learn.export('export.pkl')
-    assert b'fastxtend_cl' not in (tmp_path/'export.pkl').read_bytes() and learn._grab_cbs(KeepMemoryCallback)
-
-# Plans
-
-def proven(verdict):
-    "What `bench_formats` says of an arm with memory kept"
-    row = lambda arm, **kw: BenchRow(arm, pairs=least_pairs, seconds=1., **kw)
-    return FormatBench([row('now', verdict='now', ratio=1.), row('now, again', verdict='noise', ratio=1.),
-        row('memory kept', verdict=verdict, ratio=1.2, low=1.1, high=1.3)], (0.99, 1.01))
-
-def planned_with(monkeypatch, verdict, **kwargs):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    step = TrainingStep(model, torch.randn(4, 3, 16, 16), torch.arange(4), nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1))
-    real,seen = bench_formats,[]
-    def planted(step, arms, **kw):
-        if kw['now'].keep_memory: return real(step, arms, **kw)
-        seen.append((kw['now'], *arms))
-        return proven(verdict)
-    monkeypatch.setattr(plans, 'bench_formats', planted)
-    return plan_formats(step, None, budget=3, bar=False, cache=False, **kwargs),seen
-
-@pytest.mark.parametrize('verdict', ['faster', 'tie', 'slower'])
-def test_a_plan_keeps_memory_unless_that_is_slower(libc, monkeypatch, verdict):
-    p,((now,kept),) = planned_with(monkeypatch, verdict)
-    assert (now.name,now.keep_memory,kept.name,kept.keep_memory)==('now', False, 'memory kept', True)
-    assert (now.memory_format,now.dtype,now.setup,now.compile)==(kept.memory_format, kept.dtype, kept.setup, kept.compile)
-    assert p.arm=='now' or now.memory_format==p.memory_format
-    keeps = verdict=='faster' or verdict=='tie' and p.changes
-    assert p.keep_memory==keeps and p.memory.rows==proven(verdict).rows
-    assert f'Keeping freed memory: a further 1.20x, 1.10 to 1.30 ({verdict}); it {"is" if keeps else "is not"} kept.' in p.notes
-    again = FormatPlan.from_dict(p.to_dict())
-    assert again.keep_memory==p.keep_memory and again.memory==p.memory
-
-def test_what_changes_nothing_else_has_to_be_faster():
-    assert [plans._keeps(proven(v), True) for v in ('faster', 'tie', 'inconclusive', 'slower', 'failed')]==[True, True, True, False, False]
-    assert [plans._keeps(proven(v), False) for v in ('faster', 'tie', 'inconclusive', 'slower', 'failed')]==[True, False, False, False, False]
-    failed = proven('failed')
-    failed['memory kept'].reason = 'out of memory'
-    assert plans._memory_note(failed, False)=='Keeping freed memory could not be measured: out of memory.'
-    few = proven('inconclusive')
-    few['memory kept'].low,few['memory kept'].reason = None,'8 rounds needed, 3 measured'
-    assert plans._memory_note(few, True)=='Keeping freed memory: inconclusive (8 rounds needed, 3 measured); it is kept.'
-
-def test_a_plan_does_not_measure_what_has_no_effect(libc, monkeypatch):
-    p,seen = planned_with(monkeypatch, 'faster', memory=False)
-    assert not seen and not p.keep_memory and p.memory is None and 'freed memory' not in str(p)
-    monkeypatch.setattr(plans, 'can_keep_memory', lambda: False)
-    p,seen = planned_with(monkeypatch, 'faster')
-    assert not seen and not p.keep_memory and p.memory is None
-
-@pytest.mark.parametrize('arm', ['now', 'channels last fp32'])
-def test_a_learner_keeps_memory_by_its_plan(libc, arm):
-    p = FormatPlan(arm, None if arm=='now' else 'channels_last', keep_memory=True)
-    for asked in (None, True):
-        learn = tiny_learner(model=nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-        with caught_warnings() as w: learn.to_channelslast(plan=p, keep_memory=asked)
-        assert not w and learn._grab_cbs(KeepMemoryCallback) and learn.channels_last.plan is p
-        assert learn.channels_last.memory_format==(None if arm=='now' else 'channels_last')
-        assert trained(learn, libc)=={True}
-    learn.to_channelslast(plan=p, keep_memory=False)
-    assert not learn._grab_cbs(KeepMemoryCallback)
-    learn = tiny_learner(model=nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    learn.to_channelslast(plan=FormatPlan('channels last fp32', 'channels_last'))
-    assert not learn._grab_cbs(KeepMemoryCallback)
+    assert trained(tiny_learner().add_cb(ChannelsLastCallback()), libc)=={False}
 
 poison = '''
 import torch

@@ -13,28 +13,25 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from helpers import SeeBatch, fit, labels, quiet, random_images, state_follows, strides, dls_of, tiny_learner
 import fastxtend_cl.all
 from fastxtend_cl.amp import DeviceMixedPrecision
-from fastxtend_cl.channelslast import ChannelsLastCallback, KeepMemoryCallback
+from fastxtend_cl.channelslast import ChannelsLastCallback
 from fastxtend_cl.format import format_of
 from fastxtend_cl.kernels import _now
 from fastxtend_cl.plan import FormatPlan
 
-plans = {'contiguous': FormatPlan('contiguous bf16, tuned', 'contiguous', 'bf16', tuned=True, keep_memory=True),
-    'channels last': FormatPlan('channels last fp32', 'channels_last'),
-    'compiled': FormatPlan('channels last bf16, tuned, compiled', 'channels_last', 'bf16', tuned=True, compile=True),
-    'contiguous, compiled': FormatPlan('contiguous fp32, compiled', 'contiguous', compile=True),
-    'as it is, compiled': FormatPlan('now, compiled', autocast='bf16', compile=True),
-    'the same': FormatPlan('now')}
+plans = {'contiguous': FormatPlan('contiguous bf16', 'contiguous', 'bf16'), 'channels last': FormatPlan('channels last fp32', 'channels_last'),
+    'compiled': FormatPlan('channels last bf16, compiled', 'channels_last', 'bf16', compile=True),
+    'contiguous, compiled': FormatPlan('contiguous fp32, compiled', 'contiguous', compile=True)}
 
 def leaves_something(call):
     "Whether what `call` comes to depends on what was before it"
     name,kw = call
-    return name in fastais or (not kw['to_fp32'] if name=='to_contiguous' else kw.get('plan') in ('the same', 'as it is, compiled'))
+    return name in fastais or name=='to_contiguous' and not kw['to_fp32']
 
 fastais = 'to_fp16', 'to_bf16', 'to_fp32' # they add callbacks of fastai's own, or take all away
 
 conversions = [('to_channelslast', kw) for kw in (dict(), dict(use_amp=False), dict(amp_mode='bf16', keep_memory=True), dict(amp_mode='fp16', growth_interval=7),
     dict(to_fp16=True, tune=False), dict(amp_mode=False, keep_memory=False), dict(init_scale=8.), *[dict(plan=p) for p in plans],
-    dict(plan='the same', use_amp=False), dict(plan='the same', amp_mode='bf16', keep_memory=True), dict(plan='contiguous', tune=False, keep_memory=False))]
+    dict(plan='contiguous', tune=False, keep_memory=False))]
 conversions += [('to_contiguous', dict(to_fp32=b)) for b in (False, True)]
 
 def splitter(m): return [[*m[:3].parameters()], [*m[3:].parameters()]]
@@ -58,7 +55,7 @@ def described(learn):
     assert getattr(learn, 'channels_last', None) is (cl[0] if cl else None) and getattr(learn, 'mixed_precision', None) in (amps or [None])
     assert all(cb.learn is learn for cb in learn.cbs) and all(type(cb) is ChannelsLastCallback for cb in cl)
     return dict(all=sorted(type(cb).__name__ for cb in learn.cbs), amp=[(type(cb), cb.amp_mode, settings_of(cb)) for cb in amps],
-        channels_last=[(cb.plan, cb.tune, cb.memory_format, cb.kernels) for cb in cl], keep=len(learn._grab_cbs(KeepMemoryCallback)))
+        channels_last=[(cb.plan, cb.tune, cb.memory_format, cb.kernels, cb.keep_memory) for cb in cl])
 
 def not_compiled(f, **kwargs):
     "In place of `torch.compile`: what is compiled is not the question here, and takes long"
@@ -122,7 +119,7 @@ class Sequences(RuleBasedStateMachine):
         except (KeyboardInterrupt, CancelEpochException, CancelBatchException): pass # fastai catches what belongs to the event
         if event!='before_fit': self.settled = True
 
-    @rule(without=st.sampled_from([[], [ChannelsLast], [MixedPrecision], [KeepMemoryCallback], [ChannelsLast, MixedPrecision]]))
+    @rule(without=st.sampled_from([[], [ChannelsLast], [MixedPrecision], [ChannelsLast, MixedPrecision]]))
     def fit_with_others(self, without):
         "Callbacks that come for one fit, in nested contexts, and some that are away meanwhile"
         with self.learn.removed_cbs(self.learn._grab_cbs(tuple(without))) if without else nullcontext(), self.learn.added_cbs([Callback()]), self.learn.added_cbs([SeeBatch()]):
@@ -197,14 +194,3 @@ def test_the_users_own_mixed_precision_comes_back():
     assert learn.to_channelslast().mixed_precision is own
     learn.to_channelslast(use_amp=False).to_contiguous(to_fp32=True)
     assert not learn._grab_cbs(MixedPrecision)
-
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('plan', ['the same', 'as it is, compiled'])
-def test_every_plan_that_leaves_the_format(plan):
-    for one in conversions:
-        for between in (lambda learn: learn, fit):
-            learn = new_learner(True)
-            call(learn, one)
-            before = fit(copy.deepcopy(learn))
-            between(learn); call(learn, ('to_channelslast', dict(plan=plan)))
-            assert strides(fit(learn).model)==strides(before.model), one

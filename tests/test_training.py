@@ -630,11 +630,11 @@ def plain_dls(kind):
 
 plain_kinds = 'torch','images','batches','tuples','own','own on a device'
 ways = {'default': lambda l: l.to_channelslast(), 'fp32': fp32, 'bf16': lambda l: l.to_channelslast(amp_mode='bf16'),
-    'memory': lambda l: l.to_channelslast(keep_memory=True), 'plan': lambda l: l.to_channelslast(plan=low_plan),
+    'memory': lambda l: l.to_channelslast(keep_memory=False), 'auto': lambda l: l.to_channelslast(plan='auto'), 'plan': lambda l: l.to_channelslast(plan=low_plan),
     'contiguous plan': lambda l: l.to_channelslast(plan=FormatPlan('contiguous bf16', 'contiguous', 'bf16')),
-    'no plan': lambda l: l.to_channelslast(plan=FormatPlan('now')), 'amp': lambda l: l.add_cb(DeviceMixedPrecision('bf16')),
+    'amp': lambda l: l.add_cb(DeviceMixedPrecision('bf16')),
     'native amp': lambda l: l.add_cb(DeviceMixedPrecision()), 'nothing': nothing}
-low_plan = FormatPlan('channels last bf16, tuned', 'channels_last', 'bf16', True, keep_memory=True)
+low_plan = FormatPlan('channels last bf16', 'channels_last', 'bf16')
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('way', ways)
@@ -645,7 +645,7 @@ def test_plain_loaders(kind, way):
     assert ways[way](learn) is learn
     fit(learn, 2)
     with quiet(learn): learn.validate()
-    converted = way not in ('contiguous plan', 'no plan', 'amp', 'native amp', 'nothing')
+    converted = way not in ('contiguous plan', 'auto', 'amp', 'native amp', 'nothing')
     assert (is_channels_last if converted else is_contiguous)(learn)
     assert learn.see_batch.x=={'nhwc' if converted and kind=='images' else 'nchw'}
     assert np.isfinite(learn.recorder.values[-1]).all()
@@ -810,8 +810,8 @@ wrong = [(dict(growth=2), TypeError, r"^unknown argument 'growth'; did you mean 
     (dict(ampmode='bf16'), TypeError, r"^unknown argument 'ampmode'; did you mean 'amp_mode'\?$"),
     (dict(keep_memry=True), TypeError, r"^unknown argument 'keep_memry'; did you mean 'keep_memory'\?$"),
     (dict(device='cpu'), TypeError, "^unknown argument 'device': choose from use_amp, amp_mode, .*, enabled$"),
-    (dict(budget=10), TypeError, r"^unknown argument 'budget'; it belongs to `plan_channelslast`: "
-        r"`to_channelslast\(plan=learn.plan_channelslast\(budget=10\)\)`$"),
+    (dict(seconds=10), TypeError, r"^unknown argument 'seconds'; it belongs to `plan_channelslast`: "
+        r"`to_channelslast\(plan=learn.plan_channelslast\(seconds=10\)\)`$"),
     (dict(init_scale='big'), TypeError, "GradScaler takes numbers, received init_scale='big'"),
     (dict(growth_factor=0.5), ValueError, 'The growth factor must be > 1.0'),
     (dict(use_amp=1), TypeError, '^use_amp is True or False, received 1$'),

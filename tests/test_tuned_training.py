@@ -24,7 +24,7 @@ class SeeKernels(Callback):
     def step(self): self.seen.append((_now.mode, bool(_now.fixed))) # after the gradients
     def after_backward(self): self.step()
 
-def plan(**kwargs): return FormatPlan(**{**dict(arm='channels last bf16, tuned', memory_format='channels_last', autocast='bf16', tuned=True), **kwargs})
+def plan(**kwargs): return FormatPlan(**{**dict(arm='channels last bf16', memory_format='channels_last', autocast='bf16'), **kwargs})
 
 setups = {
     'plain': (lambda l: l, None),
@@ -37,7 +37,8 @@ setups = {
     'strongest wins': (lambda l: l.add_cbs([DeviceMixedPrecision('bf16'), ChannelsLastCallback()]), 'tuned'),
     'plan': (lambda l: l.to_channelslast(plan=plan()), 'tuned'),
     'contiguous plan': (lambda l: l.to_channelslast(plan=plan(memory_format='contiguous')), 'tuned'),
-    'plan without': (lambda l: l.to_channelslast(plan=plan(tuned=False)), 'correct'),
+    'race': (lambda l: l.to_channelslast(plan='auto'), 'tuned'),
+    'race, not tuned': (lambda l: l.to_channelslast(plan='auto', tune=False), 'correct'),
     'plan, not tuned': (lambda l: l.to_channelslast(plan=plan(), tune=False), 'correct'),
     'undone': (lambda l: l.to_channelslast().to_contiguous(to_fp32=True), None),
     'undone but for bf16': (lambda l: l.to_channelslast(amp_mode='bf16').to_contiguous(), 'correct'),
