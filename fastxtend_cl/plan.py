@@ -16,11 +16,12 @@ import torch
 from fastcore.basics import patch
 from torch.nn.modules.conv import _ConvNd
 from .bench import Arm, BenchRow, FormatBench, bench_formats, present_label, usual_arms
-from .bench import _machine, _names, _ranks, _too_few, _world
+from .bench import _machine, _names, _too_few
 from .format import FormatWarning, _tensors_in
 from .kernels import cache_folder
 from .memory import can_keep_memory
 from .step import TrainingStep
+from .timing import ranks as _ranks, world as _world
 
 # %% ../nbs/08_plan.ipynb #1862da5a
 def _unproven(bench):
@@ -123,7 +124,7 @@ _kept_arm = 'memory kept'
 def _measure_memory(step, arm, limit, bar):
     "What keeping freed memory makes of an arm"
     kept,usual = replace(arm, name=_kept_arm, keep_memory=True),replace(arm, name='now', keep_memory=False)
-    return bench_formats(step, [kept], limit=limit, block=3, now=usual, bar=bar)
+    return bench_formats(step, [kept], seconds=limit, block=3, now=usual, bar=bar)
 
 def _keeps(memory, changes):
     "Whether training keeps memory: unless that is slower, or, where nothing else changes, if it is faster"
@@ -221,7 +222,7 @@ def _find(step, dtype, budget, compile, memory, now, bar):
     def measured(bench):
         if bench.interrupted: raise KeyboardInterrupt
         return bench
-    bench = measured(bench_formats(step, _arms(step, dtype, compile, now), limit=budget*(0.7 if memory else 0.9), now=now, bar=bar))
+    bench = measured(bench_formats(step, _arms(step, dtype, compile, now), seconds=budget*(0.7 if memory else 0.9), now=now, bar=bar))
     plan,arm = _settings(step, dtype, compile, now, bench)
     plan.conditions = {**bench.conditions, 'precision': _names[dtype]}
     if memory:

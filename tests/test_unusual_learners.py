@@ -19,7 +19,7 @@ from fastxtend_cl.step import Preserved, TrainingStep, reachable
 from helpers import SeeBatch, caught_warnings, device, fit, of_class, snapshot, assert_same_snapshot, tensor_dls, tiny_cnn, tiny_learner
 
 questions = dict(step=TrainingStep.from_learner, check=lambda l: l.check_channelslast(bar=False), trace=lambda l: l.trace_channelslast(),
-    bench=lambda l: l.bench_channelslast(limit=1, bar=False), plan=lambda l: l.plan_channelslast(budget=1, cache=False, bar=False),
+    bench=lambda l: l.bench_channelslast(seconds=1, bar=False), plan=lambda l: l.plan_channelslast(budget=1, cache=False, bar=False),
     auto=lambda l: l.to_channelslast(plan='auto'))
 
 def gan_learner(seed=0):
@@ -160,7 +160,7 @@ def step_of(model, bs=8, size=16, loss=F.cross_entropy, **kw):
     torch.manual_seed(0)
     return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), loss, **kw)
 
-@pytest.mark.parametrize('ask', [check_formats, trace_format, lambda s: bench_formats(s, limit=1, bar=False), TrainingStep.run])
+@pytest.mark.parametrize('ask', [check_formats, trace_format, lambda s: bench_formats(s, seconds=1, bar=False), TrainingStep.run])
 def test_empty_batches(ask):
     with pytest.raises(ValueError, match=r'the batch is empty \(inputs of shape \(0, 3, 16, 16\)\): a step needs at least one item'):
         ask(step_of(net(), bs=0))
@@ -181,7 +181,7 @@ def test_a_lazy_step_is_measured_as_any_other(inference, monkeypatch):
     "Arms are chosen with its weights there; afterwards it is lazy again"
     monkeypatch.setattr(bench_module, 'ceiling', lambda *a, **kw: 1e12)
     step = step_of(lazy())
-    res = bench_formats(step, limit=1, rounds=8, block=2, bar=False, inference=inference)
+    res = bench_formats(step, seconds=1, rounds=8, block=2, bar=False, inference=inference)
     assert {'channels last fp32', 'channels last fp32, tuned'} < {r.arm for r in res.rows} and not [r for r in res.rows if r.verdict=='failed'], res
     assert res.conditions['now']=='contiguous fp32' and torch.nn.parameter.is_lazy(step.model[0].weight) and type(step.model[3]) is nn.LazyConv2d
 
@@ -192,7 +192,7 @@ def test_a_lazy_step_is_planned_as_any_other(monkeypatch, tmp_path):
     p = plan_formats(step, budget=2, memory=False, bar=False)
     assert 'channels last fp32' in {r.arm for r in p.bench.rows} and torch.nn.parameter.is_lazy(step.model[0].weight)
 
-@pytest.mark.parametrize('ask', [check_formats, trace_format, lambda s: bench_formats(s, limit=1, bar=False), lambda s: plan_formats(s, budget=1, bar=False)],
+@pytest.mark.parametrize('ask', [check_formats, trace_format, lambda s: bench_formats(s, seconds=1, bar=False), lambda s: plan_formats(s, budget=1, bar=False)],
     ids=['check', 'trace', 'bench', 'plan'])
 def test_an_empty_batch_initializes_nothing(ask):
     step = step_of(lazy(), bs=0)
@@ -339,4 +339,4 @@ def test_check_and_bench_ask_the_setting_of_a_plan(arm, fitted, monkeypatch):
     assert res.ok is True and res.conditions['memory_format']==plans[arm]['memory_format']
     assert (plans[arm]['memory_format'],'tuned' if plans[arm]['tuned'] else 'correct') in seen
     assert ('channels_last' in {f for f,_ in seen})==(plans[arm]['memory_format']=='channels_last')
-    assert learn.bench_channelslast(limit=2, bar=False).now.seconds>0
+    assert learn.bench_channelslast(seconds=2, bar=False).now.seconds>0
