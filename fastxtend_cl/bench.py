@@ -6,10 +6,10 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/bench.html.md"""
 
 # %% auto #0
 __all__ = ['BenchRow', 'FormatBench', 'compare', 'Arm', 'precisions', 'present_label', 'format_arms', 'usual_arms', 'count_flops',
-           'ceiling', 'bench_formats']
+           'count_bytes', 'copy_speed', 'ceiling', 'bench_formats']
 
 # %% ../nbs/06_bench.ipynb #174d1a9c
-import math, os, platform, textwrap, time, zlib
+import math, os, platform, re, textwrap, time, zlib
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .check import _Noise, _unit, check_formats, epsilon, margin
 from .format import _tensors_in, as_channels_last, as_contiguous, conv_params, format_of
@@ -27,6 +29,7 @@ from .memory import kept_memory
 from .step import StepResult, TrainingStep, seed_all
 from .timing import (ArmFailed, Clock, Deadline, Lane, attempt, device_clock, interval, least_pairs, measure, noise_of, pairs_of,
     ranks, seconds_for_all, slowest, verdict_of, why_failed, world)
+from .verify import tf32_allowed
 from .ways import can_tune
 
 # %% ../nbs/06_bench.ipynb #15693bf5
@@ -52,6 +55,8 @@ class BenchRow:
     memory:int|None=None # Bytes that a step takes at its peak, on top of weights and optimizer state
     flops:float|None=None # Per second, of convolutions and matrix products
     of_ceiling:float|None=None # Share of what the device reaches on a large convolution
+    bytes:float|None=None # Per second, of what each operator reads and writes
+    of_memory:float|None=None # Share of what the device reaches with a copy
     first_seconds:float|None=None # The very first step: kernels chosen, memory taken, or compiled
     loss:float|None=None # Of the very first step
     blocks:dict=field(default_factory=dict, repr=False) # Round to seconds a step
@@ -115,21 +120,23 @@ def to_dict(self:FormatBench):
         'reason': self.reason, 'break_even': self.break_even}
 
 # %% ../nbs/06_bench.ipynb #fed2ca1b
+def _of_limit(r):
+    "The larger share, of memory or of compute"
+    found = [(v,n) for v,n in ((r.of_memory, 'memory'), (r.of_ceiling, 'compute')) if v]
+    return '{:.0%} {}'.format(*max(found)) if found else ''
+
 _columns = {'ratio': lambda r: '' if r.ratio is None else f'{r.ratio:.2f}',
     '99 %': lambda r: '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}',
     'ms': lambda r: '' if r.seconds is None else f'{1e3*r.seconds:.4g}',
-    'CPU ms': lambda r: '' if not r.cpu_seconds else f'{1e3*r.cpu_seconds:.4g}',
-    'samples/s': lambda r: '' if r.samples is None else f'{r.samples:.4g}',
     'peak MiB': lambda r: '' if r.memory is None else f'{r.memory/2**20:.0f}',
-    'GFLOP/s': lambda r: '' if r.flops is None else f'{r.flops/1e9:.4g}',
-    'of ceiling': lambda r: '' if r.of_ceiling is None else f'{r.of_ceiling:.0%}',
-    'first step s': lambda r: '' if r.first_seconds is None else f'{r.first_seconds:.3g}'}
+    'of limit': lambda r: _of_limit(r),
+    'first s': lambda r: '' if r.first_seconds is None else f'{r.first_seconds:.3g}'}
 
 @patch
 def cells(self:FormatBench) -> list: # Rows of text, the first the names of the columns
     "The table as text; without columns that are empty"
-    rows = [[r.arm, r.verdict, *(f(r) for f in _columns.values()), textwrap.shorten(r.reason, 110)] for r in self.rows]
-    head = ['', '', *_columns, '']
+    rows = [[r.arm, r.verdict, *(f(r) for f in _columns.values())] for r in self.rows]
+    head = ['', '', *_columns]
     kept = [i for i in range(len(head)) if i<2 or any(r[i] for r in rows)]
     return [[r[i] for i in kept] for r in (head, *rows)]
 
@@ -146,7 +153,7 @@ def _about(b):
 
 def _lines(b):
     "Sentences below the table"
-    res = []
+    res = [f'{r.arm}: {r.reason}' for r in b.rows if r.verdict=='failed']
     if b.loader: res.append(b.loader['text'])
     if b.break_even: res.append(f'The measuring has paid for itself after {b.break_even:,} steps of {b.best.arm}.')
     return res + b.notes + ([f'Interrupted after {_rounds(b.now.pairs)}.'] if b.interrupted else [])
@@ -155,9 +162,14 @@ def _lines(b):
 def __repr__(self:FormatBench):
     cells = self.cells()
     width = [max(len(r[i]) for r in cells) for i in range(len(cells[0]))]
-    text = lambda r: '  '.join(o.ljust(w) if i<2 or i==len(r)-1 and not cells[0][-1] else o.rjust(w)
-        for i,(o,w) in enumerate(zip(r, width))).rstrip()
+    text = lambda r: '  '.join(o.ljust(w) if i<2 else o.rjust(w) for i,(o,w) in enumerate(zip(r, width))).rstrip()
     return '\n'.join([f'{self.verdict}: {self.reason}', *map(text, cells), _about(self), *_lines(self)])
+
+@patch
+def about(self:FormatBench):
+    "Print the conditions under which it was measured"
+    def text(v): return ', '.join(f'{k} {o:.4g}' for k,o in v.items()) if isinstance(v, dict) else v
+    for k,v in self.conditions.items(): print(f'{k.replace("_", " "):<16} {text(v)}')
 
 @patch
 def _repr_markdown_(self:FormatBench):
@@ -241,6 +253,25 @@ def _machine(device):
     return dict(device=str(device), device_name=name, torch=torch.__version__, cudnn=torch.backends.cudnn.version(),
         threads=torch.get_num_threads(), ranks=world(), date=time.strftime('%Y-%m-%d'))
 
+def _settings(device):
+    "What else decides how fast a device computes"
+    b,found = torch.backends,re.search(r'DNN v(\S+)', torch.__config__.show())
+    return dict(instructions=b.cpu.get_cpu_capability(), onednn=found and found[1], cudnn_benchmark=b.cudnn.benchmark, tf32=tf32_allowed())
+
+def _state(device):
+    "What changes by itself: the load, and of a GPU, if pynvml is there, the clock in MHz, the power in W, the temperature in °C"
+    res = dict(load=round(os.getloadavg()[0], 2)) if hasattr(os, 'getloadavg') else {}
+    if torch.device(device).type!='cuda': return res
+    try: return dict(clock=torch.cuda.clock_rate(device), power=torch.cuda.power_draw(device)/1e3, temperature=torch.cuda.temperature(device), **res)
+    except Exception: return res # also where the driver does not tell
+
+def _drift(base, before, after):
+    "Notes on a machine that became another one"
+    a,b,s = before.get('clock'),after.get('clock'),[base.seconds[i] for i in sorted(base.seconds)]
+    if a and b: return [f'The clock of the GPU went from {a} to {b} MHz while it was measured.'] if abs(b/a-1)>0.05 else []
+    change = np.median(s[-(len(s)//3):])/np.median(s[:len(s)//3]) if len(s)>=least_pairs else 1.
+    return [f'The machine changed: in the last third of the rounds a step took {change:.2f} times as long as in the first.'] if abs(change-1)>0.1 else []
+
 def _cpuinfo():
     try: return Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: return []
@@ -263,8 +294,9 @@ def compare(
     first,clock = next(iter(arms)),clock or device_clock(device)
     deadline,lanes = Deadline(seconds, clock),[Lane(n, partial(lambda f, body: body(f), f))
         for n,f in {first: arms[first], f'{first}, again': arms[first], **arms}.items()]
-    interrupted,block = measure(lanes, clock, deadline, rounds, block, width, seed, bar)
-    return _result(lanes, {**_machine(device), 'block': block}, deadline, interrupted)
+    before = {}
+    interrupted,block = measure(lanes, clock, deadline, rounds, block, width, seed, bar, observe=lambda: before.update(_state(device)))
+    return _result(lanes, {**_machine(device), 'block': block}, device, before, deadline, interrupted)
 
 # %% ../nbs/06_bench.ipynb #d6174efc
 def _warnings(rows, noise):
@@ -277,11 +309,11 @@ def _warnings(rows, noise):
         res.append('The machine was too busy for fine differences: close other programs, or raise `seconds`.')
     return res
 
-def _result(lanes, conditions, deadline, interrupted):
-    (rows,noise),enough = _rows(lanes),seconds_for_all(lanes, deadline)
-    notes,left = _warnings(rows, noise),[r.arm for r in rows if r.reason==_no_time]
+def _result(lanes, conditions, device, before, deadline, interrupted):
+    (rows,noise),enough,after = _rows(lanes),seconds_for_all(lanes, deadline),_state(device)
+    notes,left = _warnings(rows, noise)+_drift(lanes[0], before, after),[r.arm for r in rows if r.reason==_no_time]
     if left: notes.append(f'Left out for want of time: {", ".join(left)}; about {enough} seconds would do for all.')
-    conditions |= dict(seconds=deadline.seconds, enough=enough)
+    conditions |= dict(**_settings(device), before=before, after=after, seconds=deadline.seconds, enough=enough)
     return FormatBench(rows, noise, conditions, deadline.spent, interrupted, notes=notes)
 
 # %% ../nbs/06_bench.ipynb #ad6a78af
@@ -379,7 +411,7 @@ def _as_arm(o, known):
         raise ValueError(f'unknown arm {o!r}: it must be one of {", ".join(map(repr, known))}, an `Arm`, or a name and a function')
     return known[o]
 
-def _promise(a): return a.compile,a.memory_format!='channels_last' or a.dtype is None,a.memory_format!='channels_last',a.dtype is None,not a.tuned
+def _promise(a): return a.compile,a.memory_format!='channels_last',a.dtype is None,not a.tuned
 
 def _chosen(step, arms, compile, now, keep_memory=None):
     "The arms to be measured besides the present; by default the most promising first"
@@ -595,11 +627,44 @@ def count_flops(
     return counter.get_total_flops()
 
 # %% ../nbs/06_bench.ipynb #fd5b7d2e
-def _step_flops(step, inference):
-    "FLOP of a step, uncompiled"
+class _Traffic(TorchDispatchMode):
+    "Counts bytes that operators read and write"
+    bytes = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and 'empty' not in func.__name__:
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            written = [t for a,v in zip(func._schema.arguments, args) if a.alias_info and a.alias_info.is_write for t in tree_leaves(v)]
+            made = [t for t in tree_leaves(out) if not any(t is o for o in given)]
+            for t in (*given, *written, *made):
+                if isinstance(t, torch.Tensor): self.bytes += min(t.nbytes, t.untyped_storage().nbytes()) # an expanded one is small
+        return out
+
+def count_bytes(
+    f, # A function without arguments
+) -> int:
+    "About what the operators that `f()` calls, backward passes too, read and write: all their inputs and outputs, once each"
+    with _Traffic() as counter: f()
+    return counter.bytes
+
+def _counts(step, dtype, inference):
+    "FLOP and bytes of a step in a precision, uncompiled"
     with step.preserved():
         step.model._compiled_call_impl = None
-        return count_flops(partial(_infer, step, None) if inference else partial(step.run, keep='loss'))
+        f,res = partial(_infer, step, dtype) if inference else partial(step.run, dtype=dtype, keep='loss'),[]
+        return count_flops(lambda: res.append(count_bytes(f))),res[0]
+
+@torch.no_grad()
+def copy_speed(
+    device:str|torch.device,
+    mib:int=64, # Of the tensor: more than caches hold
+    clock:Clock|None=None,
+) -> float: # Bytes a second, read and written
+    "What `device` reaches when it copies a tensor, best of several tries"
+    clock,x = clock or device_clock(device),torch.zeros(mib<<18, device=device)
+    y = torch.empty_like(x)
+    times = [t for t in clock.steps(lambda: y.copy_(x), 8)[0][1:] if t>0]
+    return float(2*x.nbytes/min(times)) if times else 0.
 
 @torch.no_grad()
 def ceiling(
@@ -619,7 +684,7 @@ def ceiling(
             xf,wf = f(x),f(w)
             times = clock.steps(lambda: F.conv2d(xf, wf, padding=1), 4)[0][1:]
             if min(times)>0: best = max(best, 2*x.numel()*w.numel()/256/min(times))
-        if min(times)>5e-3 or n>=1024 or clock.now()-start>seconds: return best
+        if min(times)>5e-3 or n>=1024 or clock.now()-start>seconds: return float(best)
         n *= 4
 
 # %% ../nbs/06_bench.ipynb #5398bb4f
@@ -673,7 +738,7 @@ def _wrong_arms(step, arms, seconds, bar=False):
             res |= {a.name: f'wrong: {checked.reason}' for a in last if setting(a)==(dtype,tuned)}
     return res
 
-def _finish_rows(rows, lanes, step, peaks, flops, ceilings, inference):
+def _finish_rows(rows, lanes, step, peaks, counts, ceilings):
     batch = next((len(t) for t in _tensors_in(step.inputs) if t.ndim), None)
     for r in rows:
         lane = next(l for l in lanes if l.name==r.arm)
@@ -681,18 +746,38 @@ def _finish_rows(rows, lanes, step, peaks, flops, ceilings, inference):
         if not r.seconds: continue
         r.samples = batch and batch*world()/r.seconds
         dtype = step.autocast if isinstance(lane.arm.dtype, str) else lane.arm.dtype
+        flops,traffic = counts.get(_names[dtype], (None,None))
         if flops and not lane.arm.setup:
             r.flops = flops/r.seconds
             r.of_ceiling = r.flops/ceilings[_names[dtype]] if ceilings.get(_names[dtype]) else None
+            if lane.arm.compile: continue # it keeps in registers what is counted here
+            r.bytes = traffic/r.seconds
+            r.of_memory = r.bytes/ceilings['memory'] if ceilings.get('memory') else None
 
 # %% ../nbs/06_bench.ipynb #afcefc8b
 def _speed_limits(step, lanes, inference, clock):
-    "FLOP of a step, and ceilings by precision"
-    try: flops = _step_flops(step, inference)
-    except Exception as e: return None,{},[f'Operations could not be counted: {why_failed(e)}']
-    dtypes = dict.fromkeys(step.autocast if isinstance(l.arm.dtype, str) else l.arm.dtype for l in lanes if not l.failed)
+    "FLOP and bytes of a step by precision, ceilings by precision and of memory, notes"
+    dtypes = dict.fromkeys(step.autocast if isinstance(l.arm.dtype, str) else l.arm.dtype for l in lanes)
+    try: counts = {_names[d]: _counts(step, d, inference) for d in dtypes}
+    except Exception as e: return {},{},[f'Operations could not be counted: {why_failed(e)}']
     p = next((p.dtype for p in step.model.parameters() if p.is_floating_point()), torch.float32)
-    return flops,{_names[d]: ceiling(step.device, d or p) for d in dtypes},[]
+    return counts,{**{_names[d]: ceiling(step.device, d or p) for d in dtypes}, 'memory': copy_speed(step.device)},[]
+
+def _optimizer_note(step, lane, clock):
+    "What the update takes of a step of an arm, if it is much"
+    opt,times = step.optimizer,[]
+    def body(f):
+        own = opt.step
+        def timed(*args, **kwargs):
+            times.append(float(clock.steps(partial(own, *args, **kwargs), 1)[0][0]))
+        opt.step = timed # until `preserved` puts it back
+        return attempt(clock.steps, f, 2)[0]
+    whole = lane.run(body)
+    share = max(ranks(times[-1]/whole[-1] if times else 0.))
+    plain = getattr(opt, 'opt', opt)
+    fused = isinstance(plain, torch.optim.Optimizer) and 'fused' in plain.defaults and not any(g.get('fused') for g in plain.param_groups)
+    hint = f': with `fused=True`, {type(plain).__name__} is faster, and safe here, since its state follows the format of the parameters'
+    return [f'The optimizer takes {share:.0%} of the step of {lane.name}{hint*fused}.'] if share>0.1 else []
 
 def _conditions(step, now, inference, block):
     x,opt = next(_tensors_in(step.inputs), None),getattr(step.optimizer, 'opt', step.optimizer)
@@ -735,9 +820,10 @@ def bench_formats(
         lanes.insert(1, _repeat(lanes[0]))
         if check and not inference:
             for name,why in _wrong_arms(step, chosen, min(15., seconds/2), bar).items(): next(l for l in lanes if l.name==name).failed = why
+        before = {}
         interrupted,block = measure(lanes, clock, deadline, rounds, block, width, seed, bar, partial(_Judge, step),
-            seconds*(0.1 if loader is None else 0.3))
-        res = _result(lanes, _conditions(step, now, inference, block), deadline, interrupted)
+            lambda: before.update(_state(step.device)), seconds*(0.1 if loader is None else 0.3))
+        res = _result(lanes, _conditions(step, now, inference, block), step.device, before, deadline, interrupted)
         try: _add_more(res, step, lanes, inference, loader, clock, deadline)
         except KeyboardInterrupt: res.interrupted = True
     res.seconds = deadline.spent
@@ -746,19 +832,22 @@ def bench_formats(
 # %% ../nbs/06_bench.ipynb #86797696
 def _add_more(res, step, lanes, inference, loader, clock, deadline):
     "Memory, FLOP/s and whole epochs"
-    flops,peaks,base,missing = None,{},lanes[0].cost(1),[]
+    counts,peaks,base,missing = {},{},lanes[0].cost(1),[]
     def fits(what, cost):
         if deadline.left<cost: missing.append(what)
         return deadline.left>=cost
     measured = [l for l in lanes if l.seconds and not l.failed]
     if not res.interrupted:
-        if fits('operations', 4*base+1):
-            flops,res.ceilings,more = _speed_limits(step, measured, inference, clock)
+        if fits('share of the limit', 12*base+2):
+            counts,res.ceilings,more = _speed_limits(step, measured, inference, clock)
             res.notes += more
+        best = next(l for l in lanes if l.name==res.best.arm)
+        if step.optimizer is not None and not inference and not best.arm.setup and best in measured and fits('optimizer', 4*base):
+            res.notes += _optimizer_note(step, best, clock)
         for l in measured:
             if not fits('peak memory', 4*l.cost(1)): break
             peaks[l.name] = _peak(step, l)
-    _finish_rows(res.rows, lanes, step, peaks, flops, res.ceilings, inference)
+    _finish_rows(res.rows, lanes, step, peaks, counts, res.ceilings)
     whole = loader is not None and not res.interrupted and not inference
     if whole and fits('whole epochs', 40*base): _add_epochs(res, step, lanes, loader, clock, deadline)
     if missing: res.notes.append(f'Not measured for want of time: {", ".join(missing)}.')

@@ -11,6 +11,7 @@ __all__ = ['WrongStepError']
 import dis
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from itertools import takewhile
 from types import FunctionType
 import torch
@@ -28,7 +29,7 @@ from fastcore.meta import delegates
 from fastxtend_cl.amp import (DeviceMixedPrecision, amp_dtypes, as_amp_mode, check_amp_mode, kernels_mode, learner_device,
     native_amp_mode)
 from .bench import Arm, FormatBench, bench_formats
-from .channelslast import ChannelsLastCallback
+from .channelslast import ChannelsLastCallback, KeepMemoryCallback
 from .check import FormatCheck, check_formats
 from .format import _tensors_in, convolutions
 from .plan import FormatPlan, plan_formats
@@ -206,6 +207,11 @@ def _present(learn):
     cb = first(learn._grab_cbs(ChannelsLastCallback))
     return cb and Arm('now', cb.memory_format)
 
+def _keeps_memory(learn):
+    "Whether fits of `learn` in channels last keep memory"
+    cb = first(learn._grab_cbs(ChannelsLastCallback))
+    return bool(learn._grab_cbs(KeepMemoryCallback)) or getattr(cb, 'keep_memory', True) is not False
+
 # %% ../nbs/10_learner.ipynb #c8c3c8f2
 class _Batches:
     "Training batches as the model gets them; changes `learn`"
@@ -231,9 +237,13 @@ def bench_channelslast(self:Learner,
     **kwargs
 ) -> FormatBench:
     """Measure the first training step in each format and precision against the present, paired; the `Learner` is
-    afterwards as it was"""
+    afterwards as it was
+
+    On a CPU an arm keeps memory as a fit with `to_channelslast` would, the present as the next fit."""
     step,dl = TrainingStep.from_learner(self),_train_dl(self)
-    now = _present(self)
+    now,keeps = _present(self) or Arm('now'),_keeps_memory(self)
+    if self._grab_cbs((ChannelsLastCallback, KeepMemoryCallback)): now = replace(now, keep_memory=keeps)
+    kwargs = {'keep_memory': keeps, **kwargs}
     if not epochs: return bench_formats(step, arms, now=now, **kwargs)
     with Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
         return bench_formats(step, arms, now=now, loader=_Batches(self, step.device), **kwargs)

@@ -15,6 +15,7 @@ import gc, math, random, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from statistics import NormalDist
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -184,7 +185,7 @@ class Lane:
     cpu:dict=field(default_factory=dict)
     warm:list=field(default_factory=list) # Seconds of the steps before
     extra:float=0. # Seconds that a block takes besides its steps
-    walls:list=field(default_factory=list) # Seconds of each block, with all that belongs to it
+    walls:list=field(default_factory=list) # Seconds a step of each block, with all that belongs to it
     prepared:float=0. # Seconds of the preparation
     failed:str|None=None
     left_out:bool=False # For want of time
@@ -203,7 +204,7 @@ class Lane:
 
     def cost(self, block):
         "Seconds of a block: as the last three, or a fifth more than the steps of the preparation"
-        return float(np.mean(self.walls[-3:])) if self.walls else 1.2*(block*max(0., self.step) + self.extra)
+        return block*float(np.mean(self.walls[-3:])) if self.walls else 1.2*(block*max(0., self.step) + self.extra)
 
 # %% ../nbs/05a_timing.ipynb #1492c14a
 def warm_up(lane, clock, deadline, reserve=0., most=10, limit=10.):
@@ -217,18 +218,22 @@ def warm_up(lane, clock, deadline, reserve=0., most=10, limit=10.):
             if len(times)>3 and 0<max(last)<=1.1*min(last): break
             if any(ranks(sum(times[1:])>limit)): break
         return times
-    start = clock.now()
+    begun = deadline.spent
     lane.warm = lane.attempt(body) or []
-    lane.prepared = max(0., *ranks(clock.now()-start))
-    lane.extra = max(0., lane.prepared-sum(lane.warm))
+    if not lane.failed and (start := deadline.spent)<deadline.seconds-reserve:
+        lane.attempt(lambda f: None) # what a block takes besides its steps; the first time it is more
+        lane.extra = deadline.spent-start
+    lane.prepared = deadline.spent-begun
 
 # %% ../nbs/05a_timing.ipynb #7da40944
 def run_block(lane, clock, n, i, until=None):
     "Round `i` of an arm: `n` steps, of which the first does not count"
     start = clock.now()
     times = lane.attempt(lambda f: slowest(attempt(clock.steps, f, n, until)))
-    lane.walls.append(max(0., *ranks(clock.now()-start)))
-    if times is None or times.shape[1]<n: return
+    wall = max(0., *ranks(clock.now()-start))
+    if times is None: return
+    lane.walls.append(wall/times.shape[1])
+    if times.shape[1]<n: return
     if (times[0]<=0).any(): lane.backwards += 1; return
     lane.seconds[i],lane.cpu[i] = (float(np.median(t[1:])) for t in times)
 
@@ -246,8 +251,10 @@ def block_size(lanes, left):
     "Steps of a block of each of `lanes`, with `left` seconds for all rounds"
     lanes = [l for l in lanes if l.live]
     step,extra,most = sum(l.step for l in lanes),sum(l.extra for l in lanes),max(5, 0.2//max(*(l.step for l in lanes), 1e-9))
-    fits = {n: int(min(max(2, (left/(1.2*n)-extra)/max(step, 1e-9)), most, 50)) for n in looks[2:]}
-    return fits[max((n for n,b in fits.items() if n==looks[2] or 1.2*n*(b*step+extra)<=left), key=lambda n: (n*(fits[n]-1), n))]
+    fits = {n: int(min((left/(1.2*n)-extra)/max(step, 1e-9), most, 50)) for n in looks}
+    def width(n): return NormalDist().inv_cdf(1-(_kth(n)-0.375)/(n+0.25))/(fits[n]-1)**0.5
+    widths = {n: width(n) for n in looks if fits[n]>=2}
+    return fits[max(n for n,w in widths.items() if w<=1.1*min(widths.values()))] if widths else 2
 
 # %% ../nbs/05a_timing.ipynb #6c7c198b
 class Progress:
@@ -273,18 +280,21 @@ def race(lanes, clock, deadline, rounds, block, width, seed, bar, reserve=0.):
     for i in range(rounds):
         live = [l for l in lanes if l.live]
         for lane in rng.sample(live, len(live)):
+            if deadline.left<lane.cost(block)/2: return
             run_block(lane, clock, block, i, deadline.until)
             if base.failed: raise ValueError(f'{base.name} failed while it was measured: {base.failed}')
-            if deadline.left<0: return
         for lane in lanes[2:]: lane.settled = lane.settled or is_settled(base, lane, width)
         if not any(l.live for l in lanes[2:]) and is_settled(base, lanes[1], width, 0.05): return
         bar.at(deadline.spent/deadline.seconds)
-        if i+1<least_pairs: leave_out(lanes, least_pairs-i-1, block, deadline.left, 1)
-        elif (next_look(i+1)-i-1)*sum(l.cost(block) for l in lanes if l.live)>deadline.left-reserve: return
+        left,cost = deadline.left,sum(l.cost(1) for l in lanes if l.live)
+        if i+1<least_pairs:
+            block = max(2, min(block, int(left/max((least_pairs-i-1)*cost, 1e-9))))
+            leave_out(lanes, least_pairs-i-1, block, left, 1)
+        elif (next_look(i+1)-i-1)*block*cost>left-reserve: return
 
 # %% ../nbs/05a_timing.ipynb #1d193c4f
-def prepare(lanes, clock, deadline, judge_of=None):
-    """Warm up as many of `lanes` as eight rounds of blocks of two steps will fit for
+def prepare(lanes, clock, deadline, block=None, judge_of=None):
+    """Warm up as many of `lanes` as eight rounds fit for, of blocks of two steps if `block` does not say it
 
     `judge_of(baseline)` returns what is called with each other arm and a function that says whether its time is over."""
     base,twin,*others = lanes
@@ -294,13 +304,15 @@ def prepare(lanes, clock, deadline, judge_of=None):
     judge = judge_of(base) if judge_of else None
     for lane in others:
         if lane.failed: continue
-        need,usual = least_pairs*sum(l.cost(2) for l in ready),max(kinds.get(lane.kind, lane.start), base.prepared)
-        if deadline.left<need+usual+least_pairs*base.cost(2): lane.left_out,lane.prepared = True,usual; continue
+        need,usual = least_pairs*sum(l.cost(block or 2) for l in ready),max(kinds.get(lane.kind, lane.start), base.prepared)
+        if deadline.left<need+usual+least_pairs*base.cost(block or 2): lane.left_out,lane.prepared = True,usual; continue
+        begun = deadline.spent
         warm_up(lane, clock, deadline, need, limit=deadline.seconds/(4*len(lanes)))
         if judge and not lane.failed: judge(lane, lambda: deadline.left<need)
+        lane.prepared = deadline.spent-begun
         kinds[lane.kind] = max(lane.prepared, kinds.get(lane.kind, 0.))
         if lane.live: ready.append(lane)
-    leave_out(ready, least_pairs, 2, deadline.left)
+    leave_out(ready, least_pairs, block or 2, deadline.left)
 
 def seconds_for_all(lanes, deadline):
     "About what a verdict on all of `lanes` takes, and half as much again"
@@ -308,13 +320,14 @@ def seconds_for_all(lanes, deadline):
     rest = sum(l.prepared for l in lanes) + least_pairs*sum((l if l.warm else base).cost(2) for l in lanes if not l.failed)
     return 10*math.ceil(max(1.5*rest, 1.2*deadline.seconds)/10)
 
-def measure(lanes, clock, deadline, rounds, block, width, seed, bar, judge_of=None, reserve=0.):
-    """Prepare and race; returns whether it was interrupted, and the steps of a block
+def measure(lanes, clock, deadline, rounds, block, width, seed, bar, judge_of=None, observe=None, reserve=0.):
+    """Prepare, call `observe`, and race; returns whether it was interrupted, and the steps of a block
 
     Of `lanes` the first is the baseline and the second its repeat, which is not prepared by itself."""
     show = Progress(bar)
     try:
-        prepare(lanes, clock, deadline, judge_of)
+        prepare(lanes, clock, deadline, block, judge_of)
+        if observe: observe()
         if not any(l.left_out for l in lanes) or any(l.live for l in lanes[2:]):
             block = block or max(ranks(block_size(lanes, deadline.left-reserve)))
             race(lanes, clock, deadline, rounds, block, width, seed, show, reserve)
@@ -322,7 +335,7 @@ def measure(lanes, clock, deadline, rounds, block, width, seed, bar, judge_of=No
         if world()>1: raise # the other ranks would wait for ever
         return True,block or 0
     finally: show.done()
-    for l in lanes[2:]: l.left_out = l.left_out or not (l.failed or l.seconds or l.backwards)
+    for l in lanes: l.left_out = l.left_out or not (l.failed or l.seconds or l.backwards)
     if not lanes[0].seconds and lanes[0].backwards:
         raise ValueError(f'nothing could be measured: the clock went backwards in each of {lanes[0].backwards} blocks')
     return False,block or 0

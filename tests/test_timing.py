@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from fastxtend_cl.timing import (Clock, Deadline, Lane, _error, _kth, block_size, interval, is_settled, least_pairs, leave_out, looks, next_look, noise_of,
-    verdict_of, warm_up)
+from fastxtend_cl.timing import (Clock, Deadline, Lane, _error, _kth, block_size, interval, is_settled, least_pairs, leave_out, looks, measure, next_look, noise_of,
+    seconds_for_all, verdict_of, warm_up)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60), st.floats(0.1, 10))
@@ -126,8 +126,8 @@ class Fake(Clock):
 def test_block_size(seconds, n):
     ls = [Lane(str(i), None, warm=[9*seconds, seconds, seconds]) for i in range(n)]
     block = block_size(ls, 60.)
-    assert 2<=block<=50 and (block==2 or 1.2*24*n*block*seconds<=60)
-    if 1.2*24*n*5*seconds<=60: assert block>=3
+    assert 2<=block<=50 and (block==2 or 1.2*8*n*block*seconds<=60)
+    if 1.2*24*n*5*seconds<=60: assert block>=4
     for l in ls: l.extra = 3*seconds
     assert 2<=block_size(ls, 60.)<=50
 
@@ -155,3 +155,64 @@ def test_the_slowest_are_left_out():
         return ''.join(l.name for l in ls[2:] if l.live)
     of = 1.2*2*8 # seconds for each second of a step
     assert [left(of*s+1e-6) for s in (24, 23.9, 21, 20.9, 19, 18.9)]==['abc', 'ac', 'ac', 'a', 'a', ''] and left(1., 1)=='a'
+
+# Deadlines
+
+class Machine(Fake):
+    "A machine that gets slower at a time; knows the longest thing that it was asked to do at once"
+    def __init__(self, slow_at=math.inf, factor=5): super().__init__(); self.slow_at,self.factor,self.longest = slow_at,factor,0.
+    def spend(self, seconds):
+        took = seconds*(self.factor if self.t>=self.slow_at else 1)
+        self.t,self.longest = self.t+took,max(self.longest, took)
+
+def bounded(n, step, seconds, prepare=0., first=0., judge=0., slow_at=math.inf, reserve=0., costs=None):
+    "`n` arms with steps of `step` seconds, measured in `seconds`; checks the bound"
+    clock = Machine(slow_at)
+    def lane(name, cost):
+        def run(body): clock.spend(prepare); return body(lambda: clock.spend(cost))
+        def begin(f): clock.spend(first+cost)
+        return Lane(name, run, begin)
+    lanes = [lane(n, step) for n in ('now', 'again')] + [lane(f'arm {i}', step*(costs[i] if costs else 1)) for i in range(n)]
+    def judge_of(base):
+        def judged(lane, over):
+            for _ in range(10):
+                if over(): lane.left_out = True; return
+                clock.spend(judge)
+        return judged
+    deadline = Deadline(seconds, clock)
+    _,block = measure(lanes, clock, deadline, 192, None, 0.04, 0, False, judge_of if judge else None, reserve=reserve)
+    assert clock.t<=1.1*seconds+prepare*(clock.factor if slow_at<math.inf else 1)+clock.longest, (clock.t, clock.longest)
+    return lanes,block,seconds_for_all(lanes, deadline)
+
+@pytest.mark.parametrize('slow_at', [math.inf, 1., 20., 40., 55.])
+@pytest.mark.parametrize('step', [0.001, 0.05, 1., 3., 20.])
+@pytest.mark.parametrize('seconds', [2., 10., 60., 300.])
+def test_the_bound_holds(seconds, step, slow_at):
+    "For one to six arms, slow preparation, first steps and judges, and a machine that is five times as slow from some time on"
+    for n in range(1, 7):
+        for kw in ({}, dict(prepare=3.), dict(first=8.), dict(judge=step), dict(reserve=seconds/10)):
+            lanes,block,_ = bounded(n, step, seconds, slow_at=slow_at, **kw)
+            if slow_at==math.inf:
+                assert all(l.left_out or len(l.seconds)>=least_pairs for l in lanes[2:]), 'fewer arms rather than too few rounds'
+
+@pytest.mark.parametrize('kw', [dict(step=1.), dict(step=3.), dict(step=0.5, prepare=2.), dict(step=0.2, first=10.), dict(step=0.3, judge=0.5)])
+def test_what_is_said_to_be_enough_is_enough(kw):
+    for n in (1, 4, 6):
+        lanes,_,enough = bounded(n, seconds=2., **kw)
+        assert all(l.left_out for l in lanes[2:]) and lanes[0].warm
+        for _ in range(3): # it may know better after having seen more
+            lanes,_,more = bounded(n, seconds=enough, **kw)
+            if not any(l.left_out for l in lanes): break
+            assert more>enough
+            enough = more
+        assert all(len(l.seconds)>=least_pairs for l in lanes), 'said, and done'
+
+def test_fewer_arms_are_measured():
+    "Of steps of a second: as many as fit into the time"
+    left = {s: [l.name for l in bounded(4, 1., s, costs=[2., 1., 0.5, 1.5])[0][2:] if not l.left_out] for s in (10., 70., 95., 120., 160.)}
+    assert left[10.]==[] and [len(o) for o in left.values()]==sorted(len(o) for o in left.values()) and len(left[160.])==4
+
+def test_blocks_get_shorter_before_an_arm_is_left_out():
+    "Where the machine is slower from the third round on"
+    lanes,block,_ = bounded(2, 0.05, 30., slow_at=9.)
+    assert block>2 and all(len(l.seconds)>=least_pairs for l in lanes)
