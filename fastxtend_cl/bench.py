@@ -626,7 +626,7 @@ def count_flops(
         f()
     return counter.get_total_flops()
 
-# %% ../nbs/06_bench.ipynb #fd5b7d2e
+# %% ../nbs/06_bench.ipynb #c7a857d2
 class _Traffic(TorchDispatchMode):
     "Counts bytes that operators read and write"
     bytes = 0
@@ -647,6 +647,7 @@ def count_bytes(
     with _Traffic() as counter: f()
     return counter.bytes
 
+# %% ../nbs/06_bench.ipynb #fd5b7d2e
 def _counts(step, dtype, inference):
     "FLOP and bytes of a step in a precision, uncompiled"
     with step.preserved():

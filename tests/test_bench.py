@@ -243,6 +243,44 @@ def test_matrix_products_are_counted():
     m,x = nn.Linear(5, 7),torch.randn(3, 5, requires_grad=True)
     assert count_flops(lambda: m(x).sum().backward())==3*2*3*5*7
 
+def test_bytes_are_inputs_and_outputs():
+    a,b,small = torch.zeros(100),torch.zeros(100),torch.zeros(1)
+    for f,n in ((lambda: a+b, 1200), (lambda: a.add_(b), 1200), (lambda: torch._foreach_add_([a, b], 1.), 1600), (lambda: a.view(10, 10).t(), 0),
+            (lambda: torch.empty(1000), 0), (lambda: a.copy_(small.expand(100)), 404+400), (lambda: torch.add(a, b, out=torch.empty(100)), 1200)):
+        assert bench.count_bytes(f)==n
+    x = torch.zeros(100, requires_grad=True)
+    assert bench.count_bytes(lambda: x.relu().backward(torch.ones(100)))>=400+800+1200, 'ones, forward, backward'
+
+def test_how_near_the_limit():
+    def shown(memory, compute): return bench._of_limit(bench.BenchRow('a', 'faster', of_memory=memory, of_ceiling=compute))
+    assert [shown(*o) for o in ((0.5, 0.3), (0.2, 0.3), (None, 0.3), (None, None))]==['50% memory', '30% compute', '30% compute', '']
+
+def test_the_table_fits():
+    rows = [bench.BenchRow(n, v, ratio=1.234, low=1.123, high=12.345, seconds=123.4e-3, memory=12345<<20, of_memory=0.99, of_ceiling=0.9, first_seconds=123.4)
+        for n,v in (('now', 'now'), ('now, again', 'noise'), ('channels last bf16, tuned', 'faster'), ('contiguous fp32', 'inconclusive'))]
+    assert max(map(len, repr(FormatBench(rows, (0.99, 1.01))).splitlines()[1:6]))<=100
+
+def test_a_machine_that_changes_is_a_note():
+    def base(*s): return lanes(now=s)[0]
+    assert bench._drift(base(*[1.]*9), {}, {})==bench._drift(base(*[1.]*3, *[9.]*3), {}, {})==bench._drift(base(), {}, {})==[]
+    assert bench._drift(base(*[1.]*6, *[1.2]*3), {}, {})==['The machine changed: in the last third of the rounds a step took 1.20 times as long as in the first.']
+    assert bench._drift(base(*[1.]*9), dict(clock=1980), dict(clock=1755))==['The clock of the GPU went from 1980 to 1755 MHz while it was measured.']
+    assert bench._drift(base(*[1.]*6, *[1.2]*3), dict(clock=1980), dict(clock=1950))==[], 'the clock knows better'
+
+def test_conditions_are_recorded_and_printed(capsys, monkeypatch):
+    state = iter((dict(clock=1000, power=80., load=0.5), dict(clock=2000, power=300., load=0.5)))
+    monkeypatch.setattr(bench, '_state', lambda device: next(state))
+    clock = Simulated(noise=0.01)
+    res = compare({'now': clock.arm('now', 0.1), 'other': clock.arm('other', 0.1)}, clock=clock, bar=False)
+    assert {'threads', 'torch', 'instructions', 'onednn', 'cudnn_benchmark', 'tf32', 'before', 'after', 'seconds', 'date'}<=set(res.conditions)
+    assert res.notes[-1].startswith('The clock of the GPU went from 1000 to 2000 MHz')
+    json.dumps(res.to_dict())
+    res.about()
+    said = capsys.readouterr().out.splitlines()
+    assert 'before           clock 1000, power 80, load 0.5' in said and len(said)==len(res.conditions)
+    monkeypatch.undo()
+    assert bench._state('cpu').keys()<={'load'}
+
 def test_ceiling_leaves_the_generators_alone():
     state = torch.get_rng_state()
     assert 1e8<ceiling('cpu', seconds=0.01)<1e15 and torch.equal(state, torch.get_rng_state())
@@ -340,6 +378,35 @@ def test_seconds_are_a_bound(monkeypatch, seconds, cost, slower):
     if seconds==200. and cost==1. and slower==1:
         assert any(r.pairs>=least_pairs for r in res.rows[2:]) and any(n.startswith('Not measured for want of time: ') for n in res.notes)
     if seconds==200. and cost==0.1: assert not [n for n in res.notes if 'want of time' in n] and res.loader and res.now.memory and res.now.flops
+
+class Slow(torch.optim.AdamW):
+    "Its step takes simulated time"
+    cost = 0.05
+    def step(self, closure=None):
+        clock_of(None).spend('optimizer', self.cost, switch=0.)
+        clock_of(None).last = None
+        return super().step(closure)
+
+@pytest.mark.parametrize('cost,opt,said', [(0.05, {}, 'of the step of now: with `fused=True`, Slow is faster'), (0.05, dict(fused=True), 'of the step of now.'), (0.001, {}, '')])
+def test_what_the_optimizer_takes(cost, opt, said, monkeypatch):
+    monkeypatch.setattr(Slow, 'cost', cost)
+    step,clock = simulated(costs, switch=0.)
+    step.optimizer = Slow(step.model.parameters(), **opt)
+    res = bench_formats(step, ['contiguous fp32'], clock=clock, bar=False)
+    found = [n for n in res.notes if 'optimizer' in n]
+    assert len(found)==bool(said) and said in ''.join(found) and 'step' not in vars(step.optimizer)
+
+def test_fastais_optimizers_have_no_fused_hint():
+    from fastai.optimizer import Adam, OptimWrapper
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Slow, 'cost', 0.05)
+    for opt,hint in ((lambda m: OptimWrapper([*m.parameters()], Slow), True), (lambda m: Adam([*m.parameters()], lr=0.1), False)):
+        step,clock = simulated(costs, switch=0.)
+        step.optimizer = opt(step.model)
+        if not hint: step.optimizer.cbs = [*step.optimizer.cbs, lambda p, **kw: clock.spend('optimizer', 0.02, switch=0.)]
+        found = [n for n in bench_formats(step, ['contiguous fp32'], clock=clock, bar=False).notes if 'optimizer' in n]
+        assert len(found)==1 and ('fused' in found[0])==hint, found
+    monkey.undo()
 
 class Loader:
     "Batches that take `seconds` of simulated time"
@@ -630,6 +697,23 @@ def test_a_check_computes_as_the_arm_does(monkeypatch):
     assert not bench._wrong_arms(step, [*format_arms(step).values()], 15.)
     assert {t for _,t in seen}=={False, True} and len(set(seen))==len(seen)
 
+def test_memory_is_as_the_arm_says(monkeypatch):
+    "Or as the process has it"
+    seen = []
+    class Kept:
+        def __init__(self, keep): seen.append(keep)
+        def __enter__(self): return True
+        def __exit__(self, *a): pass
+    monkeypatch.setattr(bench, 'kept_memory', Kept)
+    step = step_of(network())
+    def asked(arms, **kw):
+        seen.clear()
+        bench_formats(step, arms, **{**quick, **kw})
+        return set(seen)
+    own = Arm('own', keep_memory=False)
+    assert asked([Arm('a')])==set() and asked([Arm('a'), own])=={False} and asked([Arm('a'), own], keep_memory=True)=={True, False}
+    assert asked([], now=Arm('now', keep_memory=True))=={True}
+
 def test_a_precision_is_a_dtype():
     for bad in ('bf16', 'fp32', ''):
         with pytest.raises(ValueError, match="dtype must be None, torch.float16, torch.bfloat16 or 'as is', got "): Arm('low', dtype=bad)
@@ -735,6 +819,21 @@ def test_learner_method_knows_what_fit_would_do():
     assert (res.conditions['now']=='channels last fp32, tuned' and res.loader=={}
         and 'channels last fp32' in arms and 'channels last fp32, tuned' not in arms)
     assert learn.model[0].weight.is_contiguous(), 'converted by fit, not before'
+
+def test_learner_method_keeps_memory_as_fit_does(monkeypatch):
+    from fastxtend_cl import learner as module
+    from fastxtend_cl.all import KeepMemoryCallback
+    monkeypatch.setattr(module, 'bench_formats', lambda step, arms, now=None, keep_memory=None, **kw: (now.keep_memory, keep_memory))
+    learn = learner(network())
+    def asked(**kw): return learn.bench_channelslast(epochs=False, **kw)
+    assert asked()==(None, True), 'a fit without the callback does not keep it'
+    learn.to_channelslast(use_amp=False)
+    assert asked()==(True, True) and asked(keep_memory=None)==(True, None)
+    learn.channels_last.keep_memory = False
+    assert asked()==(False, False)
+    learn.to_contiguous()
+    learn.add_cb(KeepMemoryCallback())
+    assert asked()==(True, True)
 
 # Two processes
 
