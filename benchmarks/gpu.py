@@ -222,7 +222,7 @@ def run_scripts(device, tiny, seconds):
     for command in (['traces.py'], *([['traces.py', '--autocast', 'fp16']] if device.type=='cuda' else []), ['fake.py']):
         if tiny and command[0]=='traces.py': command = [*command, '--names', 'resnet18']
         run_script('scripts', command, device, tiny, 240, rows)
-    size = dict(epochs=1, arch='xresnet18', size=32, bs=256, limit=3) if tiny else dict(epochs=4, arch='resnet50', size=128, bs=64)
+    size = dict(epochs=1, arch='xresnet18', size=32, bs=256, seconds=3) if tiny else dict(epochs=4, arch='resnet50', size=128, bs=64)
     args = ['demo', '--json', '--device', str(device), *[a for k,v in size.items() for a in (f'--{k}', str(v))]]
     code = 'import sys; from fastxtend_cl.cli import main; sys.exit(main())'
     rows.attempt(lambda: finish([sys.executable, '-c', code, *args], 240, here.parent), script='demo')

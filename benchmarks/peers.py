@@ -122,7 +122,7 @@ def agreement(name, shape, device, limit, rows):
     "What `bench_channelslast` says of the same steps"
     mode = native_amp_mode(device)
     pairs = {'channels last fp32, tuned': ours_fp32, **({f'channels last {mode.value}, tuned': ours} if mode else {})}
-    res = learner(name, shape, device).bench_channelslast(list(pairs), limit=limit, epochs=False)
+    res = learner(name, shape, device).bench_channelslast(list(pairs), seconds=limit, epochs=False)
     out = []
     for arm,theirs in pairs.items():
         r,h = res[arm],next((q for q in rows if q['arm']==theirs and 'ratio' in q), None)

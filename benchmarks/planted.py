@@ -22,23 +22,23 @@ def wasting(step, share, seconds):
 def main(
     names:str='resnet18,mobilenet_v2,densenet121', # torchvision models, separated by commas
     bs:int=8, size:int=128,
-    limit:float=60, # Seconds
+    seconds:float=60, # Of a measurement
     repeats:int=2, # How often each is measured
     tiny:bool=False, # Small and short; writes nothing
 ):
     "Measure and write benchmarks/results/planted.json"
-    if tiny: names,bs,size,limit,repeats = 'mobilenet_v2',2,32,4,1
+    if tiny: names,bs,size,seconds,repeats = 'mobilenet_v2',2,32,4,1
     rows = []
     for name in names.split(','):
         step = model_step(name, bs, size, 10, 'cpu')
-        with step.preserved(): seconds = statistics.median(interleave({'': lambda: step.run(keep='loss')}, 3, 4, progress=False)[''])
+        with step.preserved(): one = statistics.median(interleave({'': lambda: step.run(keep='loss')}, 3, 4, progress=False)[''])
         for load in (False, True):
             for i in range(repeats):
                 with busy(rest=3.) if load else contextlib.nullcontext():
-                    res = bench_formats(step, {'5 % more': wasting(step, 0.05, seconds), 'the same': wasting(step, 0, seconds)},
-                        limit=limit, seed=i, bar=False)
+                    res = bench_formats(step, {'5 % more': wasting(step, 0.05, one), 'the same': wasting(step, 0, one)},
+                        seconds=seconds, seed=i, bar=False)
                 rows.append(dict(model=name, load=load, noise=res.noise,
                     arms={r.arm:(r.verdict, r.ratio, r.low, r.high) for r in res.rows[2:]},
                     pairs=res.now.pairs, seconds=res.seconds))
                 print(name, 'load' if load else 'quiet', rows[-1]['arms'], 'noise', res.noise, flush=True)
-    if not tiny: save('planted', rows=rows, bs=bs, size=size, limit=limit)
+    if not tiny: save('planted', rows=rows, bs=bs, size=size, seconds=seconds)

@@ -155,13 +155,13 @@ def demo(
     arch:str='resnet18', # Architecture from fastai, torchvision or timm
     size:int=64, # Height and width of the images in pixels
     bs:int=64, # Images a batch
-    limit:float=40., # Seconds for the paired measurement at the end
+    seconds:float=40., # For the paired measurement at the end, at most
     json:bool=False, # Print one JSON object and nothing else
 ):
     "Train on handwritten digits, contiguous and then channels last, from the same seed"
     device = check_device(device)
     for name,value,low,high in (('epochs', epochs, 1, 100), ('size', size, 32, 512),
-            ('bs', bs, 2, 1024), ('limit', limit, 1, 600)):
+            ('bs', bs, 2, 1024), ('seconds', seconds, 1, 600)):
         check_range(name, value, low, high)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # torch's own, about torch.jit.script, when fastai.vision is imported
@@ -180,7 +180,7 @@ def demo(
     exact = exact_difference(model, size, min(bs, 32))
     if not json: print('one training step in turns, paired', flush=True)
     tuned = ', tuned' if can_tune(learns['contiguous fp32'].model, device) else ''
-    measured = learns['contiguous fp32'].bench_channelslast([arms[-1][0]+tuned], limit=limit, epochs=False, bar=not json and _terminal())
+    measured = learns['contiguous fp32'].bench_channelslast([arms[-1][0]+tuned], seconds=seconds, epochs=False, bar=not json and _terminal())
     report = {**demo_report(learns, exact, device, arch, epochs, size, bs), 'bench': measured.to_dict()}
     print(_json.dumps(report, indent=2) if json else demo_table(report))
     if not json: show(measured)
@@ -311,17 +311,17 @@ def bench(
     compile:bool=False, # Measure compiled models too
     inference:bool=False, # Measure the forward pass alone
     check:bool=False, # Check first that each arm is right
-    limit:float=60., # Seconds
+    seconds:float=60., # Of the whole measurement, at most
     json:bool=False, # Print one JSON object and nothing else
     plot:str=None, # Write a picture to this file
 ):
     "Measure a training step in each format and precision, paired"
-    check_range('limit', limit, 1, 86400)
+    check_range('seconds', seconds, 1, 86400)
     _check_file(plot)
     step = model_step(model, bs, size, classes, device, amp)
     from fastxtend_cl.bench import bench_formats
     with _model_errors(model):
-        res = bench_formats(step, limit=limit, compile=compile, inference=inference, check=check, bar=not json and _terminal())
+        res = bench_formats(step, seconds=seconds, compile=compile, inference=inference, check=check, bar=not json and _terminal())
     show(res, json, plot)
 
 # %% ../nbs/09_cli.ipynb #344b0dc5

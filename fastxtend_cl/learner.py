@@ -10,7 +10,9 @@ __all__ = ['WrongStepError']
 # %% ../nbs/10_learner.ipynb #a0b2fdb3
 import dis
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 from itertools import takewhile
 from types import FunctionType
 import torch
@@ -30,6 +32,7 @@ from .bench import Arm, FormatBench, bench_formats
 from .channelslast import ChannelsLastCallback, allowed_mode, present
 from .check import FormatCheck, check_formats
 from .format import _tensors_in, convolutions
+from .memory import kept_memory
 from .plan import FormatPlan, plan_formats
 from .step import Preserved, TrainingStep
 from .trace import FormatTrace, trace_format
@@ -203,7 +206,12 @@ def trace_channelslast(self:Learner) -> FormatTrace:
 def _present(learn):
     "How the next fit of `learn` would make a step"
     cb = first(learn._grab_cbs(ChannelsLastCallback))
-    return cb and Arm('now', cb.memory_format)
+    return Arm('now', cb.memory_format, keep_memory=_keeps_memory(learn)) if cb else Arm('now')
+
+def _keeps_memory(learn):
+    "Whether fits of `learn` in channels last keep memory; None where that is no question"
+    cb = first(learn._grab_cbs(ChannelsLastCallback))
+    return None if learner_device(learn).type!='cpu' else cb.keep_memory if cb else True
 
 # %% ../nbs/10_learner.ipynb #c8c3c8f2
 class _Batches:
@@ -230,9 +238,11 @@ def bench_channelslast(self:Learner,
     **kwargs
 ) -> FormatBench:
     """Measure the first training step in each format and precision against the present, paired; the `Learner` is
-    afterwards as it was"""
+    afterwards as it was
+
+    On a CPU an arm keeps memory as a fit with `to_channelslast` would, the present as the next fit."""
     step,dl = TrainingStep.from_learner(self),_train_dl(self)
-    now = _present(self)
+    now,kwargs = _present(self),{'keep_memory': _keeps_memory(self), **kwargs}
     if not epochs: return bench_formats(step, arms, now=now, **kwargs)
     with Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
         return bench_formats(step, arms, now=now, loader=_Batches(self, step.device), **kwargs)
@@ -250,4 +260,4 @@ def plan_channelslast(self:Learner,
 
     `to_channelslast(plan='auto')` finds it while it trains, and takes the one found here at once."""
     mode = allowed_mode(self, use_amp, None if amp_mode is None else as_amp_mode(amp_mode))
-    return plan_formats(TrainingStep.from_learner(self), amp_dtypes.get(mode), tune=tune, now=present(self), **kwargs)
+    with kept_memory() if _keeps_memory(self) else nullcontext(): return plan_formats(TrainingStep.from_learner(self), amp_dtypes.get(mode), tune=tune, now=present(self), **kwargs)

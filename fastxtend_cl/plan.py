@@ -8,7 +8,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/plan.html.md"""
 __all__ = ['FormatPlan', 'weights_precision', 'precision_name', 'setting_name', 'check_has_convolution', 'settings', 'Race',
            'cache_file', 'batch_shape', 'plan_key', 'kept_plan', 'keep_plan', 'add_compiled', 'as_plan', 'plan_formats']
 
-# %% ../nbs/08_plan.ipynb #caa74813
+# %% ../nbs/08_plan.ipynb #c79f220d
 import hashlib, json, os, random, statistics, tempfile, time, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +18,12 @@ from fastcore.basics import first, patch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from .bench import Arm, BenchRow, bench_formats, interval, least_pairs
-from .bench import _names, _ranks, _world
+from .bench import Arm, BenchRow, bench_formats
+from .bench import _names
 from .format import FormatWarning, _tensors_in, conv_params, format_of
 from .kernels import cache_folder, conditions, fixed_conditions
 from .step import TrainingStep
+from .timing import interval, least_pairs, next_look, ranks, world
 
 # %% ../nbs/08_plan.ipynb #9d35af07
 @dataclass(repr=False)
@@ -180,12 +181,12 @@ def settings(
     pairs = [base, *((f, d) for d in ((None, low) if own=='fp32' else (None,)) for f in ('contiguous', 'channels_last'))]
     return [Arm(setting_name(f, _names[d] if d else own), f, d, tuned=tuned) for f,d in dict.fromkeys(pairs)]
 
-# %% ../nbs/08_plan.ipynb #3843c5ec
+# %% ../nbs/08_plan.ipynb #bf91024c
 class Race:
     "Which of several settings is the fastest, decided while they are in use"
     def __init__(self,
         names:list, # Of settings, the baseline first
-        blocks:int=38, # At most; of four steps each, about 150
+        blocks:int=40, # At most; of four steps each, about 150
         seed:int=0, # Of the order
     ):
         self.names,self.left,self.blocks,self.used = [*names],[*names],blocks,0
@@ -225,11 +226,9 @@ class Race:
 
     def _leader(self): return min(self.left, key=lambda n: statistics.median(self.pairs(n, self.left[0])))
 
-    def proof(self,
-        name:str, than:str,
-    ):
-        "Ratio and interval of how many times as fast `name` is as `than`, or None with fewer rounds than a verdict needs"
-        pairs = self.pairs(than, name)
+    def proof(self, name):
+        "Ratio of how many times as fast as the baseline `name` is, and its interval; None with fewer rounds than a verdict needs"
+        pairs = self.pairs(self.base, name)
         return interval(pairs) if len(pairs)>=least_pairs else None
 
     def _next_round(self):
@@ -238,21 +237,15 @@ class Race:
         if self.round>=3:
             def clearly_slower(n): return min(p := self.pairs(n, lead))>1 and statistics.median(p)>1.05
             self.left = [n for n in self.left if n in (lead, self.base) or not clearly_slower(n)]
-        if lead!=self.base and self.base in self.left and (p := self.proof(lead, self.base)) and p[1]>1: self.left.remove(self.base)
-        if self.base not in self.left: self.left = [n for n in self.left if n==lead or self._may_be_faster(n, lead)]
-        if len(self.left)<2 or self.used+len(self.left)>self.blocks or self._hopeless(lead): self.over = True
+        decided = self.round>=least_pairs and (lead==self.base or self.proof(lead)[1]>1)
+        goal = least_pairs if self.round<least_pairs else next_look(self.round)
+        self.over = decided or len(self.left)<2 or self.used+(goal-self.round)*len(self.left)>self.blocks
         self.todo = self._order()
-
-    def _may_be_faster(self, name, lead):
-        mid,low,high = self.proof(name, lead)
-        return high>1.02
-
-    def _hopeless(self, lead): return lead==self.base and self.round>=least_pairs
 
     @property
     def winner(self):
         "The fastest that is proven to be faster than the baseline, or else the baseline"
-        proven = [n for n in self.left if n!=self.base and (p := self.proof(n, self.base)) and p[1]>1]
+        proven = [n for n in self.left if n!=self.base and (p := self.proof(n)) and p[1]>1]
         return min(proven, key=lambda n: statistics.median(self.pairs(n, proven[0])), default=self.base)
 
     def _row(self, name):
@@ -260,7 +253,7 @@ class Race:
         row = BenchRow(name, 'failed', self.failed.get(name, ''), seconds=statistics.median(times.values()) if times else None, pairs=len(pairs),
             blocks=dict(times), first_seconds=self.first.get(name), ratio=statistics.median(pairs) if pairs else None)
         if name in self.failed: return row
-        if proof := self.proof(name, self.base): _,row.low,row.high = proof
+        if proof := self.proof(name): _,row.low,row.high = proof
         if name==self.base: row.verdict,row.low,row.high = 'baseline',None,None
         elif row.low is not None: row.verdict = 'faster' if row.low>1 else 'slower' if row.high<1 else 'tie'
         elif name not in self.left: row.verdict = 'slower' # than the leader
@@ -310,7 +303,7 @@ def _write_cache(file, key, shape, plan):
         os.replace(new, file)
     except OSError as e: warnings.warn(FormatWarning(f'the plan is not kept: {e}'), stacklevel=2)
 
-# %% ../nbs/08_plan.ipynb #70d6e375
+# %% ../nbs/08_plan.ipynb #601cebe3
 def batch_shape(
     inputs, # Tensors, also in dicts, lists and tuples
 ) -> str: # Such as '64x3x224x224'
@@ -351,9 +344,9 @@ def keep_plan(
     plan:FormatPlan,
 ):
     "Keep a plan, if it has a verdict"
-    if plan.verdict!='inconclusive' and (_world()==1 or torch.distributed.get_rank()==0): _write_cache(cache_file(), key, shape, plan)
+    if plan.verdict!='inconclusive' and (world()==1 or torch.distributed.get_rank()==0): _write_cache(cache_file(), key, shape, plan)
 
-# %% ../nbs/08_plan.ipynb #7f423d14
+# %% ../nbs/08_plan.ipynb #cabb12e8
 def add_compiled(
     rows:list, # `BenchRow`s of a plan, the baseline first
     row:BenchRow, # Of `best` compiled, compared with `best`
@@ -382,11 +375,11 @@ def _find(step, arms, seconds, compile, bar):
     rows,best = [replace(base, arm=arms[0].name, verdict='baseline'), *others],next((a for a in arms if a.name==bench.best.arm), arms[0])
     if compile:
         name = setting_name(best.memory_format, precision_name(step.model, best), True)
-        more = measured([replace(best, name=name, compile=True)], best, max(1., *_ranks(start+seconds-time.perf_counter())))
+        more = measured([replace(best, name=name, compile=True)], best, max(1., *ranks(start+seconds-time.perf_counter())))
         rows,best = add_compiled(rows, more[name], best)
     return as_plan(best, rows, bench.conditions, seconds=time.perf_counter()-start, notes=bench.notes)
 
-# %% ../nbs/08_plan.ipynb #90d28c4e
+# %% ../nbs/08_plan.ipynb #b4dc3158
 def as_plan(
     arm:Arm, # That won
     rows:list, conditions:dict, **kwargs
@@ -419,7 +412,7 @@ def plan_formats(
     with step.initialized():
         arms = settings(step.model, now, low, tuned=tune)
         key,shape = plan_key(step.model, step.optimizer, arms, compile, tune),batch_shape(step.inputs)
-        if cache is True and (kept := _ranks(kept_plan(key, shape))[0]): return kept # every rank takes the first one's
+        if cache is True and (kept := ranks(kept_plan(key, shape))[0]): return kept # every rank takes the first one's
         plan = _find(step, arms, seconds, compile, bar)
     if cache: keep_plan(key, shape, plan)
     return plan

@@ -36,7 +36,7 @@ def number(): return 3
     sys.path[:] = [p for p in sys.path if p!=str(tmp_path)]
 
 def test_bench_piped_is_plain(own, capsys, tmp_path):
-    assert main(['bench', 'own_models:right', '--limit', '2', '--plot', str(tmp_path/'a.png'), *tiny])==0
+    assert main(['bench', 'own_models:right', '--seconds', '2', '--plot', str(tmp_path/'a.png'), *tiny])==0
     out,err = capsys.readouterr()
     verdict,head,*rows = out.splitlines()
     assert verdict.split(':')[0] in ('faster', 'tie', 'fastest already', 'inconclusive') and '█' not in out and '\x1b' not in out and err==''
@@ -44,7 +44,7 @@ def test_bench_piped_is_plain(own, capsys, tmp_path):
     assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
 
 def test_json_is_one_object(own, capsys):
-    assert main(['bench', 'own_models:step', '--limit', '1', '--json', '--inference'])==0
+    assert main(['bench', 'own_models:step', '--seconds', '1', '--json', '--inference'])==0
     d = json.loads(capsys.readouterr().out)
     assert d['rows'][0]['arm']=='now' and d['conditions']['shape']==[2,5,16,16] and d['conditions']['optimizer']=='inference'
     assert main(['check', 'own_models:right', '--json', '--amp', 'bf16', *tiny])==0
@@ -77,11 +77,11 @@ def test_check_and_trace_compute_as_training_does(own, monkeypatch):
     assert seen==['tuned', 'tuned', 'survive'], "a step of the user's own says so itself"
 
 def test_bench_check_leaves_out_the_wrong(own, capsys):
-    assert main(['bench', 'own_models:wrong', '--check', '--limit', '1', '--json', *tiny])==0
+    assert main(['bench', 'own_models:wrong', '--check', '--seconds', '1', '--json', *tiny])==0
     rows = {r['arm']:r for r in json.loads(capsys.readouterr().out)['rows']}
     assert rows['channels last fp32']['verdict']=='failed' and rows['channels last fp32']['reason'].startswith('wrong: ')
 
-@pytest.mark.parametrize('command', [['bench', '--check', '--limit', '1'], ['check'], ['trace']], ids=lambda c: c[0])
+@pytest.mark.parametrize('command', [['bench', '--check', '--seconds', '1'], ['check'], ['trace']], ids=lambda c: c[0])
 def test_slow_commands_print_nothing_but_json(own, capsys, monkeypatch, command):
     "As if all took longer than the two seconds after which a bar is shown"
     from fastxtend_cl import check, trace
@@ -122,7 +122,7 @@ def test_trace_asks_trace_format(own, capsys, monkeypatch):
     (['trace', 'resnet18', '--device', 'gpu'], '--device gpu is no device: name one such as cpu'),
     (['bench', 'resnet18', '--device', 'meta'], '--device meta is not available on this machine'),
     (['check', 'resnet18', '--amp', 'fp8'], '--amp must be fp16 or bf16, got fp8'),
-    (['bench', 'resnet18', '--limit', '0'], '--limit 0.0 is out of range'),
+    (['bench', 'resnet18', '--seconds', '0'], '--seconds 0.0 is out of range'),
     (['bench', 'resnet18', '--plot', 'a.doc'], '--plot a.doc is no kind of picture: it takes '),
     (['bench', 'resnet18', '--plot', 'no_such_folder/a.png'], '--plot no_such_folder/a.png: there is no folder no_such_folder'),
     (['bench', 'vgg11', '--bs', '2', '--size', '8', '--device', 'cpu'], 'vgg11: now cannot be measured: RuntimeError: Given input size'),

@@ -72,7 +72,7 @@ def test_without_noise_the_fastest_wins(times, seed):
     race,best = run(true, seed=seed),min(true, key=true.get)
     assert race.used<=race.blocks, 'the blocks are not used up'
     if true[race.base]==true[best]: assert race.winner==race.base, 'a tie keeps the baseline'
-    else: assert true[race.winner]<=1.02*true[best] and true[race.winner]<true[race.base] or len(true)*8>race.blocks
+    else: assert true[race.winner]<=1.02*true[best] and true[race.winner]<true[race.base] or len(true)>5
     rows = race.rows()
     assert rows[0].arm==race.base and rows[0].verdict=='baseline' and {r.arm for r in rows}==set(true)
     assert all(r.verdict=='faster' for r in rows if r.arm==race.winner!=race.base)
@@ -114,9 +114,14 @@ def test_clearly_slower_settings_leave_early():
     assert verdicts=={'a': 'baseline', 'd': 'faster', 'b': 'slower', 'c': 'slower'}
     assert run({'a': 0.1, 'b': 0.2, 'c': 0.3}, 0.02).used==9, 'three rounds, where the baseline is far ahead'
 
-def test_two_that_are_close_go_on_without_the_baseline():
-    race = run({'a': 0.2, 'b': 0.1, 'c': 0.104}, 0.03)
-    assert len(race.seconds['a'])==8<max(len(race.seconds[n]) for n in 'bc') and race.winner in 'bc'
+def test_what_is_not_proven_goes_on_to_the_next_look():
+    "One round of eight that says otherwise, and none of the next nine"
+    race = Race({'a': 1, 'b': 1})
+    while not race.over: race.add(1. if race.current=='a' else 1.1 if race.round==4 else 0.9)
+    assert race.round==17 and race.winner=='b' and race.rows()[1].verdict=='faster'
+    race = Race({'a': 1, 'b': 1}, blocks=30)
+    while not race.over: race.add(1. if race.current=='a' else 1.1 if race.round==4 else 0.9)
+    assert race.round==8 and race.winner=='a' and race.rows()[1].verdict=='tie', 'the blocks do not allow for more'
 
 def test_too_few_blocks():
     race = run({'a': 0.2, 'b': 0.1}, blocks=10)

@@ -121,7 +121,7 @@ def test_one_line_at_the_end_of_a_fit(monkeypatch, capsys):
         learn.validate()
         assert lines(capsys.readouterr().out)==['tuned something'] and len(asked)==2
     learn.check_channelslast(); learn.trace_channelslast()
-    learn.bench_channelslast(['channels last fp32'+', tuned'*(device.type=='cpu')], limit=1, rounds=8, epochs=False, bar=False)
+    learn.bench_channelslast(['channels last fp32'+', tuned'*(device.type=='cpu')], seconds=1, rounds=8, epochs=False, bar=False)
     assert not lines(capsys.readouterr().out) and len(asked)==2
     monkeypatch.setattr(channelslast, 'rank_distrib', lambda: 1)
     fit(learn)
@@ -180,7 +180,7 @@ def test_the_step_of_a_learner(name, tuned):
 @pytest.mark.skipif(device.type!='cpu', reason='nothing of this model is tuned on a GPU')
 def test_the_present_of_a_learner_is_tuned():
     learn = learner().to_channelslast(use_amp=False)
-    res = learn.bench_channelslast(['channels last fp32'], limit=1, rounds=8, epochs=False, bar=False)
+    res = learn.bench_channelslast(['channels last fp32'], seconds=1, rounds=8, epochs=False, bar=False)
     assert res.conditions['now']=='channels last fp32, tuned'
 
 # Layers that end the process
