@@ -31,7 +31,8 @@ def model_of(name, shape):
     if name=='unet_resnet18': return create_unet_model(torchvision.models.resnet18, 10, shape[-2:], pretrained=False)
     return cli.model_of(name, 1000)
 
-def learner(name, shape, device):
+def learner(name, shape, device, batches=1):
+    "A Learner of random images, with as many training batches as asked for"
     torch.manual_seed(0)
     mask = name.startswith('unet')
     target = lambda i: TensorMask(torch.randint(10, shape[2:])) if mask else TensorCategory(i%10)
@@ -39,7 +40,7 @@ def learner(name, shape, device):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model = model_of(name, shape)
-    return Learner(DataLoaders.from_dsets(ds, ds, bs=shape[0], num_workers=0, device=device, shuffle=False),
+    return Learner(DataLoaders.from_dsets(ds*batches, ds, bs=shape[0], num_workers=0, device=device, shuffle=False),
         model.to(device), loss_func=CrossEntropyLossFlat(axis=1 if mask else -1), lr=1e-6,
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
 
