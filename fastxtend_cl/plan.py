@@ -8,7 +8,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/plan.html.md"""
 __all__ = ['FormatPlan', 'weights_precision', 'precision_name', 'setting_name', 'check_has_convolution', 'settings', 'Race',
            'cache_file', 'batch_shape', 'plan_key', 'kept_plan', 'keep_plan', 'add_compiled', 'as_plan', 'plan_formats']
 
-# %% ../nbs/08_plan.ipynb #c79f220d
+# %% ../nbs/08_plan.ipynb #34fc4864
 import hashlib, json, os, random, statistics, tempfile, time, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .bench import _names
 from .format import FormatWarning, _tensors_in, conv_params, format_of
 from .kernels import cache_folder, conditions, fixed_conditions
 from .step import TrainingStep
-from .timing import interval, least_pairs, next_look, ranks, world
+from .timing import interval, ranks, world
 
 # %% ../nbs/08_plan.ipynb #9d35af07
 @dataclass(repr=False)
@@ -181,12 +181,14 @@ def settings(
     pairs = [base, *((f, d) for d in ((None, low) if own=='fp32' else (None,)) for f in ('contiguous', 'channels_last'))]
     return [Arm(setting_name(f, _names[d] if d else own), f, d, tuned=tuned) for f,d in dict.fromkeys(pairs)]
 
-# %% ../nbs/08_plan.ipynb #bf91024c
+# %% ../nbs/08_plan.ipynb #e4d050c4
+_looks = 8,14 # Rounds after which it may be decided; their errors add up to 1 %
+
 class Race:
     "Which of several settings is the fastest, decided while they are in use"
     def __init__(self,
         names:list, # Of settings, the baseline first
-        blocks:int=40, # At most; of four steps each, about 150
+        blocks:int=44, # At most; of four steps each
         seed:int=0, # Of the order
     ):
         self.names,self.left,self.blocks,self.used = [*names],[*names],blocks,0
@@ -229,7 +231,9 @@ class Race:
     def proof(self, name):
         "Ratio of how many times as fast as the baseline `name` is, and its interval; None with fewer rounds than a verdict needs"
         pairs = self.pairs(self.base, name)
-        return interval(pairs) if len(pairs)>=least_pairs else None
+        return interval(pairs, 2e-3, _looks) if len(pairs)>=_looks[0] else None
+
+    def _is_proven(self, name): return (self.proof(name) or (1, 0))[1]>1
 
     def _next_round(self):
         self.round += 1
@@ -237,15 +241,15 @@ class Race:
         if self.round>=3:
             def clearly_slower(n): return min(p := self.pairs(n, lead))>1 and statistics.median(p)>1.05
             self.left = [n for n in self.left if n in (lead, self.base) or not clearly_slower(n)]
-        decided = self.round>=least_pairs and (lead==self.base or self.proof(lead)[1]>1)
-        goal = least_pairs if self.round<least_pairs else next_look(self.round)
-        self.over = decided or len(self.left)<2 or self.used+(goal-self.round)*len(self.left)>self.blocks
+        if self.round==_looks[0] and lead!=self.base and not self._is_proven(lead): self.left = [self.base, lead]
+        decided = self.round>=_looks[0] and (lead==self.base or self._is_proven(lead))
+        self.over = decided or len(self.left)<2 or self.round==_looks[1] or self.used+len(self.left)>self.blocks
         self.todo = self._order()
 
     @property
     def winner(self):
         "The fastest that is proven to be faster than the baseline, or else the baseline"
-        proven = [n for n in self.left if n!=self.base and (p := self.proof(n)) and p[1]>1]
+        proven = [n for n in self.left if n!=self.base and self._is_proven(n)]
         return min(proven, key=lambda n: statistics.median(self.pairs(n, proven[0])), default=self.base)
 
     def _row(self, name):
@@ -257,7 +261,7 @@ class Race:
         if name==self.base: row.verdict,row.low,row.high = 'baseline',None,None
         elif row.low is not None: row.verdict = 'faster' if row.low>1 else 'slower' if row.high<1 else 'tie'
         elif name not in self.left: row.verdict = 'slower' # than the leader
-        else: row.verdict,row.reason = 'inconclusive',f'{least_pairs} rounds needed, {len(pairs)} measured'
+        else: row.verdict,row.reason = 'inconclusive',f'{_looks[0]} rounds needed, {len(pairs)} measured'
         return row
 
     def rows(self) -> list: # Of `BenchRow`s

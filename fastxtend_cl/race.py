@@ -91,7 +91,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #e68577cf
+# %% ../nbs/08a_race.ipynb #4cb282a9
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -135,7 +135,7 @@ class RaceCallback(Callback):
         "Say in one line which settings will race"
         names = [f'{self.base.name} (baseline)', *(n for n in self.arms if n!=self.base.name)]
         if not rank_distrib():
-            print(f'The first training steps race {len(names)} settings, at most about 150 steps: {", ".join(names)}'
+            print(f'The first training steps race {len(names)} settings, mostly less than 100 steps: {", ".join(names)}'
                 f'{"; and the winner itself compiled" if self.compile else ""}')
 
     def say(self, line):
@@ -322,7 +322,7 @@ class RaceCallback(Callback):
             name = setting_name(arm.memory_format, precision_name(self.learn.model, arm), True)
             self.arms[name] = replace(arm, name=name, compile=True)
             self.say(f'Racing {arm.name} against itself compiled.')
-            self.open[id] = replace(o, race=Race([arm.name, name], 34), before=(rows, arm), idle=0)
+            self.open[id] = replace(o, race=Race([arm.name, name]), before=(rows, arm), idle=0)
             return
         del self.open[id]
         conditions = {**_machine(learner_device(self.learn)), 'shape': list(o.first), 'model': type(self.learn.model).__name__}

@@ -91,6 +91,7 @@ def next_look(
 def interval(
     pairs, # Ratios, one a round, in the order of the rounds
     error:float=3e-4, # Of a look after the first
+    looks:tuple=looks,
 ) -> tuple: # Median, low, high
     "Median of `pairs` and its interval of 99 %, as of the last of `looks`; before the first look it is from 0 to infinity"
     n = max((o for o in looks if o<=len(pairs)), default=0)

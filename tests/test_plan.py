@@ -104,7 +104,7 @@ def test_simulated_with_noise():
     same = dict.fromkeys('abcd', 0.1)
     assert share(same, 0.1, 'bcd')<=0.02
     true = {'a': 0.16, 'b': 0.11, 'c': 0.14, 'd': 0.085}
-    assert share(true, 0.05, 'd')>=0.995 and share(true, 0.2, 'd')>=0.9
+    assert share(true, 0.05, 'd')>=0.995 and share(true, 0.2, 'd')>=0.93
     assert share({'a': 0.1, 'b': 0.13, 'c': 0.12, 'd': 0.2}, 0.1, 'a')==1, 'the baseline is the fastest'
 
 def test_clearly_slower_settings_leave_early():
@@ -115,13 +115,14 @@ def test_clearly_slower_settings_leave_early():
     assert run({'a': 0.1, 'b': 0.2, 'c': 0.3}, 0.02).used==9, 'three rounds, where the baseline is far ahead'
 
 def test_what_is_not_proven_goes_on_to_the_next_look():
-    "One round of eight that says otherwise, and none of the next nine"
-    race = Race({'a': 1, 'b': 1})
-    while not race.over: race.add(1. if race.current=='a' else 1.1 if race.round==4 else 0.9)
-    assert race.round==17 and race.winner=='b' and race.rows()[1].verdict=='faster'
-    race = Race({'a': 1, 'b': 1}, blocks=30)
-    while not race.over: race.add(1. if race.current=='a' else 1.1 if race.round==4 else 0.9)
-    assert race.round==8 and race.winner=='a' and race.rows()[1].verdict=='tie', 'the blocks do not allow for more'
+    "One round of eight that says otherwise, and none of the next six"
+    race = Race('abc')
+    while not race.over: race.add(dict(a=1., b=1.1 if race.round==4 else 0.9, c=0.92)[race.current])
+    assert race.round==14 and race.winner=='b' and [len(race.seconds[n]) for n in 'abc']==[14, 14, 8]
+    assert {r.arm: (r.verdict, r.low) for r in race.rows()}['b']==('faster', 1/.9)
+    race = Race('ab')
+    while not race.over: race.add(1. if race.current=='a' else 1.1 if race.round in (4, 9) else 0.9)
+    assert race.round==14 and race.winner=='a' and race.rows()[1].verdict=='tie'
 
 def test_too_few_blocks():
     race = run({'a': 0.2, 'b': 0.1}, blocks=10)
@@ -148,7 +149,8 @@ def test_what_is_shown():
     assert str(p).splitlines()[1:]==['setting                       ratio          99 %    ms  rounds',
         'contiguous fp32     baseline   1.00  0.90 to 1.10  1000      12', 'channels last bf16  faster     2.00  1.80 to 2.20   500      12',
         'A note.', 'Found in 88 training steps, 4x3x16x16, a chip, torch 2.14, 2026-11-26.']
-    failed = found(rows=[row(base, 1., verdict='baseline'), row(won, .5, verdict='faster'), BenchRow('channels last fp32', 'failed', 'out of memory')], seconds=7)
+    failed = found(rows=[row(base, 1., verdict='baseline'), row(won, .5, verdict='faster'), BenchRow('channels last fp32', 'failed', 'out of memory')])
+    failed.seconds = 7.
     assert 'channels last fp32: out of memory.' in str(failed) and 'Found in 7 s.' in str(failed)
     assert max(map(len, str(failed).splitlines()))<=100
 
@@ -157,7 +159,7 @@ def test_the_plot_is_never_empty():
     matplotlib.use('Agg')
     ax = found().plot()
     assert [l.get_label() for l in ax.lines]==[base, won] and ax.get_title()==f'faster: {won}'
-    assert a_plan(rows=[row(base, 1., blocks={})]).plot().texts
+    assert a_plan(arm=base, rows=[row(base, 1., blocks={})]).plot().texts
     with pytest.raises(ValueError, match='nothing was measured for this plan, so there is nothing to draw'): a_plan().plot()
 
 def test_a_plan_that_is_none():
@@ -398,7 +400,7 @@ def test_an_export_is_plain_fastai(tmp_path):
 def test_check_and_bench_after_a_plan():
     learn = learner().to_channelslast(plan=a_plan())
     assert learn.check_channelslast().ok is not False
-    res = learn.bench_channelslast(['contiguous fp32'], seconds=2, rounds=8, bar=False)
+    res = learn.bench_channelslast(['contiguous fp32'], seconds=20, rounds=8, bar=False)
     assert 'channels last bf16' in res.conditions['now'] and res.loader
 
 def test_a_learner_is_planned_without_training(monkeypatch):

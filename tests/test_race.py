@@ -89,8 +89,8 @@ def test_the_fastest_stays(race, fastest, capsys):
     fit(learn, 10)
     p = plan(learn)
     assert p.arm==fastest and p.verdict==('faster' if fastest!=base else 'no faster setting') and p.baseline==base and {r.arm for r in p.rows}==set(speeds)
-    assert learn.see.train[-1]==setting(learn)==fastest and p.steps<=160
-    assert 'at most about 150 steps' in (out := capsys.readouterr().out) and out.count('The first training steps race 4 settings')==1
+    assert learn.see.train[-1]==setting(learn)==fastest and p.steps<=88
+    assert 'mostly less than 100 steps' in (out := capsys.readouterr().out) and out.count('The first training steps race 4 settings')==1
     assert out.count(f'{"Kept" if fastest==base else "Chose"} {fastest} after {p.steps} steps: {p.reason}.')==1
     assert p.row.ratio==(pytest.approx(1/0.3) if fastest!=base else 1) and p.conditions['shape']==[4, 3, 8, 8]
     ours = [n for n,_ in blocks(learn.see.train[:p.steps])]
