@@ -1,6 +1,6 @@
 """What has to be seen on a GPU, in one command: `python benchmarks/gpu.py`, or some of its parts: `--parts right,faults`
 
-plan: what `plan_formats` finds for networks where channels last is known to lose
+plan: what the race of `to_channelslast(plan='auto')` chooses, and whether that is the fastest setting
 faults: known reports, reproduced or refuted, and random operators, networks and convolutions against double precision (faults.py)
 right: optimizers, checkpoints, exports, compiled models, CUDA graphs and mixed precision through `to_channelslast` (gpu_right.py)
 checks: `check_formats` of networks with grouped and depthwise convolutions (gpu_right.py)
@@ -13,6 +13,8 @@ Each part writes results/gpu-PART-DEVICE.json, after every row; what raises is a
 part failed or found something wrong. `--device cpu --tiny` tries all without a GPU and writes nothing."""
 import contextlib, difflib, importlib.util, io, itertools, json, os, signal, subprocess, sys, tempfile, time, traceback, warnings
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import torch
 from fastcore.script import call_parse
@@ -169,23 +171,51 @@ def run_sections(part, device, tiny, seconds, only=None):
 
 # The other parts
 
+def raced(name, device, tiny, compile, seconds):
+    "What the race chooses in a fit of random images that are on the device already, against what `bench_formats` says of the same settings"
+    from fastai.callback.core import Callback, CancelFitException
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.optimizer import OptimWrapper
+    from fastxtend_cl.all import TrainingStep, bench_formats
+    from gpu_speed import network, random_batch, sizes, tiny_sizes
+    class Until(Callback):
+        "End the fit with the race"
+        order = 300
+        def after_batch(self):
+            if self.learn.channels_last.plan.conditions: raise CancelFitException
+    size = (tiny_sizes if tiny else sizes)[name]
+    x,y = random_batch(name, size, device)
+    torch.manual_seed(0)
+    with device: model = network(name, size).to(device)
+    learn = Learner(DataLoaders([(x, y)]*250, [(x, y)]), model, loss_func=torch.nn.functional.cross_entropy,
+        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), lr=1e-6)
+    learn.to_channelslast(plan='refresh', compile=compile).add_cb(Until())
+    start = time.time()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    plan,took = learn.channels_last.plan,time.time()-start
+    print(plan, flush=True)
+    arms = [a for a in learn.race.arms.values() if not a.compile]
+    res = dict(size=list(size), plan=plan.to_dict(), race_seconds=took, scales=len(learn.recorder.losses))
+    if compile or seconds<5: return res
+    step = TrainingStep(model, x, y, torch.nn.functional.cross_entropy, torch.optim.AdamW(model.parameters(), lr=1e-6))
+    arms = [replace(a, tuned=True) for a in arms]
+    bench = bench_formats(step, arms[1:], now=replace(arms[0], name='now'), seconds=seconds, bar=False)
+    print(bench, flush=True)
+    bench.about()
+    alone = {('now' if i==0 else a.name): a.name for i,a in enumerate(arms)}
+    each = {alone[r.arm]: r.seconds for r in bench.rows if r.arm in alone and r.seconds}
+    best = min(each, key=each.get)
+    return {**res, 'alone': each, 'best': best, 'regret': each[plan.arm]/each[best] if plan.arm in each else None, 'conditions': bench.conditions}
+
 def run_plan(device, tiny, seconds):
-    "What `plan_formats` finds, on networks of grouped convolutions and one in three dimensions"
-    from fastxtend_cl.cli import model_step
-    from fastxtend_cl.plan import plan_formats
+    "The race of `to_channelslast(plan='auto')`, with networks for which channels last pays and others for which it does not"
     torch.backends.cudnn.benchmark = False # its searches take longer than what is measured here
-    def find(name, bs, size):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            step = model_step(name, bs, size, device=str(device))
-        dtype = torch.float16 if device.type=='cuda' else torch.bfloat16
-        plan = plan_formats(step, dtype, budget=5 if tiny else seconds/3, cache=False, bar=False)
-        print(plan, flush=True)
-        return plan.to_dict()
-    rows = Rows('plan', device, tiny)
-    small,large = [('mobilenetv2_050', 2, 32), ('r3d_18', 1, 32)],[('regnetx_032', 64, 224), ('resnest50d', 64, 224), ('r3d_18', 8, 112)]
-    for case in small if tiny else large:
-        rows.attempt(lambda: find(*case), model=case[0], bs=case[1], size=case[2])
+    rows,end = Rows('plan', device, tiny),time.time()+seconds
+    cases = [(n, False) for n in ('resnet50', 'regnetx_032', 'r3d_18', 'efficientnet_b0', 'resnest50d', 'mobilenetv2_100', 'densenet121', 'convnext_tiny')]
+    for name,compile in [*cases[:3], ('resnet50', True), *cases[3:]] if not tiny else cases[:3]:
+        if time.time()>end: rows.add(model=name, compile=compile, left_out='no time'); continue
+        rows.attempt(lambda: raced(name, device, tiny, compile, 5 if tiny else 15), model=name, compile=compile)
         if device.type=='cuda': torch.cuda.empty_cache()
     return not rows.bad
 

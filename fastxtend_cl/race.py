@@ -7,8 +7,8 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/race.html.md"""
 # %% auto #0
 __all__ = ['set_compiled', 'set_setting', 'NotFiniteError', 'RaceCallback']
 
-# %% ../nbs/08a_race.ipynb #53527e13
-import statistics, sys, time
+# %% ../nbs/08a_race.ipynb #4ae13667
+import inspect, statistics, sys, time
 from dataclasses import dataclass, replace
 import torch
 from torch import nn
@@ -26,19 +26,30 @@ from fastxtend_cl.plan import (FormatPlan, Race, add_compiled, as_plan, batch_sh
     setting_name)
 from .step import generators
 
-# %% ../nbs/08a_race.ipynb #5136e999
-def set_compiled(model, compile):
-    "Compile `model`, or take that back; a model that the user has compiled stays compiled"
-    now = model._compiled_call_impl
+# %% ../nbs/08a_race.ipynb #8ba28e55
+def _own_limit():
+    "Dynamo compiles eight variants of all models of a process together, unless told to count each for itself (torch 2.14)"
+    return {'isolate_recompiles': True} if 'isolate_recompiles' in inspect.signature(torch.compile).parameters else {}
+
+def set_compiled(
+    model:nn.Module,
+    compile:bool,
+    kept:dict|None=None, # Where what was compiled stays for the next time
+):
+    "Compile `model` in place, or take that back; a model that the user has compiled stays compiled"
+    now,kept = model._compiled_call_impl,{} if kept is None else kept
     if now is not None and not compile and getattr(now, 'of_plan', False): model._compiled_call_impl = None
     elif compile and now is None:
-        model.compile()
-        model._compiled_call_impl.of_plan = True
+        if kept.get('model') is not model:
+            model.compile(**_own_limit())
+            model._compiled_call_impl.of_plan = True
+            kept.update(model=model, call=model._compiled_call_impl)
+        model._compiled_call_impl = kept['call']
 
-def set_setting(learn, arm):
+def set_setting(learn, arm, kept=None):
     "Let `learn`, which has a `ChannelsLastCallback`, train as `arm` says; raises before anything has changed"
     convert_format(learn.model, arm.memory_format, getattr(learn, 'opt', None))
-    set_compiled(learn.model, arm.compile)
+    set_compiled(learn.model, arm.compile, kept)
     learn.channels_last.memory_format = arm.memory_format
     for amp in learn._grab_cbs(DeviceMixedPrecision): amp.pause(arm.dtype is None)
 
@@ -91,7 +102,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #4cb282a9
+# %% ../nbs/08a_race.ipynb #0968e81b
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -105,7 +116,7 @@ class RaceCallback(Callback):
         self.plans,self.open,self.id,self.key = {},{},None,None # by (key of what is trained, shape); which one is at hand
         self.applied,self.lines,self.failures,self.blocked,self.trained = None,[],[],None,None
         self.between,self.fresh,self.start,self.marks,self.suspect,self.saved = True,True,None,[],None,None
-        self.cancelled,self.skipped,self.stepping,self.backward,self.shapes,self.said = False,False,False,False,[],set()
+        self.cancelled,self.skipped,self.stepping,self.backward,self.shapes,self.said,self.compiled = False,False,False,False,[],set(),{}
 
     def __call__(self, event_name):
         if hasattr(type(self), event_name): return super().__call__(event_name) # see ChannelsLastCallback
@@ -127,7 +138,7 @@ class RaceCallback(Callback):
         return self.now.before[1] if self.now and self.now.before else self.base
 
     def apply(self, arm):
-        set_setting(self.learn, arm)
+        set_setting(self.learn, arm, self.compiled)
         if arm is not self.applied: self.fresh,self.marks = True,[]
         self.applied = arm
 
