@@ -257,7 +257,7 @@ def planned_with(monkeypatch, verdict, **kwargs):
     step = TrainingStep(model, torch.randn(4, 3, 16, 16), torch.arange(4), nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1))
     real,seen = bench_formats,[]
     def planted(step, arms, **kw):
-        if kw['now'].keep_memory: return real(step, arms, **kw)
+        if kw['now'].keep_memory is not False: return real(step, arms, **kw)
         seen.append((kw['now'], *arms))
         return proven(verdict)
     monkeypatch.setattr(plans, 'bench_formats', planted)
