@@ -823,7 +823,7 @@ def bench_formats(
             for name,why in _wrong_arms(step, chosen, min(15., seconds/2), bar).items(): next(l for l in lanes if l.name==name).failed = why
         before = {}
         interrupted,block = measure(lanes, clock, deadline, rounds, block, width, seed, bar, partial(_Judge, step),
-            lambda: before.update(_state(step.device)), seconds*(0.1 if loader is None else 0.3))
+            lambda: before.update(_state(step.device)), max(min(3., seconds/4), seconds*(0.1 if loader is None else 0.3)))
         res = _result(lanes, _conditions(step, now, inference, block), step.device, before, deadline, interrupted)
         try: _add_more(res, step, lanes, inference, loader, clock, deadline)
         except KeyboardInterrupt: res.interrupted = True

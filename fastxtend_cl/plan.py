@@ -307,7 +307,7 @@ def _write_cache(file, key, shape, plan):
         os.replace(new, file)
     except OSError as e: warnings.warn(FormatWarning(f'the plan is not kept: {e}'), stacklevel=2)
 
-# %% ../nbs/08_plan.ipynb #601cebe3
+# %% ../nbs/08_plan.ipynb #8c7a1de8
 def batch_shape(
     inputs, # Tensors, also in dicts, lists and tuples
 ) -> str: # Such as '64x3x224x224'
@@ -316,7 +316,7 @@ def batch_shape(
 
 def _gpu(device):
     if device.type!='cuda': return None
-    return torch.cuda.get_device_name(device),torch.version.cuda,torch._C._cuda_getDriverVersion()
+    return torch.cuda.get_device_name(device),torch.cuda.get_device_capability(device),torch.version.cuda
 
 def plan_key(
     model:nn.Module, optimizer,
