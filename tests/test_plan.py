@@ -279,19 +279,19 @@ def test_auto_asks_for_a_plan(monkeypatch):
 def test_check_and_bench_after_a_plan():
     learn = learner().to_channelslast(plan=a_plan())
     assert learn.check_channelslast().ok is not False
-    res = learn.bench_channelslast(['contiguous fp32'], seconds=1, rounds=8, bar=False)
+    res = learn.bench_channelslast(['contiguous fp32'], seconds=9, rounds=8, bar=False)
     assert res.conditions['now']==won and res.loader
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('plan', [same, a_plan(memory_format='contiguous'), a_plan(autocast=None, tuned=False)], ids=lambda p: f'{p.arm} {p.memory_format}')
 def test_bench_with_epochs_after_any_plan(plan):
-    res = learner().to_channelslast(plan=plan).bench_channelslast(['contiguous fp32', 'now, compiled'][:1 if plan is not same else 0], seconds=.5, rounds=8, bar=False)
+    res = learner().to_channelslast(plan=plan).bench_channelslast(['contiguous fp32', 'now, compiled'][:1 if plan is not same else 0], seconds=9, rounds=8, bar=False)
     assert res.loader['wait'].keys()>={'now'}
 
 def test_whole_epochs_need_a_step_of_the_package():
     step = step_of()
     res = bench_module.bench_formats(step, ['channels last fp32'], now=Arm('now', setup=lambda s: s.run), loader=[(step.inputs, step.targets)]*9,
-        seconds=.5, rounds=8, bar=False)
+        seconds=9, rounds=8, bar=False)
     assert not res.loader and 'Whole epochs were not measured: the current setting is a function of the step.' in res.notes
 
 def test_nothing_faster_changes_nothing():
