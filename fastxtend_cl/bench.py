@@ -712,7 +712,7 @@ def _segment(step, lane, loader, clock, drop, seconds, deadline):
 def _whole(step, lanes, loader, clock, deadline, turns=4):
     "Present and best in turn; a dict for `FormatBench.loader`"
     workers = getattr(loader, 'num_workers', 0) or 0
-    drop,rows,seconds = 1+2*workers,{l.name:[] for l in lanes},min(deadline.left, deadline.seconds/4)/(turns*len(lanes))
+    drop,rows,seconds = 1+2*workers,{l.name:[] for l in lanes},min(deadline.left, deadline.seconds/5)/(turns*len(lanes))
     for i in range(turns): # who is first changes from turn to turn
         for lane in lanes[::-1] if i%2 else lanes:
             rows[lane.name].append(_segment(step, lane, loader, clock, drop, seconds, deadline))
@@ -832,12 +832,15 @@ def bench_formats(
 
 # %% ../nbs/06_bench.ipynb #86797696
 def _add_more(res, step, lanes, inference, loader, clock, deadline):
-    "Memory, FLOP/s and whole epochs"
+    "Whole epochs, shares of the limit, the optimizer and memory, as far as there is time"
     counts,peaks,base,missing = {},{},lanes[0].cost(1),[]
     def fits(what, cost):
         if deadline.left<cost: missing.append(what)
         return deadline.left>=cost
     measured = [l for l in lanes if l.seconds and not l.failed]
+    if loader is not None and measured and not res.interrupted and not inference and fits('whole epochs', 40*base):
+        _add_epochs(res, step, lanes, loader, clock, deadline)
+        if not res.loader: fits('whole epochs', 0.)
     if measured and not res.interrupted:
         if fits('share of the limit', 12*base+2):
             counts,res.ceilings,more = _speed_limits(step, measured, inference, clock)
@@ -849,10 +852,6 @@ def _add_more(res, step, lanes, inference, loader, clock, deadline):
             if not fits('peak memory', 4*l.cost(1)): break
             peaks[l.name] = _peak(step, l)
     _finish_rows(res.rows, lanes, step, peaks, counts, res.ceilings)
-    whole = loader is not None and measured and not res.interrupted and not inference
-    if whole and fits('whole epochs', 40*base):
-        _add_epochs(res, step, lanes, loader, clock, deadline)
-        if not res.loader: fits('whole epochs', 0.)
     if missing: res.notes.append(f'Not measured for want of time: {", ".join(missing)}.')
 
 def _add_epochs(res, step, lanes, loader, clock, deadline):
