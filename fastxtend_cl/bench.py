@@ -658,11 +658,12 @@ def _counts(step, dtype, inference):
 @torch.no_grad()
 def copy_speed(
     device:str|torch.device,
-    mib:int=64, # Of the tensor: more than caches hold
+    mib:int|None=None, # Of the tensor, more than caches hold; None: 64 on a CPU, else 512
     clock:Clock|None=None,
 ) -> float: # Bytes a second, read and written
     "What `device` reaches when it copies a tensor, best of several tries"
-    clock,x = clock or device_clock(device),torch.zeros(mib<<18, device=device)
+    clock,mib = clock or device_clock(device),mib or (64 if torch.device(device).type=='cpu' else 512)
+    x = torch.zeros(mib<<18, device=device)
     y = torch.empty_like(x)
     times = [t for t in clock.steps(lambda: y.copy_(x), 8)[0][1:] if t>0]
     return float(2*x.nbytes/min(times)) if times else 0.
@@ -694,10 +695,10 @@ def _segment(step, lane, loader, clock, drop, seconds, deadline):
     to = {'channels_last': as_channels_last, 'contiguous': as_contiguous}.get(lane.arm.memory_format)
     def body(f):
         rows,it,start = [],iter(loader),clock.now()
-        while len(rows)<drop+4 or clock.now()-start<seconds and len(rows)<drop+200:
+        while deadline.left>0 and (len(rows)<drop+4 or clock.now()-start<seconds and len(rows)<drop+200):
             t0 = clock.now()
             batch = next(it, None)
-            if batch is None or deadline.left<0: break
+            if batch is None: break
             t1 = clock.now()
             step.inputs,step.targets = (o if isinstance(o, tuple) else (o,) for o in batch)
             step._change_batch(to)
@@ -711,7 +712,7 @@ def _segment(step, lane, loader, clock, drop, seconds, deadline):
 def _whole(step, lanes, loader, clock, deadline, turns=4):
     "Present and best in turn; a dict for `FormatBench.loader`"
     workers = getattr(loader, 'num_workers', 0) or 0
-    drop,rows,seconds = 1+2*workers,{l.name:[] for l in lanes},min(deadline.left, deadline.seconds/4)/(turns*len(lanes))
+    drop,rows,seconds = 1+2*workers,{l.name:[] for l in lanes},min(deadline.left, deadline.seconds/5)/(turns*len(lanes))
     for i in range(turns): # who is first changes from turn to turn
         for lane in lanes[::-1] if i%2 else lanes:
             rows[lane.name].append(_segment(step, lane, loader, clock, drop, seconds, deadline))
@@ -767,14 +768,13 @@ def _speed_limits(step, lanes, inference, clock):
 def _optimizer_note(step, lane, clock):
     "What the update takes of a step of an arm, if it is much"
     opt,times = step.optimizer,[]
-    def body(f):
+    def steps(f):
         own = opt.step
-        def timed(*args, **kwargs):
-            times.append(float(clock.steps(partial(own, *args, **kwargs), 1)[0][0]))
+        def timed(*args, **kwargs): times.append(float(clock.steps(partial(own, *args, **kwargs), 1)[0][0]))
         opt.step = timed # until `preserved` puts it back
-        return attempt(clock.steps, f, 2)[0]
-    whole = lane.run(body)
-    share = max(ranks(times[-1]/whole[-1] if times else 0.))
+        return clock.steps(f, 2)[0]
+    whole = lane.attempt(lambda f: attempt(steps, f))
+    share = max(ranks(times[-1]/whole[-1] if times and whole is not None else 0.))
     plain = getattr(opt, 'opt', opt)
     fused = isinstance(plain, torch.optim.Optimizer) and 'fused' in plain.defaults and not any(g.get('fused') for g in plain.param_groups)
     hint = f': with `fused=True`, {type(plain).__name__} is faster, and safe here, since its state follows the format of the parameters'
@@ -832,13 +832,16 @@ def bench_formats(
 
 # %% ../nbs/06_bench.ipynb #86797696
 def _add_more(res, step, lanes, inference, loader, clock, deadline):
-    "Memory, FLOP/s and whole epochs"
+    "Whole epochs, shares of the limit, the optimizer and memory, as far as there is time"
     counts,peaks,base,missing = {},{},lanes[0].cost(1),[]
     def fits(what, cost):
         if deadline.left<cost: missing.append(what)
         return deadline.left>=cost
     measured = [l for l in lanes if l.seconds and not l.failed]
-    if not res.interrupted:
+    if loader is not None and measured and not res.interrupted and not inference and fits('whole epochs', 40*base):
+        _add_epochs(res, step, lanes, loader, clock, deadline)
+        if not res.loader: fits('whole epochs', 0.)
+    if measured and not res.interrupted:
         if fits('share of the limit', 12*base+2):
             counts,res.ceilings,more = _speed_limits(step, measured, inference, clock)
             res.notes += more
@@ -849,8 +852,6 @@ def _add_more(res, step, lanes, inference, loader, clock, deadline):
             if not fits('peak memory', 4*l.cost(1)): break
             peaks[l.name] = _peak(step, l)
     _finish_rows(res.rows, lanes, step, peaks, counts, res.ceilings)
-    whole = loader is not None and not res.interrupted and not inference
-    if whole and fits('whole epochs', 40*base): _add_epochs(res, step, lanes, loader, clock, deadline)
     if missing: res.notes.append(f'Not measured for want of time: {", ".join(missing)}.')
 
 def _add_epochs(res, step, lanes, loader, clock, deadline):
