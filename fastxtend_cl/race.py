@@ -102,7 +102,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #0968e81b
+# %% ../nbs/08a_race.ipynb #f2fe9ee0
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -117,9 +117,11 @@ class RaceCallback(Callback):
         self.applied,self.lines,self.failures,self.blocked,self.trained = None,[],[],None,None
         self.between,self.fresh,self.start,self.marks,self.suspect,self.saved = True,True,None,[],None,None
         self.cancelled,self.skipped,self.stepping,self.backward,self.shapes,self.said,self.compiled = False,False,False,False,[],set(),{}
+        self.active = False
 
     def __call__(self, event_name):
-        if hasattr(type(self), event_name): return super().__call__(event_name) # see ChannelsLastCallback
+        if event_name=='before_fit': self.active = hasattr(self.learn, 'channels_last') # the user may have taken it away
+        if self.active and hasattr(type(self), event_name): return super().__call__(event_name) # see ChannelsLastCallback
 
     @property
     def now(self):
@@ -352,7 +354,7 @@ class RaceCallback(Callback):
     def rest(self):
         "After a fit, however it ended: an open race leaves the baseline"
         self.start,self.suspect,self.saved,self.marks,self.between = None,None,None,[],True
-        if self.applied is None or self.blocked: return self.flush()
+        if not self.active or self.applied is None or self.blocked: return self.flush()
         if (o := self.now) and o.steps: self.say(f'The race goes on in the next fit: {o.steps} steps so far.')
         self.apply(self.resting())
         self.learn.channels_last.plan = self.plan

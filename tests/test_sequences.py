@@ -17,6 +17,7 @@ from fastxtend_cl.channelslast import ChannelsLastCallback
 from fastxtend_cl.format import format_of
 from fastxtend_cl.kernels import _now
 from fastxtend_cl.plan import FormatPlan
+from fastxtend_cl.race import RaceCallback
 
 plans = {'contiguous': FormatPlan('contiguous bf16', 'contiguous', 'bf16'), 'channels last': FormatPlan('channels last fp32', 'channels_last'),
     'compiled': FormatPlan('channels last bf16, compiled', 'channels_last', 'bf16', compile=True),
@@ -25,13 +26,13 @@ plans = {'contiguous': FormatPlan('contiguous bf16', 'contiguous', 'bf16'), 'cha
 def leaves_something(call):
     "Whether what `call` comes to depends on what was before it"
     name,kw = call
-    return name in fastais or name=='to_contiguous' and not kw['to_fp32']
+    return name in fastais or name=='to_contiguous' and not kw['to_fp32'] or kw.get('plan')=='auto'
 
 fastais = 'to_fp16', 'to_bf16', 'to_fp32' # they add callbacks of fastai's own, or take all away
 
 conversions = [('to_channelslast', kw) for kw in (dict(), dict(use_amp=False), dict(amp_mode='bf16', keep_memory=True), dict(amp_mode='fp16', growth_interval=7),
     dict(to_fp16=True, tune=False), dict(amp_mode=False, keep_memory=False), dict(init_scale=8.), *[dict(plan=p) for p in plans],
-    dict(plan='contiguous', tune=False, keep_memory=False))]
+    dict(plan='contiguous', tune=False, keep_memory=False), dict(plan='auto'), dict(plan='auto', use_amp=False, tune=False))]
 conversions += [('to_contiguous', dict(to_fp32=b)) for b in (False, True)]
 
 def splitter(m): return [[*m[:3].parameters()], [*m[3:].parameters()]]
@@ -44,7 +45,7 @@ def new_learner(fused, own=None, path=None):
 
 def call(learn, o):
     name,kw = o
-    with quiet(learn): res = getattr(learn, name)(**{**kw, **(dict(plan=plans[kw['plan']]) if 'plan' in kw else {})})
+    with quiet(learn): res = getattr(learn, name)(**{**kw, **(dict(plan=plans.get(kw['plan'], kw['plan'])) if 'plan' in kw else {})})
     assert res is learn
 
 def settings_of(amp): return {k: v for k,v in amp.kwargs.items() if k!='enabled' or type(amp) is not MixedPrecision} # fastai's own sets that in a fit
@@ -55,7 +56,8 @@ def described(learn):
     assert getattr(learn, 'channels_last', None) is (cl[0] if cl else None) and getattr(learn, 'mixed_precision', None) in (amps or [None])
     assert all(cb.learn is learn for cb in learn.cbs) and all(type(cb) is ChannelsLastCallback for cb in cl)
     return dict(all=sorted(type(cb).__name__ for cb in learn.cbs), amp=[(type(cb), cb.amp_mode, settings_of(cb)) for cb in amps],
-        channels_last=[(cb.plan, cb.tune, cb.memory_format, cb.kernels, cb.keep_memory) for cb in cl])
+        race=[cb.base.name for cb in learn._grab_cbs(RaceCallback)],
+        channels_last=[(cb.plan and cb.plan.arm, cb.tune, cb.memory_format, cb.kernels, cb.keep_memory) for cb in cl])
 
 def not_compiled(f, **kwargs):
     "In place of `torch.compile`: what is compiled is not the question here, and takes long"
@@ -119,7 +121,7 @@ class Sequences(RuleBasedStateMachine):
         except (KeyboardInterrupt, CancelEpochException, CancelBatchException): pass # fastai catches what belongs to the event
         if event!='before_fit': self.settled = True
 
-    @rule(without=st.sampled_from([[], [ChannelsLast], [MixedPrecision], [ChannelsLast, MixedPrecision]]))
+    @rule(without=st.sampled_from([[], [ChannelsLast], [MixedPrecision], [ChannelsLast, MixedPrecision], [RaceCallback]]))
     def fit_with_others(self, without):
         "Callbacks that come for one fit, in nested contexts, and some that are away meanwhile"
         with self.learn.removed_cbs(self.learn._grab_cbs(tuple(without))) if without else nullcontext(), self.learn.added_cbs([Callback()]), self.learn.added_cbs([SeeBatch()]):
