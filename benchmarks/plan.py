@@ -151,7 +151,7 @@ def summary(found):
         line('as contiguous fp32 of plain PyTorch', gains(found, lambda f: 'plain contiguous fp32')), line("as fastai's own", gains(found, lambda f: fastai)),
         line('as the best plain setting of each network', gains(found, lambda f: min(of_plain(f), key=of_plain(f).get))),
         line(f'as the one plain setting that is best for all ({common[6:]})', gains(found, lambda f: common)), '',
-        f'Largest regret: {worst[0][0]-1:.1%} ({worst[1]}, {worst[2]}: {worst[3]} instead of {worst[4]}); more than 2 %: {share(1.02)} races, more than 5 %: {share(1.05)}.',
+        f'Largest regret: {worst[0][0]-1:.1%} ({worst[1]}, {worst[2]}: {worst[3]} instead of {worst[4]}); more than 2 %: {share(1.02)} races, more than 5 %: {share(1.05)}.', '',
         *(f'- {model}, {where}: {arm} instead of {best}, {r[0]-1:.1%} slower ({r[1]-1:.1%} to {r[2]-1:.1%})' for r,model,where,arm,best in sorted(regrets)[::-1] if r[0]>1.02), '']
     for label,some in (('twelve networks', models), ('others', {n: s for n,s in shapes.items() if n not in models})):
         if part := [f for f in found if f['model'] in some]:
