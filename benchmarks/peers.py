@@ -2,7 +2,6 @@
 
 Every arm is a `Learner` of its own with the same weights and batch, timed by `Learner.one_batch` with the independent
 harness of common.py.
-What `Learner.bench_channelslast` says of the same step is set beside it, and whether both agree.
 Peers whose packages are not installed are their published few lines; the rows say which. Writes
 results/peers-DEVICE.json and .md after each network and goes on where it was broken off. `--tiny` tries the script."""
 import gc, statistics, warnings
@@ -16,7 +15,6 @@ from fastai.vision.all import (AMPMode, Callback, CrossEntropyLossFlat, DataLoad
 from fastcore.script import call_parse
 import fastxtend_cl.all
 from fastxtend_cl import cli
-from fastxtend_cl.amp import native_amp_mode
 from fastxtend_cl.memory import kept_memory # of the harness, the one thing that is ours: else page faults decide
 from common import conditions, geometric, interleave, interval, kept_rows, results, save
 
@@ -96,7 +94,7 @@ def stepper(name, shape, device, setup):
         for _ in range(3): step() # a first failure shows here, and compiling is done
     return step
 
-def measure(name, shape, device, rounds, block, limit, compile=True, bench=True):
+def measure(name, shape, device, rounds, block, compile=True):
     "Rows of one network"
     steps,rows = {},[]
     for arm,(setup,what) in arms.items():
@@ -116,32 +114,14 @@ def measure(name, shape, device, rounds, block, limit, compile=True, bench=True)
             ratio=interval([b/a for a,b in zip(s, seconds[base])])))
     del steps
     gc.collect()
-    if bench: rows += agreement(name, shape, device, limit, rows)
     return rows
-
-def agreement(name, shape, device, limit, rows):
-    "What `bench_channelslast` says of the same steps"
-    mode = native_amp_mode(device)
-    pairs = {'channels last fp32, tuned': ours_fp32, **({f'channels last {mode.value}, tuned': ours} if mode else {})}
-    res = learner(name, shape, device).bench_channelslast(list(pairs), seconds=limit, epochs=False)
-    out = []
-    for arm,theirs in pairs.items():
-        r,h = res[arm],next((q for q in rows if q['arm']==theirs and 'ratio' in q), None)
-        if r.low is None or h is None:
-            out.append(dict(model=name, arm=f'bench: {arm}', failed=r.reason or 'the harness has no row'))
-            continue
-        low,high = h['ratio'][1:]
-        out.append(dict(model=name, shape=list(shape), arm=f'bench: {arm}', what=f'{r.verdict}, noise {res.noise}',
-            ms=1e3*r.seconds, ratio=[r.ratio, r.low, r.high], pairs=r.pairs, harness=h['ratio'],
-            agrees=r.low<=high and low<=r.high))
-    return out
 
 def table(rows):
     "Markdown: a row for each network, a column for each arm"
     names,kinds = (list(dict.fromkeys(r['model'] for r in rows)),
         list(dict.fromkeys(r['arm'] for r in rows if r['arm']!=base and 'failed' not in r)))
     found = {(r['model'],r['arm']): r for r in rows if 'ratio' in r}
-    def cell(r): return '' if r is None else '{:.2f} ({:.2f} to {:.2f})'.format(*r['ratio'])+('' if r.get('agrees', True) else ' differs')
+    def cell(r): return '' if r is None else '{:.2f} ({:.2f} to {:.2f})'.format(*r['ratio'])
     lines = ([f"| {' | '.join(['', *kinds])} |", f"|---|{'--:|'*len(kinds)}"]
         + [f"| {' | '.join([n, *(cell(found.get((n, k))) for k in kinds)])} |" for n in names])
     means = [geometric(r['ratio'][0] for n in names if (r := found.get((n, k)))) for k in kinds]
@@ -164,7 +144,6 @@ def main(
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
     rounds:int=8, # Rounds; in each, every arm runs one block
     block:int=4, # Steps a block; the first is dropped
-    limit:float=60, # Seconds for `bench_channelslast`
     no_compile:bool=False, # Leave the compiled arms out
     tiny:bool=False, # Batches of 2 and images of 32 pixels; writes nothing
 ):
@@ -175,10 +154,9 @@ def main(
     for name in names.split(','):
         if any(r['model']==name for r in rows): continue
         shape = (2, 3, *((4, 32, 32) if name=='r3d_18' else (32, 32))) if tiny else models[name]
-        for r in measure(name, shape, device, rounds, block, limit, not no_compile):
+        for r in measure(name, shape, device, rounds, block, not no_compile):
             rows.append(r)
             print(f"{r['model']:20}{r['arm']:38}"
-                + (r['failed'] if 'failed' in r else '{:9.1f} ms  {:.2f} ({:.2f} to {:.2f})'.format(r['ms'], *r['ratio'])
-                    + {True: '', False: ', the harness differs'}[r.get('agrees', True)]), flush=True)
+                + (r['failed'] if 'failed' in r else '{:9.1f} ms  {:.2f} ({:.2f} to {:.2f})'.format(r['ms'], *r['ratio'])), flush=True)
         if not tiny: write(f'peers-{device.type}', rows, **asked)
     if tiny: print(table(rows))

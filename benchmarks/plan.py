@@ -28,7 +28,7 @@ from peers import as_fastai, learner, mixed, models, ready
 shapes = models | {n: others[n] for n in ('mobilenetv4_conv_small', 'mnasnet_100', 'regnetx_004', 'mc3_18', 'edgenext_xx_small', 'repvgg_a0')}
 fastai,epoch = "fastai's to_channelslast()",150
 
-def small(shape): return (shape[0], 3, 4, 40, 40) if len(shape)==5 else (max(2, shape[0]//4), 3, 96, 96)
+def small(shape): return (shape[0], 3, 4, 40, 40) if len(shape)==5 else (max(2, shape[0]//4), 3, 64, 64)
 
 class Plain(Callback):
     "Batch and precision as PyTorch's tutorials do it"
@@ -94,7 +94,7 @@ def alone(name, shape, device, setups, rounds, block):
             try:
                 setup(learn := learner(name, shape, device))
                 steps[arm] = ready(learn, device)
-                for _ in range(2): steps[arm]()
+                steps[arm]()
             except Exception as e: steps.pop(arm, 0); failed[arm] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'[:200]
         return interleave(steps, rounds, block, progress=False),failed
 
@@ -144,14 +144,15 @@ def summary(found):
         return f'- {what}: {geometric(gain.values()):.2f} (least: {worst} {gain[worst]:.2f}; networks: {len(gain)}).'
     names = dict.fromkeys(a for f in found for a in of_plain(f))
     common = min((a for a in names if all(a in f['ms'] for f in found)), key=lambda a: geometric(f['ms'][a] for f in found))
-    regrets = [(r['regret'][0], f['model'], where, r['arm'], r['best']) for f in found for where,rs in (('quiet', [f['quiet']]), ('under load', f['busy'])) for r in rs]
+    regrets = [(r['regret'], f['model'], where, r['arm'], r['best']) for f in found for where,rs in (('quiet', [f['quiet']]), ('under load', f['busy'])) for r in rs]
     worst = max(regrets)
-    def share(limit): return f'{sum(r[0]>limit for r in regrets)} of {len(regrets)}'
+    def share(limit): return f'{sum(r[0][0]>limit for r in regrets)} of {len(regrets)}'
     res = ['How many times as fast the chosen setting is, geometric mean:', '',
         line('as contiguous fp32 of plain PyTorch', gains(found, lambda f: 'plain contiguous fp32')), line("as fastai's own", gains(found, lambda f: fastai)),
         line('as the best plain setting of each network', gains(found, lambda f: min(of_plain(f), key=of_plain(f).get))),
         line(f'as the one plain setting that is best for all ({common[6:]})', gains(found, lambda f: common)), '',
-        f'Largest regret: {worst[0]-1:.1%} ({worst[1]}, {worst[2]}: {worst[3]} instead of {worst[4]}); more than 2 %: {share(1.02)} races, more than 5 %: {share(1.05)}.']
+        f'Largest regret: {worst[0][0]-1:.1%} ({worst[1]}, {worst[2]}: {worst[3]} instead of {worst[4]}); more than 2 %: {share(1.02)} races, more than 5 %: {share(1.05)}.', '',
+        *(f'- {model}, {where}: {arm} instead of {best}, {r[0]-1:.1%} slower ({r[1]-1:.1%} to {r[2]-1:.1%})' for r,model,where,arm,best in sorted(regrets)[::-1] if r[0]>1.02), '']
     for label,some in (('twelve networks', models), ('others', {n: s for n,s in shapes.items() if n not in models})):
         if part := [f for f in found if f['model'] in some]:
             g = [geometric(gains(part, of).values()) for of in (lambda f: 'plain contiguous fp32', lambda f: fastai if fastai in f['ms'] else 'plain contiguous fp32',
@@ -178,7 +179,7 @@ def table(found):
 def main(
     names:str=','.join(shapes), # Networks, separated by commas
     device:str='cuda' if torch.cuda.is_available() else 'cpu',
-    rounds:int=5, # Rounds of settings alone; twice as many at the small shape
+    rounds:int=4, # Rounds of settings alone; twice as many at the small shape
     block:int=3, # Steps a block; the first is dropped
     repeats:int=5, # Races under load
     child:str=None, # Measure this network in this process and write nothing
