@@ -102,7 +102,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #f2fe9ee0
+# %% ../nbs/08a_race.ipynb #68fa885b
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -171,6 +171,7 @@ class RaceCallback(Callback):
         arms = [a for a in self.arms.values() if a.dtype is None]
         base = first(a for a in arms if a.memory_format==self.base.memory_format)
         self.__init__([base, *(a for a in arms if a is not base)], self.compile, self.refresh)
+        self.active = True
 
     def _take_kept(self):
         "Where steps cannot alternate: the latest plan that was found for this model, or the default"

@@ -1,21 +1,18 @@
 "`to_channelslast(plan='auto')`: real training steps race, whatever happens meanwhile"
-import copy, json, pickle, random, sys
+import json, os, pickle, sys
 from contextlib import nullcontext
 from pathlib import Path
 import pytest, torch
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import Datasets
 from fastai.data.transforms import ItemGetter
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import TensorImage
 from torch import nn
-from helpers import (AveragedCopy, Double, caught_warnings, dls_of, fit, furthest, labels, process_group, quiet, random_images, state_follows, strides,
-    tiny_cnn, tiny_double, tiny_learner, two_processes)
+from helpers import (AveragedCopy, Double, fit, furthest, labels, process_group, quiet, random_images, state_follows, tiny_cnn, tiny_double,
+    tiny_learner, two_processes)
 import fastxtend_cl.all
 from fastxtend_cl import plan as plans, race as module
 from fastxtend_cl.amp import DeviceMixedPrecision, kernels_mode
@@ -25,7 +22,7 @@ from fastxtend_cl.format import format_of
 from fastxtend_cl.plan import FormatPlan, cache_file
 from fastxtend_cl.race import RaceCallback
 
-pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif('FXCL_DEVICE' in __import__('os').environ, reason='the clock is simulated')]
+pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif('FXCL_DEVICE' in os.environ, reason='the clock is simulated')]
 base,won = 'contiguous fp32','channels last bf16'
 speeds = {base: 1., 'channels last fp32': 0.8, 'contiguous bf16': 0.9, won: 0.5}
 
@@ -72,6 +69,17 @@ def race(monkeypatch):
         return learn
     return make
 
+class Stop(Callback):
+    "End the fit three batches after the race"
+    order = 400
+    def before_fit(self): self.more = 3
+    def after_batch(self):
+        if not self.training or self.learn.race.open: return
+        self.more -= 1
+        if not self.more: raise CancelFitException()
+
+def fit_out(learn, n): return fit(learn, n, cbs=Stop())
+
 def plan(learn): return learn.channels_last.plan
 def blocks(names):
     "Runs of one setting"
@@ -86,7 +94,7 @@ def blocks(names):
 @pytest.mark.parametrize('fastest', speeds)
 def test_the_fastest_stays(race, fastest, capsys):
     learn = race({**speeds, fastest: 0.3})
-    fit(learn, 10)
+    fit_out(learn, 10)
     p = plan(learn)
     assert p.arm==fastest and p.verdict==('faster' if fastest!=base else 'no faster setting') and p.baseline==base and {r.arm for r in p.rows}==set(speeds)
     assert learn.see.train[-1]==setting(learn)==fastest and p.steps<=88
@@ -97,12 +105,12 @@ def test_the_fastest_stays(race, fastest, capsys):
     assert set(ours)==set(speeds) and all(n%4==0 for _,n in blocks(learn.see.train[:p.steps])), 'in blocks of four'
 
 def test_a_tie_keeps_the_baseline(race):
-    learn = fit(race(dict.fromkeys(speeds, 1.)), 12)
+    learn = fit_out(race(dict.fromkeys(speeds, 1.)), 12)
     assert plan(learn).arm==base==setting(learn) and plan(learn).verdict=='no faster setting'
 
 def test_each_setting_is_in_force(race):
     "Autocast and format of the batch are those of the setting, in training and validation"
-    learn = fit(race(), 10)
+    learn = fit_out(race(), 10)
     assert {o for o in learn.see.dtypes if o[0]=='bf16'}=={('bf16', torch.bfloat16, 'channels_last'), ('bf16', torch.bfloat16, 'contiguous')}
     assert {o for o in learn.see.dtypes if o[0]=='fp32'}=={('fp32', None, 'channels_last'), ('fp32', None, 'contiguous')}
     assert kernels_mode(learn)=='tuned'
@@ -131,7 +139,7 @@ def test_the_result_is_there_from_the_beginning(race):
 def test_steps_that_cannot_be_timed_end_it(race, monkeypatch):
     "Epochs of one batch: each is the first after an interruption"
     monkeypatch.setattr(module, '_most_idle', 6)
-    learn = fit(race(data=dls(4)), 10)
+    learn = fit_out(race(data=dls(4)), 10)
     assert plan(learn).verdict=='inconclusive' and plan(learn).arm==base==setting(learn) and not cache_file().exists() and not learn.race.open
 
 # Fits that are short, end, or fail
@@ -143,7 +151,7 @@ def test_it_goes_on_in_the_next_fit(race, capsys):
         assert setting(learn)==(base if learn.race.open else won)
         with quiet(learn): learn.validate()
     assert plan(learn).arm==won and 'The race goes on in the next fit: 16 steps so far.' in capsys.readouterr().out
-    whole = fit(race(), 10)
+    whole = fit_out(race(), 10)
     assert plan(whole).steps==plan(learn).steps and set(learn.see.valid)<=set(speeds)
 
 class Fails(Callback):
@@ -162,13 +170,13 @@ def test_a_fit_that_ends_leaves_the_baseline(race, event, at, error):
     learn = race()
     with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else nullcontext(): fit(learn, 1, cbs=Fails(event, error, at))
     assert setting(learn)==base and state_follows(learn.model, learn.opt) and not torch.is_autocast_enabled('cpu')
-    assert plan(fit(learn, 12)).arm==won==setting(learn)
+    assert plan(fit_out(learn, 12)).arm==won==setting(learn)
 
 def test_an_error_of_the_users_is_an_error(race, capsys):
     learn = race()
     with pytest.raises(RuntimeError, match="the user's"): fit(learn, 2, cbs=AlwaysFails(7))
     assert setting(learn)==base and 'left the race' not in capsys.readouterr().out
-    assert plan(fit(learn, 12)).arm==won and len(plan(learn).rows)==4, 'no setting was to blame'
+    assert plan(fit_out(learn, 12)).arm==won and len(plan(learn).rows)==4, 'no setting was to blame'
 
 class AlwaysFails(Callback):
     def __init__(self, at): self.at = at
@@ -204,7 +212,7 @@ def with_layer(where, how):
     ids=['forward', 'backward', 'nan'])
 def test_a_setting_that_fails_leaves_the_race(race, capsys, where, left, how, said):
     learn = race(model=with_layer(where, how))
-    fit(learn, 12)
+    fit_out(learn, 12)
     out,p = capsys.readouterr().out,plan(learn)
     failed = {r.arm for r in p.rows if r.verdict=='failed'}
     assert failed==set(speeds)-left and p.arm in left-{base} and all(out.count(f'{n} left the race: {said}')==1 for n in failed)
@@ -239,7 +247,7 @@ def test_a_conversion_that_fails(race, monkeypatch, capsys):
         if to=='channels_last': raise ValueError('planted')
         real(model, to, opt)
     monkeypatch.setattr(module, 'convert_format', fails)
-    learn = fit(race(), 8)
+    learn = fit_out(race(), 8)
     assert plan(learn).arm=='contiguous bf16' and 'channels last fp32 left the race: ValueError: planted' in capsys.readouterr().out
 
 # What users do besides
@@ -249,7 +257,7 @@ def test_gradients_are_accumulated_in_one_setting(race):
     learn = race(cbs=[GradientAccumulation(12)]) # three batches
     steps = []
     learn.add_cb(StepSettings(steps))
-    fit(learn, 40)
+    fit_out(learn, 40)
     assert plan(learn).arm==won and all(len(set(s))==1 and len(s)==3 for s in steps), steps
 
 class StepSettings(Callback):
@@ -264,7 +272,7 @@ def test_the_scale_of_the_loss_goes_on(race):
     learn = race(fp16, amp_mode='fp16', init_scale=2.**40, growth_interval=1000)
     seen = []
     learn.add_cb(Scales(seen))
-    fit(learn, 12)
+    fit_out(learn, 12)
     p = plan(learn)
     assert p.arm=='channels last fp16' and {s for n,s,_ in seen if 'fp32' in n}=={1.}
     scales = [s for n,s,_ in seen if 'fp16' in n]
@@ -283,28 +291,28 @@ def splitter(m): return [[*m[:3].parameters()], [*m[3:].parameters()]]
 def test_what_is_trained_changes(race, capsys):
     learn = race(learn=tiny_learner(dls(), cbs=See(), splitter=splitter))
     learn.freeze()
-    fit(learn, 8)
+    fit_out(learn, 8)
     first = plan(learn)
     assert first.arm==won and setting(learn)==won
     learn.unfreeze()
-    fit(learn, 8)
+    fit_out(learn, 8)
     assert plan(learn) is not first and plan(learn).arm==won and plan(learn).steps==first.steps
     assert 'Racing 4 settings again: what is trained has changed.' in capsys.readouterr().out
     learn.freeze(); n = len(learn.see.train); fit(learn)
     assert plan(learn) is first and set(learn.see.train[n:])=={won}, 'that is decided'
 
 def test_progressive_resizing(race, capsys):
-    learn = fit(race(), 8)
+    learn = fit_out(race(), 8)
     small = plan(learn)
     learn.dls = dls(size=12)
-    fit(learn, 8)
+    fit_out(learn, 8)
     assert plan(learn) is not small and plan(learn).conditions['shape']==[4, 3, 12, 12] and 'inputs have another size' in capsys.readouterr().out
     learn.dls = dls()
     fit(learn)
     assert plan(learn) is small
 
 def test_a_small_last_batch_starts_no_race_and_does_not_count(race):
-    learn = fit(race(data=dls(30)), 16)
+    learn = fit_out(race(data=dls(30)), 16)
     assert plan(learn).arm==won and len(learn.race.plans)==1
     assert {r.arm: r.seconds for r in plan(learn).rows}=={n: pytest.approx(t) for n,t in speeds.items()}
 
@@ -314,12 +322,12 @@ class Sizes(Callback):
     def before_batch(self): self.learn.xb = tuple(nn.functional.interpolate(x, size=8+self.iter%5) for x in self.xb)
 
 def test_images_of_many_sizes_race_once(race):
-    learn = fit(race(cbs=[Sizes()]), 12)
+    learn = fit_out(race(cbs=[Sizes()]), 12)
     assert plan(learn).arm==won and len(learn.race.plans)==1 and not learn.race.open
 
 @pytest.mark.parametrize('cbs', [[MixUp(0.4)], [AveragedCopy()], [ParamScheduler({'lr': lambda p: 1e-3*(1-p)})]], ids=lambda c: type(c[0]).__name__)
 def test_with_other_callbacks(race, cbs):
-    learn = fit(race(cbs=cbs), 10)
+    learn = fit_out(race(cbs=cbs), 10)
     assert plan(learn).arm==won
     if isinstance(cbs[0], AveragedCopy): assert all(torch.isfinite(p).all() for p in cbs[0].averaged.parameters())
 
@@ -338,8 +346,8 @@ def test_files_in_the_middle(race, tmp_path):
     with quiet(learn): learn.load('a')
     learn.export()
     assert b'fastxtend_cl' not in (tmp_path/'export.pkl').read_bytes() and learn.race in learn.cbs
-    assert plan(fit(learn, 10)).arm==won
-    assert copy.deepcopy(learn.race).plans and pickle.loads(pickle.dumps(plan(learn)))==plan(learn)
+    assert plan(fit_out(learn, 10)).arm==won
+    assert pickle.loads(pickle.dumps(plan(learn)))==plan(learn)
 
 def test_training_ends_where_it_ends_without_a_race(race):
     "In fp64 to rounding: AdamW, batch norm, dropout, a schedule"
@@ -363,7 +371,7 @@ def eager_compile(monkeypatch):
 @pytest.mark.parametrize('faster', [True, False])
 def test_the_winner_races_itself_compiled(race, eager_compile, faster, capsys):
     learn = race({**speeds, f'{won}, compiled': 0.25 if faster else 0.6}, compile=True)
-    fit(learn, 14)
+    fit_out(learn, 14)
     p = plan(learn)
     assert p.compile==faster and p.arm==(f'{won}, compiled' if faster else won)==setting(learn) and len(p.rows)==5
     out = capsys.readouterr().out
@@ -378,7 +386,7 @@ def test_a_model_that_does_not_compile_is_a_line(race, monkeypatch, capsys):
         return broken
     import torch._dynamo
     monkeypatch.setattr(torch, 'compile', fail)
-    learn = fit(race({**speeds, f'{won}, compiled': 0.25}, compile=True), 12)
+    learn = fit_out(race({**speeds, f'{won}, compiled': 0.25}, compile=True), 12)
     assert plan(learn).arm==won==setting(learn) and f'{won}, compiled left the race: Unsupported: planted' in capsys.readouterr().out
     assert plan(learn).rows[-1].verdict=='failed'
 
@@ -390,12 +398,12 @@ def test_between_the_heats_the_winner_rests(race, eager_compile):
 # Found earlier
 
 def test_a_plan_is_found_once(race, capsys):
-    first = plan(fit(race(), 8))
+    first = plan(fit_out(race(), 8))
     capsys.readouterr()
     again = fit(race())
     assert plan(again).cached and plan(again).arm==won and set(again.see.train)=={won} and plan(again).rows==first.rows
     assert f'Plan found earlier: {won} is 2.00 times as fast as {base}' in capsys.readouterr().out
-    anew = fit(race({**speeds, 'contiguous bf16': 0.2}, plan='refresh'), 8)
+    anew = fit_out(race({**speeds, 'contiguous bf16': 0.2}, plan='refresh'), 8)
     assert not plan(anew).cached and plan(anew).arm=='contiguous bf16'
     assert plan(fit(race())).arm=='contiguous bf16', 'which is kept'
 
@@ -406,12 +414,12 @@ def test_without_training_and_with_it_have_one_cache(race, monkeypatch):
     assert learn.plan_channelslast(amp_mode='bf16').arm==won
     fit(race(learn=learn))
     assert plan(learn).cached and set(learn.see.train)=={won}
-    fit(race({**speeds, 'contiguous bf16': 0.2}, plan='refresh'), 8)
+    fit_out(race({**speeds, 'contiguous bf16': 0.2}, plan='refresh'), 8)
     assert tiny_learner(dls(), cbs=See()).plan_channelslast(amp_mode='bf16').arm=='contiguous bf16'
 
 def test_a_compiled_plan_is_found(race, eager_compile):
     fast = {**speeds, f'{won}, compiled': 0.25}
-    fit(race(fast, compile=True), 14)
+    fit_out(race(fast, compile=True), 14)
     learn = fit(race(fast, compile=True))
     assert plan(learn).cached and setting(learn)==f'{won}, compiled' and set(learn.see.train[1:])=={f'{won}, compiled'}
 
@@ -422,7 +430,7 @@ def test_where_runs_have_to_repeat(race, capsys):
     with less_random(): fit(learn, 2)
     assert set(learn.see.train)=={won}=={setting(learn)} and 'No race, since runs have to repeat here, and times do not: no plan was found earlier, so it is channels last bf16.' in (out := capsys.readouterr().out)
     assert out.count('No race')==1 and plan(learn).verdict=='not measured'
-    fit(race({**speeds, 'contiguous bf16': 0.2}), 8)
+    fit_out(race({**speeds, 'contiguous bf16': 0.2}), 8)
     learn = race()
     with less_random(): fit(learn)
     assert set(learn.see.train)=={'contiguous bf16'} and plan(learn).cached
@@ -467,7 +475,7 @@ def test_the_last_call_wins(race, fitted, then, expected):
 
 def test_back_to_contiguous_leaves_the_precision_of_the_winner(race):
     for fast,expected in ((won, 'bf16'), ('channels last fp32', None)):
-        learn = fit(race({**speeds, fast: 0.3}, plan='refresh'), 10).to_contiguous()
+        learn = fit_out(race({**speeds, fast: 0.3}, plan='refresh'), 10).to_contiguous()
         amps = learn._grab_cbs(MixedPrecision)
         assert [cb.amp_mode.value for cb in amps]==([expected] if expected else []) and not learn._grab_cbs((RaceCallback, ChannelsLastCallback))
 
@@ -483,7 +491,7 @@ def test_mixed_precision_that_the_user_takes_away(race):
     "The settings that need it compete no longer"
     learn = fit(race())
     learn.to_fp32()
-    fit(learn, 8)
+    fit_out(learn, 8)
     assert {*learn.race.arms}=={base, 'channels last fp32'} and plan(learn).arm=='channels last fp32' and not learn._grab_cbs(MixedPrecision)
 
 def test_bad_arguments_change_nothing():
