@@ -5,10 +5,8 @@ from pathlib import Path
 import pytest, torch
 import fastai.callback.schedule # fit_one_cycle
 from fastai.callback.core import Callback
-from torch import nn
 from fastxtend_cl import memory
 from fastxtend_cl.all import *
-from fastxtend_cl.timing import least_pairs
 from fastxtend_cl.memory import _glibc
 from helpers import caught_warnings, fit, quiet, tiny_learner
 

@@ -1,9 +1,8 @@
 "The plan: what competes, what wins, how it is kept, and how a Learner trains by it"
-import inspect, json, random, statistics, subprocess, sys, threading
+import inspect, json, random, subprocess, sys, threading
 from pathlib import Path
 import pytest, torch
-from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.fp16 import AMPMode
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from hypothesis import given, settings as examples, strategies as st

@@ -1,5 +1,5 @@
 "After any sequence of calls a Learner is as after the last conversion alone"
-import copy, tempfile
+import tempfile
 from contextlib import nullcontext
 from functools import partial, wraps
 from pathlib import Path
