@@ -573,6 +573,17 @@ def test_tiny_batches_are_judged_by_what_rounding_does_to_them(bs, size, seed, m
     assert all(v.startswith('rejected: norm of the gradient of ') for k,v in wrong.items() if 'nan' not in k), wrong
     assert same(state(step), before)
 
+@pytest.mark.parametrize('bs,size', [(2, 32), (8, 48)])
+def test_a_bias_before_a_batch_norm_has_a_gradient_of_rounding_alone(bs, size):
+    "What of it is left is how the sum over pixels rounds: of another size in each format"
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(32, 10))
+        step = TrainingStep(model, torch.randn(bs, 3, size, size), torch.arange(bs), F.cross_entropy)
+        right = judged(step, *format_arms(step).values())
+        assert not any(right.values()), right
+
 def test_random_layers_are_no_fault():
     "Dropout of a batch of two draws other numbers in another memory format"
     torch.manual_seed(0)
