@@ -541,7 +541,7 @@ class _Judge:
             seed_all(1000*point+seed)
             if point: _shift(self.step, 0.01, point)
             if not unit: return _outcome(self.step, _scaled_step(self.step, lane.kept, f))
-            noise = _Noise(lambda k: unit, unit, seed)
+            noise = _Noise(lambda k: unit, unit, seed, lambda k: (0., epsilon['fp32'])) # sums over pixels round, too
             noise.attach(self.step.model)
             try:
                 with torch.compiler.set_stance('force_eager'): return _outcome(self.step, _scaled_step(self.step, lane.kept, f))

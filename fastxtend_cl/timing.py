@@ -204,8 +204,8 @@ class Lane:
         except ArmFailed as e: self.failed = str(e)
 
     def cost(self, block):
-        "Seconds of a block: as the last three, or a fifth more than the steps of the preparation"
-        return block*float(np.mean(self.walls[-3:])) if self.walls else 1.2*(block*max(0., self.step) + self.extra)
+        "Seconds of a block: as the last two, or a fifth more than the steps of the preparation"
+        return block*float(np.mean(self.walls[-2:])) if self.walls else 1.2*(block*max(0., self.step) + self.extra)
 
 # %% ../nbs/05a_timing.ipynb #1492c14a
 def warm_up(lane, clock, deadline, reserve=0., most=10, limit=10.):
@@ -252,9 +252,9 @@ def block_size(lanes, left):
     "Steps of a block of each of `lanes`, with `left` seconds for all rounds"
     lanes = [l for l in lanes if l.live]
     step,extra,most = sum(l.step for l in lanes),sum(l.extra for l in lanes),max(5, 0.2//max(*(l.step for l in lanes), 1e-9))
-    fits = {n: int(min((left/(1.2*n)-extra)/max(step, 1e-9), most, 50)) for n in looks}
-    def width(n): return NormalDist().inv_cdf(1-(_kth(n)-0.375)/(n+0.25))/(fits[n]-1)**0.5
-    widths = {n: width(n) for n in looks if fits[n]>=2}
+    fits = {n: int(min((left/(1.2*n)-extra)/max(step, 1e-9), most, 50)) for n in looks[:5]} # more rounds come by themselves
+    def width(n): return NormalDist().inv_cdf(1-(_kth(n)-0.375)/(n+0.25))*(0.25+1/(fits[n]-1))**0.5
+    widths = {n: width(n) for n in fits if fits[n]>=2}
     return fits[max(n for n,w in widths.items() if w<=1.1*min(widths.values()))] if widths else 2
 
 # %% ../nbs/05a_timing.ipynb #6c7c198b

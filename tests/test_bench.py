@@ -51,7 +51,7 @@ def test_planted_difference_is_found_and_planted_zero_is_a_tie(name):
 def test_ratio_is_near_the_planted_one():
     for planted in (0.5, 0.95, 1.3, 3.):
         row = race(planted, noise=0.02)[0]['other 0']
-        assert row.low<=planted<=row.high and abs(row.ratio/planted-1)<0.01
+        assert row.low<=planted<=row.high and abs(row.ratio/planted-1)<0.02
 
 def test_first_step_of_a_block_does_not_count():
     "One arm alone pays 20 times for its first step"
@@ -572,6 +572,17 @@ def test_tiny_batches_are_judged_by_what_rounding_does_to_them(bs, size, seed, m
     assert {v for k,v in wrong.items() if 'nan' in k}=={'its gradients are not finite'}
     assert all(v.startswith('rejected: norm of the gradient of ') for k,v in wrong.items() if 'nan' not in k), wrong
     assert same(state(step), before)
+
+@pytest.mark.parametrize('bs,size', [(2, 32), (8, 48)])
+def test_a_bias_before_a_batch_norm_has_a_gradient_of_rounding_alone(bs, size):
+    "What of it is left is how the sum over pixels rounds: of another size in each format"
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(32, 10))
+        step = TrainingStep(model, torch.randn(bs, 3, size, size), torch.arange(bs), F.cross_entropy)
+        right = judged(step, *format_arms(step).values())
+        assert not any(right.values()), right
 
 def test_random_layers_are_no_fault():
     "Dropout of a batch of two draws other numbers in another memory format"
