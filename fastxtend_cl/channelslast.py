@@ -18,7 +18,6 @@ import cloudpickle
 import torch
 from torch import nn
 from torch.amp import GradScaler
-from fastai.callback.core import Callback
 from fastai.callback.channelslast import ChannelsLast # before our methods, or it would overwrite them
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import Learner, load_model, save_model

@@ -12,7 +12,6 @@ import dis
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import replace
 from itertools import takewhile
 from types import FunctionType
 import torch

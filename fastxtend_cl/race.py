@@ -7,7 +7,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/race.html.md"""
 # %% auto #0
 __all__ = ['set_compiled', 'set_setting', 'NotFiniteError', 'RaceCallback']
 
-# %% ../nbs/08a_race.ipynb #4ae13667
+# %% ../nbs/08a_race.ipynb #0f0ea8d6
 import inspect, statistics, sys, time
 from dataclasses import dataclass, replace
 import torch
@@ -22,7 +22,7 @@ from .bench import Arm
 from .bench import _machine
 from .format import _tensors_in, convert_format
 from .kernels import runs_repeat
-from fastxtend_cl.plan import (FormatPlan, Race, add_compiled, as_plan, batch_shape, keep_plan, kept_plan, plan_key, precision_name,
+from fastxtend_cl.plan import (Race, add_compiled, as_plan, batch_shape, keep_plan, kept_plan, plan_key, precision_name,
     setting_name)
 from .step import generators
 
@@ -53,7 +53,7 @@ def set_setting(learn, arm, kept=None):
     learn.channels_last.memory_format = arm.memory_format
     for amp in learn._grab_cbs(DeviceMixedPrecision): amp.pause(arm.dtype is None)
 
-# %% ../nbs/08a_race.ipynb #bb6e1f6e
+# %% ../nbs/08a_race.ipynb #85118905
 def _mark(device):
     "A moment; on a GPU, one in its queue, so that the processor need not wait"
     if device.type=='cuda':
@@ -68,6 +68,8 @@ def _between(a, b):
     if isinstance(a, float): return b-a
     b.synchronize()
     return a.elapsed_time(b)/1e3
+
+def _why(plan): return plan.reason.removeprefix(f'{plan.arm} is ')
 
 def _size(inputs): return sum(t.numel() for t in _tensors_in(inputs))
 
@@ -102,7 +104,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #68fa885b
+# %% ../nbs/08a_race.ipynb #132a3da3
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -183,7 +185,7 @@ class RaceCallback(Callback):
         default = max(self.arms.values(), key=lambda a: (a.memory_format=='channels_last', a.dtype is not None))
         arm = self.arms.get(plan.arm) if plan else default
         if arm is None: arm = self.arms.setdefault(plan.arm, Arm(plan.arm, plan.memory_format, self._low() if plan.autocast else None, plan.compile))
-        how = f'the plan found earlier, {plan.reason}' if plan else f'no plan was found earlier, so it is {arm.name}'
+        how = f'the plan found earlier is {plan.arm}, {_why(plan)}' if plan else f'no plan was found earlier, so it is {arm.name}'
         try: self.apply(arm)
         except ValueError: # already wrapped
             self.apply(arm := replace(self.base, dtype=arm.dtype))
@@ -222,7 +224,7 @@ class RaceCallback(Callback):
         if plan is None or plan.arm not in self.arms and not plan.compile: return False
         if plan.compile: self.arms.setdefault(plan.arm, replace(self._of(plan), name=plan.arm, compile=True))
         self.plans[id] = plan
-        self.say(f'Plan found earlier: {plan.reason}.')
+        self.say(f'Plan found earlier: {plan.arm}, {_why(plan)}.')
         return True
 
     def _of(self, plan):
@@ -342,7 +344,7 @@ class RaceCallback(Callback):
         conditions = {**_machine(learner_device(self.learn)), 'shape': list(o.first), 'model': type(self.learn.model).__name__}
         plan = self.plans[id] = as_plan(arm, rows, conditions, steps=o.steps)
         keep_plan(id[0], id[1], plan)
-        self.say(f'{"Chose" if plan.changes else "Kept"} {plan.arm} after {plan.steps} steps: {plan.reason}.')
+        self.say(f'{"Chose" if plan.changes else "Kept"} {plan.arm} after {plan.steps} steps: {_why(plan)}.')
         self.learn.channels_last.plan = plan
 
     def _with_compiled(self, o, row):
