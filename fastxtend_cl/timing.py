@@ -305,10 +305,11 @@ def prepare(lanes, clock, deadline, block=None, judge_of=None):
     judge = judge_of(base) if judge_of else None
     for lane in others:
         if lane.failed: continue
-        need,usual = least_pairs*sum(l.cost(block or 2) for l in ready),max(kinds.get(lane.kind, lane.start), base.prepared)
-        if deadline.left<need+usual+least_pairs*base.cost(block or 2): lane.left_out,lane.prepared = True,usual; continue
+        need,usual = least_pairs*sum(l.cost(block or 2) for l in ready),max(kinds.get(lane.kind, lane.start), base.warm[0]+base.step+2*base.extra)
+        spare = deadline.left-need-usual-least_pairs*base.cost(block or 2)
+        if spare<0: lane.left_out,lane.prepared = True,usual; continue
         begun = deadline.spent
-        warm_up(lane, clock, deadline, need, limit=deadline.seconds/(4*len(lanes)))
+        warm_up(lane, clock, deadline, need, limit=min(spare, deadline.seconds/(4*len(lanes))))
         if judge and not lane.failed: judge(lane, lambda: deadline.left<need)
         lane.prepared = deadline.spent-begun
         kinds[lane.kind] = max(lane.prepared, kinds.get(lane.kind, 0.))
