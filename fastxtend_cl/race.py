@@ -53,7 +53,7 @@ def set_setting(learn, arm, kept=None):
     learn.channels_last.memory_format = arm.memory_format
     for amp in learn._grab_cbs(DeviceMixedPrecision): amp.pause(arm.dtype is None)
 
-# %% ../nbs/08a_race.ipynb #85118905
+# %% ../nbs/08a_race.ipynb #b4ff086c
 def _mark(device):
     "A moment; on a GPU, one in its queue, so that the processor need not wait"
     if device.type=='cuda':
@@ -71,15 +71,16 @@ def _between(a, b):
 
 def _why(plan): return plan.reason.removeprefix(f'{plan.arm} is ')
 
-def _size(inputs): return sum(t.numel() for t in _tensors_in(inputs))
+def _size(inputs): return sum(t.numel() for t in _tensors_in(inputs)) or 1
 
-# %% ../nbs/08a_race.ipynb #0d371ccc
+def _shape(inputs): return next((t.shape for t in _tensors_in(inputs)), torch.Size())
+
+# %% ../nbs/08a_race.ipynb #e8533d5a
 @dataclass
 class _Open:
     "A race that is not over"
     race:Race
-    shape:str # Of the batch that it began with
-    first:torch.Size # Of its first tensor
+    shape:torch.Size # Of the first tensor of the batch that it began with
     size:int # Numbers in its inputs
     before:tuple=None # Rows and winner of the race before, if this one is of the winner and itself compiled
     steps:int=0 # Training steps so far
@@ -87,6 +88,8 @@ class _Open:
     idle:int=0 # Steps since a block was done
 
     def rows(self): return self.before[0] if self.before else self.race.rows()
+    @property
+    def base(self): return self.race.base
 
 class NotFiniteError(ArithmeticError): "The loss of a setting in a race is not finite"
 
@@ -104,7 +107,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #132a3da3
+# %% ../nbs/08a_race.ipynb #b10b373b
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -117,7 +120,7 @@ class RaceCallback(Callback):
         self.arms,self.base,self.compile,self.refresh = {a.name: a for a in arms},arms[0],compile,refresh
         self.plans,self.open,self.id,self.key = {},{},None,None # by (key of what is trained, shape); which one is at hand
         self.applied,self.lines,self.failures,self.blocked,self.trained = None,[],[],None,None
-        self.between,self.fresh,self.start,self.marks,self.suspect,self.saved = True,True,None,[],None,None
+        self.between,self.fresh,self.start,self.began,self.marks,self.suspect,self.saved = True,True,None,0.,[],None,None
         self.cancelled,self.skipped,self.stepping,self.backward,self.shapes,self.said,self.compiled = False,False,False,False,[],set(),{}
         self.active = False
 
@@ -233,9 +236,8 @@ class RaceCallback(Callback):
 
     def _begin(self, id):
         names = [n for n,a in self.arms.items() if not a.compile or a is self.base]
-        x = first(_tensors_in(self.learn.xb))
         if self.id is not None: self.say(f'Racing {len(names)} settings again: {"inputs have another size" if self.id[0]==id[0] else "what is trained has changed"}.')
-        self.open[id] = _Open(Race(names), id[1], x.shape, _size(self.learn.xb))
+        self.open[id] = _Open(Race(names), _shape(self.learn.xb), _size(self.learn.xb))
         if len(names)<2: self._finish(id)
 
     def before_batch(self):
@@ -243,11 +245,11 @@ class RaceCallback(Callback):
         if self.blocked: return
         if self.between: self._look()
         o = self.now
-        if o is None or self.suspect: return self._use(self.base if self.suspect else self.resting())
+        if o is None or self.suspect: return self._use(self.arms[o.base] if o else self.resting())
         if self.between and self.applied.name!=o.race.current: self._switch(o)
         if self.now is not o: return
-        self.saved = None if self.applied is self.base else ([(b, b.clone()) for b in self.learn.model.buffers()], [(put, get()) for get,put in generators()])
-        self.start = _mark(learner_device(self.learn))
+        self.saved = None if self.applied.name==o.base else ([(b, b.clone()) for b in self.learn.model.buffers()], [(put, get()) for get,put in generators()])
+        self.began,self.start = time.perf_counter(),_mark(learner_device(self.learn))
 
     def _use(self, arm):
         if self.between and self.applied is not arm: self.apply(arm)
@@ -265,10 +267,11 @@ class RaceCallback(Callback):
         self.failures.append(f'{name} left the race: {why}')
 
     def after_loss(self):
+        if not len(self.learn.yb) or not isinstance(self.learn.loss, torch.Tensor): return
         if self.learn.loss.dtype!=torch.float64: self.learn.loss = self.learn.loss.float() # averages of it allow one dtype
         if self.suspect: return self._judge_suspect()
         may_wait = self.fresh or learner_device(self.learn).type=='cpu'
-        if self.start is None or self.applied is self.base or not (self.between and may_wait): return
+        if self.start is None or self.saved is None or not (self.between and may_wait): return
         if torch.isfinite(self.learn.loss_grad).all(): return
         self.suspect = self.applied.name,f'its loss is {self.learn.loss_grad.detach().float().mean().item()}'
         raise NotFiniteError(self.suspect[1])
@@ -288,7 +291,7 @@ class RaceCallback(Callback):
     ) -> bool: # Whether to make that batch again
         "If the setting of a race can be to blame for `e`, take it out of the race and put back what the batch has changed"
         if self.start is None or isinstance(e, _cancels): return False
-        if self.applied is self.base:
+        if self.saved is None:
             if self.failures: self._forget() # all settings fail: the fault is not theirs
             return False
         if self.stepping: return False # the weights may have changed
@@ -323,11 +326,11 @@ class RaceCallback(Callback):
 
     def _count(self, o, start, end):
         "A step was made"
-        x,name = first(_tensors_in(self.learn.xb)),self.applied.name
-        small = x.shape[1:]==o.first[1:] and len(x)<o.first[0]
+        shape,name = _shape(self.learn.xb),self.applied.name
+        small = shape[1:]==o.shape[1:] and shape[:1]<o.shape[:1]
         if name not in o.race.first: o.race.first[name] = _between(start, end)
-        if not (self.fresh or self.skipped or small): self.marks.append((start, end, o.size/max(_size(self.learn.xb), 1), self.between))
-        self.fresh,o.steps,o.idle = False,o.steps+1,o.idle+1
+        if not (self.fresh or self.skipped or small): self.marks.append((start, end, o.size/_size(self.learn.xb), self.between))
+        self.fresh,o.steps,o.idle,o.seconds = False,o.steps+1,o.idle+1,o.seconds+time.perf_counter()-self.began
 
     def _finish(self, id):
         "The race is over"
@@ -341,8 +344,8 @@ class RaceCallback(Callback):
             self.open[id] = replace(o, race=Race([arm.name, name]), before=(rows, arm), idle=0)
             return
         del self.open[id]
-        conditions = {**_machine(learner_device(self.learn)), 'shape': list(o.first), 'model': type(self.learn.model).__name__}
-        plan = self.plans[id] = as_plan(arm, rows, conditions, steps=o.steps)
+        conditions = {**_machine(learner_device(self.learn)), 'shape': list(o.shape), 'model': type(self.learn.model).__name__}
+        plan = self.plans[id] = as_plan(arm, rows, conditions, steps=o.steps, seconds=o.seconds)
         keep_plan(id[0], id[1], plan)
         self.say(f'{"Chose" if plan.changes else "Kept"} {plan.arm} after {plan.steps} steps: {_why(plan)}.')
         self.learn.channels_last.plan = plan

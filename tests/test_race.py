@@ -11,8 +11,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.core import Datasets
 from fastai.data.transforms import ItemGetter
 from torch import nn
-from helpers import (AveragedCopy, Double, fit, furthest, labels, process_group, quiet, random_images, state_follows, tiny_cnn, tiny_double,
-    tiny_learner, two_processes)
+from helpers import (AveragedCopy, Double, fit, furthest, labels, process_group, quiet, random_images, state_follows, tensors_in, tiny_cnn,
+    tiny_double, tiny_learner, two_processes)
 import fastxtend_cl.all
 from fastxtend_cl import plan as plans, race as module
 from fastxtend_cl.amp import DeviceMixedPrecision, kernels_mode
@@ -49,7 +49,7 @@ class See(Callback):
     def __init__(self): self.train,self.valid,self.dtypes,self.scales = [],[],set(),[]
     def after_pred(self):
         (self.train if self.training else self.valid).append(setting(self.learn))
-        self.dtypes.add((setting(self.learn).split()[-1], torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None, format_of(self.xb[0])))
+        self.dtypes.add((setting(self.learn).split()[-1], torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None, format_of(next(tensors_in(self.xb)))))
 
 def dls(n=64, size=8, bs=4):
     "In a fixed order; one batch for validation"
@@ -178,6 +178,23 @@ def test_an_error_of_the_users_is_an_error(race, capsys):
     with pytest.raises(RuntimeError, match="the user's"): fit(learn, 2, cbs=AlwaysFails(7))
     assert setting(learn)==base and 'left the race' not in capsys.readouterr().out
     assert plan(fit_out(learn, 12)).arm==won and len(plan(learn).rows)==4, 'no setting was to blame'
+
+@pytest.mark.parametrize('how', ['dicts', 'no targets', 'loss that is a number'])
+def test_unusual_batches(race, how):
+    "Inputs in a dict, batches without a target, and a loss for the log that is no tensor"
+    class Unusual(Callback):
+        order = 500
+        def before_batch(self):
+            if how=='dicts': self.learn.xb = ({'x': self.xb[0]},)
+            if how=='no targets' and self.iter%2: self.learn.yb = ()
+        def after_loss(self):
+            if how.startswith('loss'): self.learn.loss = self.learn.loss.detach()
+    model = tiny_cnn()
+    class Takes(nn.Module):
+        def __init__(self): super().__init__(); self.net = model
+        def forward(self, x): return self.net(x['x'] if isinstance(x, dict) else x)
+    learn = fit(race(model=Takes(), cbs=[Unusual()]), 2)
+    assert learn.race.now.steps and plan(learn).verdict=='inconclusive'
 
 class AlwaysFails(Callback):
     def __init__(self, at): self.at = at
@@ -390,6 +407,14 @@ def test_a_model_that_does_not_compile_is_a_line(race, monkeypatch, capsys):
     learn = fit_out(race({**speeds, f'{won}, compiled': 0.25}, compile=True), 12)
     assert plan(learn).arm==won==setting(learn) and f'{won}, compiled left the race: Unsupported: planted' in capsys.readouterr().out
     assert plan(learn).rows[-1].verdict=='failed'
+
+def test_an_error_of_the_users_in_the_last_heat(race, eager_compile):
+    "The winner of the settings is the baseline there: it does not leave the race"
+    learn = race({**speeds, f'{won}, compiled': 0.25}, compile=True)
+    while not (learn.race.now and learn.race.now.before): fit(learn)
+    with pytest.raises(RuntimeError, match="the user's"): fit(learn, 2, cbs=AlwaysFails(3))
+    assert setting(learn) in (won, base)
+    assert plan(fit_out(learn, 20)).arm==f'{won}, compiled'
 
 def test_between_the_heats_the_winner_rests(race, eager_compile):
     learn = race({**speeds, f'{won}, compiled': 0.25}, compile=True)
