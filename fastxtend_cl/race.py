@@ -7,8 +7,8 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/race.html.md"""
 # %% auto #0
 __all__ = ['set_compiled', 'set_setting', 'NotFiniteError', 'RaceCallback']
 
-# %% ../nbs/08a_race.ipynb #0f0ea8d6
-import inspect, statistics, sys, time
+# %% ../nbs/08a_race.ipynb #5763b69c
+import statistics, sys, time
 from dataclasses import dataclass, replace
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
 from fastcore.basics import first
 from .amp import DeviceMixedPrecision, learner_device
-from .bench import Arm
+from .bench import Arm, compile_alone
 from .bench import _machine
 from .format import _tensors_in, convert_format
 from .kernels import runs_repeat
@@ -26,11 +26,7 @@ from fastxtend_cl.plan import (Race, add_compiled, as_plan, batch_shape, keep_pl
     setting_name)
 from .step import generators
 
-# %% ../nbs/08a_race.ipynb #8ba28e55
-def _own_limit():
-    "Dynamo compiles eight variants of all models of a process together, unless told to count each for itself (torch 2.14)"
-    return {'isolate_recompiles': True} if 'isolate_recompiles' in inspect.signature(torch.compile).parameters else {}
-
+# %% ../nbs/08a_race.ipynb #c4f459e2
 def set_compiled(
     model:nn.Module,
     compile:bool,
@@ -41,7 +37,7 @@ def set_compiled(
     if now is not None and not compile and getattr(now, 'of_plan', False): model._compiled_call_impl = None
     elif compile and now is None:
         if kept.get('model') is not model:
-            model.compile(**_own_limit())
+            compile_alone(model)
             model._compiled_call_impl.of_plan = True
             kept.update(model=model, call=model._compiled_call_impl)
         model._compiled_call_impl = kept['call']

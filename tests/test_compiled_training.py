@@ -1,5 +1,6 @@
 """Models that are compiled in place train as uncompiled ones do: through freezing and unfreezing, in both memory formats, and
 where they are compiled only at times"""
+import inspect
 import pytest, torch
 import torch._dynamo as dynamo
 from fastai.callback.core import Callback
@@ -8,6 +9,7 @@ from fastai.optimizer import SGD
 from fastcore.foundation import L
 from torch import nn
 from fastxtend_cl.all import *
+from fastxtend_cl.bench import compile_alone
 from fastxtend_cl.format import as_contiguous, convert_format
 from helpers import Double, fit, furthest, quiet, tiny_cnn, tiny_learner
 
@@ -98,3 +100,15 @@ def test_a_compiled_module_cannot_be_frozen():
     learn = learner(False)
     learn.model = torch.compile(learn.model, backend='aot_eager')
     with pytest.raises(TypeError, match='not subscriptable'): learn.freeze()
+
+@pytest.mark.skipif('isolate_recompiles' not in inspect.signature(torch.compile).parameters, reason='torch 2.14 has it')
+@pytest.mark.parametrize('alone', [True, False])
+def test_each_model_has_its_own_limit_of_variants(alone, monkeypatch):
+    "Otherwise the ninth model of a process runs uncompiled, and a benchmark of it says that compiling does not pay"
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, isolate_recompiles=False: real(f, backend='eager', isolate_recompiles=isolate_recompiles))
+    for n in range(1, 11):
+        model = nn.Sequential(nn.Conv2d(3, n, 3), nn.ReLU())
+        compile_alone(model) if alone else model.compile()
+        model(torch.randn(1, 3, 8, 8))
+    assert graphs()==(10 if alone else 8)
