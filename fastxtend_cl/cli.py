@@ -155,13 +155,13 @@ def demo(
     arch:str='resnet18', # Architecture from fastai, torchvision or timm
     size:int=64, # Height and width of the images in pixels
     bs:int=64, # Images a batch
-    seconds:float=40., # For the paired measurement at the end, at most
+    seconds:float=None, # For the paired measurement at the end, at most; default: about what a verdict takes
     json:bool=False, # Print one JSON object and nothing else
 ):
     "Train on handwritten digits, contiguous and then channels last, from the same seed"
     device = check_device(device)
     for name,value,low,high in (('epochs', epochs, 1, 100), ('size', size, 32, 512),
-            ('bs', bs, 2, 1024), ('seconds', seconds, 1, 600)):
+            ('bs', bs, 2, 1024), ('seconds', 1 if seconds is None else seconds, 1, 600)):
         check_range(name, value, low, high)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # torch's own, about torch.jit.script, when fastai.vision is imported
@@ -180,7 +180,9 @@ def demo(
     exact = exact_difference(model, size, min(bs, 32))
     if not json: print('one training step in turns, paired', flush=True)
     tuned = ', tuned' if can_tune(learns['contiguous fp32'].model, device) else ''
-    measured = learns['contiguous fp32'].bench_channelslast([arms[-1][0]+tuned], seconds=seconds, epochs=False, bar=not json and _terminal())
+    base = learns['contiguous fp32']
+    seconds = seconds or min(120., 10+100*_steady(base.stopwatch.seconds)/len(base.dls.train)) # 8 rounds of three arms, and what comes before
+    measured = base.bench_channelslast([arms[-1][0]+tuned], seconds=seconds, epochs=False, bar=not json and _terminal())
     report = {**demo_report(learns, exact, device, arch, epochs, size, bs), 'bench': measured.to_dict()}
     print(_json.dumps(report, indent=2) if json else demo_table(report))
     if not json: show(measured)

@@ -833,7 +833,6 @@ def test_learner_method_knows_what_fit_would_do():
 
 def test_learner_method_keeps_memory_as_fit_does(monkeypatch):
     from fastxtend_cl import learner as module
-    from fastxtend_cl.all import KeepMemoryCallback
     monkeypatch.setattr(module, 'bench_formats', lambda step, arms, now=None, keep_memory=None, **kw: (now.keep_memory, keep_memory))
     learn = learner(network())
     def asked(**kw): return learn.bench_channelslast(epochs=False, **kw)
@@ -842,9 +841,8 @@ def test_learner_method_keeps_memory_as_fit_does(monkeypatch):
     assert asked()==(True, True) and asked(keep_memory=None)==(True, None)
     learn.channels_last.keep_memory = False
     assert asked()==(False, False)
-    learn.to_contiguous()
-    learn.add_cb(KeepMemoryCallback())
-    assert asked()==(True, True)
+    monkeypatch.setattr(module, 'learner_device', lambda learn: torch.device('cuda'))
+    assert asked()==(None, None), 'the allocator of the CPU is left alone'
 
 # Two processes
 

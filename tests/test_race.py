@@ -1,5 +1,5 @@
 "`to_channelslast(plan='auto')`: real training steps race, whatever happens meanwhile"
-import json, os, pickle, sys
+import json, os, pickle, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 import pytest, torch
@@ -142,6 +142,17 @@ def test_steps_that_cannot_be_timed_end_it(race, monkeypatch):
     monkeypatch.setattr(module, '_most_idle', 6)
     learn = fit_out(race(data=dls(4)), 10)
     assert plan(learn).verdict=='inconclusive' and plan(learn).arm==base==setting(learn) and not cache_file().exists() and not learn.race.open
+
+@pytest.mark.parametrize('threads,counts', [(1, False), (2, True)])
+def test_one_thread_is_timed_by_its_own_clock(threads, counts):
+    "While the core does something else, that stands still; where threads wait for each other it would not tell"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = module._mark(torch.device('cpu'))
+        time.sleep(0.2)
+        assert (module._between(a, module._mark(torch.device('cpu')))>0.1)==counts
+    finally: torch.set_num_threads(before)
 
 # Fits that are short, end, or fail
 
