@@ -49,7 +49,7 @@ def set_setting(learn, arm, kept=None):
     learn.channels_last.memory_format = arm.memory_format
     for amp in learn._grab_cbs(DeviceMixedPrecision): amp.pause(arm.dtype is None)
 
-# %% ../nbs/08a_race.ipynb #ae0cec72
+# %% ../nbs/08a_race.ipynb #ef30f2ea
 def _mark(device):
     "A moment; on a GPU, one in its queue, so that the processor need not wait"
     if device.type=='cuda':
@@ -66,7 +66,7 @@ def _between(a, b):
     b.synchronize()
     return a.elapsed_time(b)/1e3
 
-def _why(plan): return plan.reason.removeprefix(f'{plan.arm} is ')
+def _why(plan): return plan.reason.removeprefix(f'{plan.arm} is ').removesuffix(f'; keeping {plan.arm}')
 
 def _size(inputs): return sum(t.numel() for t in _tensors_in(inputs)) or 1
 
