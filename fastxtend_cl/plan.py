@@ -182,13 +182,13 @@ def settings(
     pairs = [base, *((f, d) for d in ((None, low) if own=='fp32' else (None,)) for f in ('contiguous', 'channels_last'))]
     return [Arm(setting_name(f, _names[d] if d else own), f, d, tuned=tuned) for f,d in dict.fromkeys(pairs)]
 
-# %% ../nbs/08_plan.ipynb #52f98251
+# %% ../nbs/08_plan.ipynb #b1a80c84
 def undecided(
     row:BenchRow,
 ) -> BenchRow:
     "A tie only by noise, with a ratio that would matter, is inconclusive: it may be decided another time"
     if row.verdict!='tie' or row.ratio<=1.05: return row
-    return replace(row, verdict='inconclusive', reason=f'{row.arm} seems {row.ratio:.2f} times as fast, but the noise is larger ({row.low:.2f} to {row.high:.2f})')
+    return replace(row, verdict='inconclusive', reason=f'{row.arm} seems {row.ratio:.2f} times as fast, but not by more than the noise')
 
 _looks = 8,14 # Rounds after which it may be decided; their errors add up to 1 %
 
