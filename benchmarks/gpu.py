@@ -196,7 +196,7 @@ def raced(name, device, tiny, compile, seconds):
     plan,took = learn.channels_last.plan,time.time()-start
     print(plan, flush=True)
     arms = [a for a in learn.race.arms.values() if not a.compile]
-    res = dict(size=list(size), plan=plan.to_dict(), race_seconds=took, scales=len(learn.recorder.losses))
+    res = dict(size=list(size), plan=plan.to_dict(), race_seconds=took)
     if compile or seconds<5: return res
     step = TrainingStep(model, x, y, torch.nn.functional.cross_entropy, torch.optim.AdamW(model.parameters(), lr=1e-6))
     arms = [replace(a, tuned=True) for a in arms]

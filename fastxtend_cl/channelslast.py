@@ -86,7 +86,7 @@ class ChannelsLastCallback(ChannelsLast):
 
     def before_batch(self):
         "Convert image-like inputs and targets"
-        if self.plan is not None and not self.learn._grab_cbs(RaceCallback): self.notice_size()
+        if self.plan is not None: self.notice_size()
         if self.memory_format=='channels_last': # PyTorch's loaders give lists, which a transform would not look into
             self.learn.xb,self.learn.yb = self.tfm(tuple(self.learn.xb)),self.tfm(tuple(self.learn.yb))
 
@@ -99,6 +99,7 @@ class ChannelsLastCallback(ChannelsLast):
         "Warn once of each input size that the plan was not made for"
         made,x = self.plan.conditions.get('shape'),first(self.learn.xb)
         if not made or not isinstance(x, torch.Tensor) or list(x.shape[1:])==made[1:]: return
+        if self.learn._grab_cbs(RaceCallback): return # which is held again
         def text(s): return 'x'.join(map(str, s))
         self.warn_once([FormatWarning(f'the plan was made for inputs of {text(made[1:])}, and for {text(x.shape[1:])} '
             'another may be faster: `to_channelslast(plan="auto")` plans again')])
@@ -236,7 +237,7 @@ def allowed_mode(
 def present(
     learn:Learner,
 ) -> Arm:
-    "How `learn` trains now: format, of which None is that of its weights, and dtype"
+    "The baseline of a plan: how `learn` trains, and before a race trained; a format of None is that of its weights"
     if race := first(learn._grab_cbs(RaceCallback)): return race.base
     cb,amp,device = first(learn._grab_cbs(ChannelsLastCallback)),first(learn._grab_cbs(MixedPrecision)),learner_device(learn)
     mode = amp.mode_on(device) if isinstance(amp, DeviceMixedPrecision) else amp and device.type=='cuda' and amp.amp_mode

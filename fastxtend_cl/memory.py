@@ -33,12 +33,10 @@ def _other_allocator():
     return next((file or 'an unknown one' for file,base in (_defined_in(libc, n) for n in ('malloc', 'posix_memalign', 'free', 'mallopt'))
         if base is None or base!=own[1]), None)
 
-def _not_kept():
-    "Why `kept_memory` has no effect, or None"
-    if other := _other_allocator(): return f"this is for glibc's allocator, here it is that of {other}"
-    if names := [o for o in os.environ if o.startswith(('MALLOC_', 'GLIBC_TUNABLES'))]: return f'the environment sets the allocator ({", ".join(names)})'
-
-def _glibc(): return None if _not_kept() else ctypes.CDLL(None)
+def _glibc():
+    "The C library, or None where its allocator cannot be told, or is told by the environment"
+    told = any(o.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for o in os.environ)
+    return None if told or _other_allocator() else ctypes.CDLL(None)
 
 def _wish(libc, change):
     "Let `change` add a wish or take one away, and do as the last one says"

@@ -9,7 +9,7 @@ __all__ = ['FormatPlan', 'weights_precision', 'precision_name', 'setting_name', 
            'Race', 'cache_file', 'batch_shape', 'plan_key', 'kept_plan', 'keep_plan', 'add_compiled', 'as_plan',
            'plan_formats']
 
-# %% ../nbs/08_plan.ipynb #34fc4864
+# %% ../nbs/08_plan.ipynb #18a4c93c
 import hashlib, json, os, random, statistics, tempfile, time, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +19,12 @@ from fastcore.basics import first, patch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from .bench import Arm, BenchRow, bench_formats
+from .bench import Arm, BenchRow, bench_formats, markdown_table, text_table
 from .bench import _names
 from .format import FormatWarning, _tensors_in, conv_params, format_of
 from .kernels import cache_folder, conditions, fixed_conditions
 from .step import TrainingStep
-from .timing import interval, ranks, world
+from .timing import interval, pairs_of, ranks, world
 
 # %% ../nbs/08_plan.ipynb #9d35af07
 @dataclass(repr=False)
@@ -78,13 +78,11 @@ class FormatPlan:
         if self.verdict=='inconclusive': return f'{first(r.reason for r in self.rows if r.verdict=="inconclusive")}; keeping {self.arm}'
         return f'no setting is faster than {self.arm} by more than the noise'
 
-# %% ../nbs/08_plan.ipynb #338d5508
-_columns = 'setting', '', 'ratio', '99 %', 'ms', 'rounds'
-
+# %% ../nbs/08_plan.ipynb #6b5f05ad
 def _cells(rows):
     def num(v, f): return '' if v is None else f.format(v)
-    return [[r.arm, r.verdict, num(r.ratio, '{:.2f}'), '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}',
-        num(r.seconds and 1e3*r.seconds, '{:.4g}'), str(r.pairs or '')] for r in rows]
+    return [['setting', '', 'ratio', '99 %', 'ms', 'rounds'], *[[r.arm, r.verdict, num(r.ratio, '{:.2f}'), '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}',
+        num(r.seconds and 1e3*r.seconds, '{:.4g}'), str(r.pairs or '')] for r in rows]]
 
 def _below(plan):
     "Sentences below the table"
@@ -98,17 +96,13 @@ def _below(plan):
 def __repr__(self:FormatPlan):
     head = f'{self.verdict}: {self.reason}'
     if not self.rows: return '\n'.join([head, *self.notes])
-    cells = [[*_columns], *_cells(self.rows)]
-    width = [max(len(r[i]) for r in cells) for i in range(len(_columns))]
-    def line(r): return '  '.join(o.ljust(w) if i<2 else o.rjust(w) for i,(o,w) in enumerate(zip(r, width))).rstrip()
-    return '\n'.join([head, *map(line, cells), *_below(self)])
+    return '\n'.join([head, text_table(_cells(self.rows)), *_below(self)])
 
 @patch
 def _repr_markdown_(self:FormatPlan):
     head = f'**{self.verdict}**: {self.reason}'
     if not self.rows: return '\n\n'.join([head, *self.notes])
-    table = '\n'.join('| '+' | '.join(r)+' |' for r in ([*_columns], ['---', '---', *['--:']*4], *_cells(self.rows)))
-    return '\n\n'.join([head, table, *_below(self)])
+    return '\n\n'.join([head, markdown_table(_cells(self.rows)), *_below(self)])
 
 # %% ../nbs/08_plan.ipynb #f330ab31
 @patch
@@ -182,7 +176,7 @@ def settings(
     pairs = [base, *((f, d) for d in ((None, low) if own=='fp32' else (None,)) for f in ('contiguous', 'channels_last'))]
     return [Arm(setting_name(f, _names[d] if d else own), f, d, tuned=tuned) for f,d in dict.fromkeys(pairs)]
 
-# %% ../nbs/08_plan.ipynb #b1a80c84
+# %% ../nbs/08_plan.ipynb #a0948191
 def undecided(
     row:BenchRow,
 ) -> BenchRow:
@@ -232,7 +226,7 @@ class Race:
 
     def pairs(self, a, b):
         "Ratio of the times of `a` and `b` in each round that both have"
-        return [t/self.seconds[b][i] for i,t in self.seconds[a].items() if i in self.seconds[b]]
+        return pairs_of(self.seconds[a], self.seconds[b])
 
     def _leader(self): return min(self.left, key=lambda n: statistics.median(self.pairs(n, self.left[0])))
 

@@ -7,7 +7,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/race.html.md"""
 # %% auto #0
 __all__ = ['set_compiled', 'set_setting', 'NotFiniteError', 'RaceCallback']
 
-# %% ../nbs/08a_race.ipynb #5763b69c
+# %% ../nbs/08a_race.ipynb #5e6c8fb4
 import statistics, sys, time
 from dataclasses import dataclass, replace
 import torch
@@ -25,6 +25,7 @@ from .kernels import runs_repeat
 from fastxtend_cl.plan import (Race, add_compiled, as_plan, batch_shape, keep_plan, kept_plan, plan_key, precision_name,
     setting_name)
 from .step import generators
+from .timing import ranks, why_failed, world
 
 # %% ../nbs/08a_race.ipynb #c4f459e2
 def set_compiled(
@@ -72,7 +73,7 @@ def _size(inputs): return sum(t.numel() for t in _tensors_in(inputs)) or 1
 
 def _shape(inputs): return next((t.shape for t in _tensors_in(inputs)), torch.Size())
 
-# %% ../nbs/08a_race.ipynb #e8533d5a
+# %% ../nbs/08a_race.ipynb #938d2d1f
 @dataclass
 class _Open:
     "A race that is not over"
@@ -95,8 +96,7 @@ _most_idle,_counted = 200,3 # steps of a block that count, after the first
 
 def _cannot_alternate(learn):
     "Why the setting cannot change between steps, or None"
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1: return 'training is distributed'
+    if world()>1: return 'training is distributed'
     wrapped = next((type(m).__name__ for m in learn.model.modules() if isinstance(m, DistributedDataParallel) or 'FSDP' in type(m).__name__
         or type(m).__name__=='FullyShardedDataParallel'), None)
     if wrapped: return f'the model is wrapped in {wrapped}'
@@ -104,7 +104,7 @@ def _cannot_alternate(learn):
     if any(isinstance(cb, trainer) for cb in learn.cbs): return 'the model will be wrapped for distributed training'
     if runs_repeat(): return 'runs have to repeat here, and times do not'
 
-# %% ../nbs/08a_race.ipynb #b10b373b
+# %% ../nbs/08a_race.ipynb #df4e7e83
 class RaceCallback(Callback):
     "Let the first training steps race settings, and keep the fastest: what `to_channelslast(plan='auto')` adds"
     order,run_valid = -2,False # before ChannelsLastCallback, which converts the batch
@@ -177,11 +177,7 @@ class RaceCallback(Callback):
 
     def _take_kept(self):
         "Where steps cannot alternate: the latest plan that was found for this model, or the default"
-        plan = None if self.refresh else kept_plan(self._make_key())
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size()>1:
-            found = [plan]
-            torch.distributed.broadcast_object_list(found, 0)
-            plan, = found
+        plan = ranks(None if self.refresh else kept_plan(self._make_key()))[0]
         default = max(self.arms.values(), key=lambda a: (a.memory_format=='channels_last', a.dtype is not None))
         arm = self.arms.get(plan.arm) if plan else default
         if arm is None: arm = self.arms.setdefault(plan.arm, Arm(plan.arm, plan.memory_format, self._low() if plan.autocast else None, plan.compile))
@@ -259,7 +255,7 @@ class RaceCallback(Callback):
         self._finish(self.id)
 
     def _fail(self, o, name, why):
-        if isinstance(why, Exception): why = f'{type(why).__name__}: {(str(why).strip().splitlines() or [""])[0]}'
+        if isinstance(why, Exception): why = why_failed(why)
         o.race.fail(name, why)
         self.failures.append(f'{name} left the race: {why}')
 

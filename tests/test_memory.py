@@ -111,8 +111,8 @@ void *malloc(size_t n) { return __libc_malloc(n); }
 """
 
 asks = """
-from fastxtend_cl.memory import can_keep_memory, kept_memory, poisoned_memory, _not_kept
-with kept_memory() as kept, poisoned_memory() as poisoned: print(can_keep_memory(), kept, poisoned, _not_kept(), sep=';')
+from fastxtend_cl.memory import can_keep_memory, kept_memory, poisoned_memory, _other_allocator
+with kept_memory() as kept, poisoned_memory() as poisoned: print(can_keep_memory(), kept, poisoned, _other_allocator(), sep=';')
 """
 
 def asked(**env):
@@ -129,12 +129,12 @@ def test_an_allocator_that_stands_in_for_glibcs_is_seen(flags, tmp_path):
     so = tmp_path/'libother.so.2'
     subprocess.run([gcc, '-shared', '-fPIC', *flags, '-o', so, tmp_path/'a.c'], check=True)
     assert asked()==['True', 'True', 'True', 'None']
-    assert asked(LD_PRELOAD=str(so))==['False', 'False', 'False', "this is for glibc's allocator, here it is that of libother.so.2"]
+    assert asked(LD_PRELOAD=str(so))==['False', 'False', 'False', 'libother.so.2']
 
 def test_a_c_library_without_glibcs_functions(monkeypatch):
     "As musl, and the C library of macOS"
     monkeypatch.setattr(memory.ctypes, 'CDLL', lambda name: object())
-    assert not can_keep_memory() and memory._not_kept()=="this is for glibc's allocator, here it is that of a C library other than glibc"
+    assert not can_keep_memory() and memory._other_allocator()=='a C library other than glibc'
     with kept_memory() as kept, memory.poisoned_memory() as poisoned: assert kept is poisoned is False
 
 # What the allocator is told
