@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .check import _Noise, _unit, check_formats, epsilon, margin
 from .format import _tensors_in, as_channels_last, as_contiguous, conv_params, format_of
 from .kernels import tuned_kernels
-from .memory import kept_memory
+from .memory import free_memory, given_back_from, kept_memory, touch_memory
 from .step import StepResult, TrainingStep, seed_all
 from .timing import (ArmFailed, Clock, Deadline, Lane, attempt, device_clock, interval, least_pairs, measure, noise_of, pairs_of,
     ranks, seconds_for_all, slowest, verdict_of, why_failed, world)
@@ -519,10 +519,22 @@ def _repeat(lane):
     res.kept,res.arm = lane.kept,lane.arm
     return res
 
+@contextmanager
+def _memory(keep, kept):
+    """The allocator as it is in a process that keeps memory, or does not, all the time; None: as it is
+
+    Kept memory is all taken before the first step, as much as the last block took; else it is given back from the threshold to which glibc had
+    adapted it in the first steps of the baseline."""
+    if keep is None and not kept.get('threshold'): yield; return
+    with kept_memory(bool(keep), **({'threshold': kept['threshold']} if kept.get('threshold') else {})):
+        if keep: touch_memory(kept.get('free', 0))
+        try: yield
+        finally: kept['free'] = free_memory()
+
 def _step_lane(step, arm, inference, on):
     kept = {}
     def run(body):
-        with nullcontext() if arm.keep_memory is None else kept_memory(arm.keep_memory), step.preserved(on=on):
+        with _memory(arm.keep_memory, kept), step.preserved(on=on):
             f = attempt(_prepare, step, arm, inference, kept)
             with tuned_kernels(step.kernels, model=step.model): return body(f) # also for inference, and for functions of the user
     kind = 'compiled' if arm.compile else 'tuned' if arm.tuned else ''
@@ -841,7 +853,11 @@ def bench_formats(
         if check and not inference:
             for name,why in _wrong_arms(step, chosen, min(15., seconds/2), bar).items(): next(l for l in lanes if l.name==name).failed = why
         before = {}
-        interrupted,block = measure(lanes, clock, deadline, rounds, block, width, seed, bar, partial(_Judge, step),
+        def judge_of(base):
+            threshold = given_back_from()
+            for l in lanes: l.kept['threshold'] = threshold
+            return _Judge(step, base)
+        interrupted,block = measure(lanes, clock, deadline, rounds, block, width, seed, bar, judge_of,
             lambda: before.update(_state(step.device)), max(min(3., seconds/4), seconds*(0.1 if loader is None else 0.3)))
         res = _result(lanes, _conditions(step, now, inference, block), step.device, before, deadline, interrupted)
         try: _add_more(res, step, lanes, inference, loader, clock, deadline)
