@@ -854,8 +854,8 @@ def bench_formats(
             for name,why in _wrong_arms(step, chosen, min(15., seconds/2), bar).items(): next(l for l in lanes if l.name==name).failed = why
         before = {}
         def judge_of(base):
-            threshold = given_back_from()
-            for l in lanes: l.kept['threshold'] = threshold
+            if any(l.arm.keep_memory for l in lanes):
+                for l in lanes: l.kept['threshold'] = given_back_from()
             return _Judge(step, base)
         interrupted,block = measure(lanes, clock, deadline, rounds, block, width, seed, bar, judge_of,
             lambda: before.update(_state(step.device)), max(min(3., seconds/4), seconds*(0.1 if loader is None else 0.3)))

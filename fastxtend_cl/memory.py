@@ -89,13 +89,16 @@ def given_back_from() -> int|None: # Bytes, within a page; None where memory is 
     fs = _malloc()
     if fs is None or _wishes and _wishes[-1][0] is None: return
     (malloc,realloc,free,state),low,high = fs,64<<10,_usual+(8<<10)
+    def mapped(size):
+        "Whether a piece that the system has to give is a mapping of its own; those before it come from what is free in the heap"
+        held,before = [],state()
+        while (now := state()).hblks==before.hblks and now.arena==before.arena and (p := malloc(size)): held.append(p)
+        if now.hblks>before.hblks: held[-1] = realloc(held[-1], 4096) # freed as large as it is, it would raise the threshold
+        for p in held: free(p)
+        return now.hblks>before.hblks
     while high-low>4096:
-        size,before = (low+high)//2,state().hblks
-        p = malloc(size)
-        if not p: return
-        if state().hblks>before: high,p = size,realloc(p, 4096) # freed as large as it is, it would raise the threshold
+        if mapped(size := (low+high)//2): high = size
         else: low = size
-        free(p)
     return min(high, _usual)
 
 def free_memory() -> int: # Bytes; 0 where the allocator cannot be asked

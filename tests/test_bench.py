@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from fastxtend_cl import bench
+from fastxtend_cl import bench, memory
 from fastxtend_cl.bench import Arm, FormatBench, _rows, bench_formats, ceiling, compare, count_flops, format_arms, precisions
 from fastxtend_cl.format import apply_channels_last
 from fastxtend_cl.kernels import _now
+from fastxtend_cl.memory import can_keep_memory, kept_memory
 from fastxtend_cl.step import TrainingStep
 from fastxtend_cl.timing import Clock, Lane, attempt, least_pairs
 from helpers import process_group, two_processes
@@ -708,22 +709,33 @@ def test_a_check_computes_as_the_arm_does(monkeypatch):
     assert not bench._wrong_arms(step, [*format_arms(step).values()], 15.)
     assert {t for _,t in seen}=={False, True} and len(set(seen))==len(seen)
 
+@pytest.mark.skipif(not can_keep_memory(), reason="not glibc's allocator, or told otherwise by the environment")
 def test_memory_is_as_the_arm_says(monkeypatch):
-    "Or as the process has it"
-    seen = []
-    class Kept:
-        def __init__(self, keep): seen.append(keep)
-        def __enter__(self): return True
-        def __exit__(self, *a): pass
-    monkeypatch.setattr(bench, 'kept_memory', Kept)
-    step = step_of(network())
-    def asked(arms, **kw):
-        seen.clear()
-        bench_formats(step, arms, **{**quick, **kw})
-        return set(seen)
-    own = Arm('own', keep_memory=False)
-    assert asked([Arm('a')])==set() and asked([Arm('a'), own])=={False} and asked([Arm('a'), own], keep_memory=True)=={True, False}
-    assert asked([], now=Arm('now', keep_memory=True))=={True}
+    "Kept and found there, or given back from where the baseline's first steps gave it back; a process in which no arm keeps it is left alone"
+    monkeypatch.setattr(bench, 'given_back_from', lambda: 5<<20)
+    monkeypatch.setattr(bench, 'free_memory', lambda: 7<<20)
+    monkeypatch.setattr(bench, 'touch_memory', lambda n: touched.append(n))
+    step,touched = step_of(network()),[]
+    def asked(**keep):
+        "Per arm, what the allocator was told meanwhile: None is to keep memory"
+        touched.clear()
+        seen = {n: set() for n in ('now', *keep)}
+        def arm(name, keep=None):
+            def run(): seen[name].add(memory._wishes[-1][0] if memory._wishes else 'alone')
+            return Arm(name, setup=lambda step: run, keep_memory=keep)
+        b = bench_formats(step, [arm(n, k) for n,k in keep.items()], now=arm('now'), **quick)
+        assert len(b.rows)==2+len(keep) and not memory._wishes
+        return seen
+    assert asked(a=None)==dict(now={'alone'}, a={'alone'}) and asked(a=False)==dict(now={'alone'}, a={32<<20}) and not touched
+    assert asked(a=True, b=None, c=False)==dict(now={'alone', 5<<20}, a={None}, b={5<<20}, c={5<<20})
+    assert touched[0]==0 and {*touched[1:]}=={7<<20}
+
+@pytest.mark.skipif(not can_keep_memory(), reason="not glibc's allocator, or told otherwise by the environment")
+def test_inside_kept_memory_the_baseline_keeps_it(monkeypatch):
+    seen,step = set(),step_of(network())
+    def run(): seen.add(memory._wishes[-1][0])
+    with kept_memory(): bench_formats(step, [Arm('a', setup=lambda step: run, keep_memory=True)], now=Arm('now', setup=lambda step: run), **quick)
+    assert seen=={None}
 
 def test_a_precision_is_a_dtype():
     for bad in ('bf16', 'fp32', ''):

@@ -27,6 +27,13 @@ usual = faults()
 if usual<100_000: raise SystemExit(77) # huge pages: a tensor is faulted in at once
 """
 
+def alone(program):
+    "Run `program` after `head` in a process of its own"
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'THP_MEM_ALLOC_ENABLE': '0'}
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', head+program], env=env, capture_output=True, text=True, timeout=600, cwd=root)
+    if r.returncode==77: pytest.skip('the kernel gives huge pages')
+    assert r.returncode==0, r.stderr
+
 measuring = """
 with kept_memory() as told:
     faults(20)
@@ -60,11 +67,7 @@ def test_memory_is_kept_meanwhile_and_given_back_afterwards(program):
     """In a process of its own: here a hole in the heap might serve as well
 
     Given back is what was free at the end; a hole that lies between other pieces of the heap is faulted in once more and then serves again"""
-    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'THP_MEM_ALLOC_ENABLE': '0'}
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', head+program], env=env, capture_output=True, text=True, timeout=600,
-        cwd=root)
-    if r.returncode==77: pytest.skip('the kernel gives huge pages')
-    assert r.returncode==0, r.stderr
+    alone(program)
 
 @glibc
 def test_environment_has_the_last_word(monkeypatch):
@@ -92,10 +95,65 @@ assert initial>alone+1000, (alone, initial)
 @glibc
 def test_the_thresholds_left_behind_take_no_more_page_faults_than_glibcs_own():
     "They are fixed from then on; the initial ones, fixed, would be worse"
-    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'THP_MEM_ALLOC_ENABLE': '0'}
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', head+left], env=env, capture_output=True, text=True, timeout=600)
-    if r.returncode==77: pytest.skip('the kernel gives huge pages')
+    alone(left)
+
+asking = """
+from fastxtend_cl.memory import given_back_from
+def near(n): return all(n-4096<=given_back_from()<=n+8192 for _ in range(3)) # asking changes nothing
+def told(n): ctypes.CDLL(None).mallopt(-3, n)
+for n in (5<<20, 200<<10, 31<<20):
+    told(n)
+    assert near(n), n
+with kept_memory(): assert given_back_from() is None
+assert near(32<<20)
+with kept_memory(False, 3<<20):
+    assert near(3<<20)
+    with kept_memory(): assert given_back_from() is None
+    assert near(3<<20)
+assert near(32<<20)
+"""
+
+adapting = """
+import ctypes
+from fastxtend_cl.memory import _malloc, given_back_from
+malloc,_,free,_ = _malloc()
+first = given_back_from()
+for n in (3<<20, 12<<20, 7<<20):
+    free(malloc(n))
+    print(first, n, given_back_from())
+"""
+
+finding = """
+from fastxtend_cl.memory import free_memory, touch_memory
+with kept_memory():
+    faults(20)
+    size = free_memory()
+with kept_memory(): alone = faults(1)
+with kept_memory():
+    touch_memory(size)
+    assert alone>usual/20 and (n := faults(1))<alone/10, (n, alone)
+"""
+
+newer = pytest.mark.skipif(memory._malloc() is None, reason='not the allocator of glibc, or older than 2.33')
+
+@newer
+@pytest.mark.parametrize('program', [asking, finding], ids=['asked', 'touched'])
+def test_the_allocator_is_asked_and_prepared(program): alone(program)
+
+@newer
+def test_a_threshold_that_glibc_has_adapted_is_found():
+    "It is that of the largest piece freed so far, up to 32 MiB"
+    r = subprocess.run([sys.executable, '-c', adapting], env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True, timeout=600)
     assert r.returncode==0, r.stderr
+    largest = 0
+    for line in r.stdout.splitlines():
+        first,n,found = map(int, line.split())
+        largest = max(largest, n, first)
+        assert largest-4096<=found<=largest+8192, r.stdout
+
+def test_an_allocator_that_cannot_be_asked(monkeypatch):
+    monkeypatch.setattr(memory, '_glibc', lambda: None)
+    assert memory.given_back_from() is None and memory.free_memory()==0 and memory.touch_memory(1<<20) is None
 
 # Other allocators
 
