@@ -109,12 +109,12 @@ def free_memory() -> int: # Bytes; 0 where the allocator cannot be asked
 def touch_memory(
     size:int, # Bytes
 ):
-    "Take so much from the heap in pieces of 1 MiB, write to it, and free it: inside `kept_memory`, what comes next finds its pages there"
+    "Take so much from the heap in pieces of 64 KiB, write to it, and free it: inside `kept_memory`, what comes next finds its pages there"
     fs = _malloc()
     if fs is None: return
     malloc,_,free,_ = fs
-    pieces = [p for _ in range(size>>20) if (p := malloc(1<<20))]
-    for p in pieces: ctypes.memset(p, 0, 1<<20)
+    pieces = [p for _ in range(size>>16) if (p := malloc(1<<16))]
+    for p in pieces: ctypes.memset(p, 0, 1<<16)
     for p in pieces: free(p)
 
 # %% ../nbs/00b_memory.ipynb #5e1f9a11
