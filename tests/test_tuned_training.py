@@ -225,15 +225,15 @@ def test_kernels_that_end_the_process_are_avoided(setup, root):
 @cpu
 @pytest.mark.skipif(not cpu_bf16(), reason='bf16')
 @pytest.mark.parametrize('layers', [
-    [nn.ConvTranspose2d(24, 24, 3, dilation=2, padding=2)], [nn.Conv2d(24, 24, 3, dilation=2, padding=2, groups=24)],
-    [nn.Flatten(2), nn.Conv1d(24, 24, 7, stride=2, padding=3), nn.Conv1d(24, 24, 7, stride=1024, padding=3), nn.Conv1d(24, 24, 7, stride=2, padding=3),
+    lambda: [nn.ConvTranspose2d(24, 24, 3, dilation=2, padding=2)], lambda: [nn.Conv2d(24, 24, 3, dilation=2, padding=2, groups=24)],
+    lambda: [nn.Flatten(2), nn.Conv1d(24, 24, 7, stride=2, padding=3), nn.Conv1d(24, 24, 7, stride=1024, padding=3), nn.Conv1d(24, 24, 7, stride=2, padding=3),
         nn.Unflatten(2, (1, 1))]], ids=['transposed', 'depthwise', '1-D'])
 @pytest.mark.parametrize('setup', [lambda l: l.to_channelslast(amp_mode='bf16'), lambda l: l.add_cb(DeviceMixedPrecision('bf16'))], ids=['channels last', 'bf16 alone'])
 def test_faulty_kernels_in_bf16_train_right_weights(layers, setup):
     "Ten steps against fp32; a wrong gradient is off by its own size, or not a number"
     def train(setup):
         torch.manual_seed(0)
-        m = nn.Sequential(nn.Conv2d(3, 24, 1), *copy.deepcopy(layers), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 2))
+        m = nn.Sequential(nn.Conv2d(3, 24, 1), *layers(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 2))
         learn = setup(tiny_learner(dls=dls_of(random_images(20, (3, 40, 40)), labels(20), bs=2), model=m, opt_func=lambda ps,lr: __import__('fastai.optimizer').optimizer.SGD(ps, lr)))
         start = [p.detach().clone() for p in m.parameters()]
         fit(learn, 1, 1e-2)
