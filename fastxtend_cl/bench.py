@@ -12,7 +12,7 @@ __all__ = ['BenchRow', 'FormatBench', 'text_table', 'markdown_table', 'compare',
 # %% ../nbs/06_bench.ipynb #174d1a9c
 import inspect, math, os, platform, re, textwrap, time, zlib
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -521,12 +521,9 @@ def _repeat(lane):
 
 @contextmanager
 def _memory(keep, kept):
-    """The allocator as it is in a process that keeps memory, or does not, all the time; None: as it is
-
-    Kept memory is all taken before the first step, as much as the last block took; else it is given back from the threshold to which glibc had
-    adapted it in the first steps of the baseline."""
-    if keep is None and not kept.get('threshold'): yield; return
-    with kept_memory(bool(keep), **({'threshold': kept['threshold']} if kept.get('threshold') else {})):
+    "The allocator as in a process that keeps memory, or does not, all the time; None: as it is. What the last block took is there at once"
+    if keep is None: yield; return
+    with kept_memory(keep):
         if keep: touch_memory(kept.get('free', 0))
         try: yield
         finally: kept['free'] = free_memory()
@@ -846,7 +843,7 @@ def bench_formats(
     _check_args(seconds, rounds, block, width)
     clock,now = clock or device_clock(step.device),replace(now or Arm('now'), name='now')
     deadline = Deadline(seconds, clock)
-    with step.initialized():
+    with step.initialized(), ExitStack() as stack:
         chosen = _chosen(step, arms, compile, now, keep_memory)
         lanes = [_step_lane(step, a, inference, on) for a in (now, *chosen)]
         lanes.insert(1, _repeat(lanes[0]))
@@ -854,8 +851,7 @@ def bench_formats(
             for name,why in _wrong_arms(step, chosen, min(15., seconds/2), bar).items(): next(l for l in lanes if l.name==name).failed = why
         before = {}
         def judge_of(base):
-            if any(l.arm.keep_memory for l in lanes):
-                for l in lanes: l.kept['threshold'] = given_back_from()
+            if any(l.arm.keep_memory for l in lanes) and (threshold := given_back_from()): stack.enter_context(kept_memory(False, threshold))
             return _Judge(step, base)
         interrupted,block = measure(lanes, clock, deadline, rounds, block, width, seed, bar, judge_of,
             lambda: before.update(_state(step.device)), max(min(3., seconds/4), seconds*(0.1 if loader is None else 0.3)))

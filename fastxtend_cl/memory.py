@@ -42,25 +42,27 @@ def _glibc():
 def _wish(libc, change):
     "Let `change` add a wish or take one away, and do as the last one says"
     with _lock:
-        before = _wishes[-1][0] if _wishes else _usual
+        before,n = _wishes[-1][0] if _wishes else _usual,len(_wishes)
         change()
         after = _wishes[-1][0] if _wishes else _usual
-        if after==before: return
         if after is None: values = (_mmap_max, 0),(_trim_threshold, -1)
         else: values = (_mmap_max, 65536),(_mmap_threshold, after),(_trim_threshold, 2*after)
-        for what,value in values: libc.mallopt(what, value)
-        if after is not None: libc.malloc_trim(0)
+        if after!=before:
+            for what,value in values: libc.mallopt(what, value)
+        if not _wishes or after not in (None, before) and len(_wishes)>n: libc.malloc_trim(0)
 
 @contextmanager
 def kept_memory(
     keep:bool=True, # Keep it, or, inside a context that does, give it back as usual
-    threshold:int=_usual, # Where it is given back: what is larger at once, and what is free at the end of the heap above twice as much, in bytes
+    # Where it is given back: what is larger at once, and what is free at the end of the heap above twice as much, in bytes. None: as the
+    # context around says, or else 32 MiB
+    threshold:int|None=None,
 ):
     """A context in which the allocator of the CPU gives no memory back to the system; yields whether that is so
 
     Afterwards it does so again, from fixed thresholds: glibc adapts them no longer."""
-    libc,own = _glibc(),[None if keep else threshold]
-    if libc is None: yield False; return
+    if (libc := _glibc()) is None: yield False; return
+    own = [None if keep else threshold or next((o[0] for o in _wishes[::-1] if o[0]), _usual)]
     def leave(): _wishes[:] = [o for o in _wishes if o is not own]
     _wish(libc, lambda: _wishes.append(own))
     try: yield keep and threading.current_thread() is threading.main_thread() # in another, this holds below 64 MiB only

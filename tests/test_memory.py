@@ -218,10 +218,28 @@ def test_contexts_nest(libc):
         with kept_memory(False):
             assert not libc.kept and libc.trims==1
             with kept_memory(): assert libc.kept
-            assert not libc.kept and libc.trims==2
+            assert not libc.kept and libc.trims==1, 'an inner one leaves what is free between other pieces'
         assert libc.kept
-    assert not libc.kept and libc.trims==3 and libc.values=={-1: 64<<20, -3: 32<<20, -4: 65536}
-    with kept_memory(False): assert libc.trims==3, 'nothing changes'
+    assert not libc.kept and libc.trims==2 and libc.values=={-1: 64<<20, -3: 32<<20, -4: 65536}
+    with kept_memory(False): assert libc.trims==2, 'nothing changes'
+
+def test_thresholds_nest(libc):
+    "One that is not said is that of the context around"
+    def told(): return libc.values[-3],libc.values[-1]
+    usual = 32<<20,64<<20
+    with kept_memory(False, 5<<20):
+        assert told()==(5<<20, 10<<20) and libc.trims==1
+        with kept_memory():
+            assert libc.kept
+            with kept_memory(False): assert told()==(5<<20, 10<<20) and not libc.kept
+        with kept_memory(False): assert told()==(5<<20, 10<<20)
+        with kept_memory(False, 6<<20): assert told()==(6<<20, 12<<20)
+        assert told()==(5<<20, 10<<20)
+    assert told()==usual
+    before = libc.trims
+    with kept_memory(False, 32<<20):
+        with kept_memory(): assert libc.kept
+    assert libc.trims==before+1 and told()==usual, 'given back at the end, although no threshold changes then'
 
 def test_contexts_of_two_threads_may_overlap(libc):
     entered,leave = threading.Event(),threading.Event()
