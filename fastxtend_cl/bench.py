@@ -459,6 +459,12 @@ def _infer(step, dtype):
             if torch.amp.is_autocast_available(step.device.type) else nullcontext()):
         return step.model(*step.inputs)
 
+def _train(step, dtype):
+    "A training step whose optimizer zeroes the gradients, as in a training loop: fastai's own keep theirs, torch's remove them"
+    zero = getattr(step.optimizer, 'zero_grad', None)
+    if zero: zero()
+    return step.run(dtype=dtype, keep='loss', zero_grad=zero is None)
+
 def _prepare(step, arm, inference, kept):
     "Bring `step` to `arm`; returns what is timed"
     step.convert(arm.memory_format)
@@ -467,7 +473,7 @@ def _prepare(step, arm, inference, kept):
     if 'scale' in kept: step.loss_scale = kept['scale']
     dtype = step.autocast if isinstance(arm.dtype, str) else arm.dtype
     if arm.compile: _keep_compiled(step.model, kept)
-    return f if callable(f) else partial(_infer, step, dtype) if inference else partial(step.run, dtype=dtype, keep='loss')
+    return f if callable(f) else partial(_infer if inference else _train, step, dtype)
 
 # %% ../nbs/06_bench.ipynb #99e3f283
 def _size(ts): return float(torch.stack([t.detach().double().norm().cpu() for t in ts]).norm()) if ts else 0.

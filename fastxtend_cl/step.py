@@ -657,6 +657,7 @@ def run(self:TrainingStep,
     # Result holds: 'loss', without a test that it is finite; 'grads', also outputs and gradients;
     # 'state', also updated weights and buffers
     keep:str='grads',
+    zero_grad:bool=True, # Remove all gradients first; False: new ones are added to those that are there
 ) -> StepResult:
     """One step of training: forward, loss, backward, update
 
@@ -670,7 +671,7 @@ def run(self:TrainingStep,
     dtype = self._check_run(memory_format, dtype, keep)
     self.convert(memory_format, double=dtype==torch.float64)
     if not self.model.training: self.model.train()
-    self._zero_grad()
+    if zero_grad: self._zero_grad()
     if seed is not None: seed_all(seed)
     with torch.inference_mode(False), torch.enable_grad(), tuned_kernels(self.kernels, model=self.model):
         with _AsDouble() if dtype==torch.float64 else nullcontext(), _SameRandom() if seed is not None else nullcontext():

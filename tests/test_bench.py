@@ -737,6 +737,24 @@ def test_inside_kept_memory_the_baseline_keeps_it(monkeypatch):
     with kept_memory(): bench_formats(step, [Arm('a', setup=lambda step: run, keep_memory=True)], now=Arm('now', setup=lambda step: run), **quick)
     assert seen=={None}
 
+@pytest.mark.parametrize('kind', ['torch', 'fastai', 'bare'])
+def test_gradients_are_zeroed_as_the_optimizer_does(kind):
+    "fastai's own optimizers zero them in place, which costs time; torch's remove them; for one that cannot, the step does"
+    from fastai.optimizer import SGD
+    class Bare:
+        "No `zero_grad`"
+        def __init__(self, ps): self.param_groups,self.state = [dict(params=[*ps])],{}
+        def step(self): pass
+    step,seen = step_of(network(), opt=lambda m: dict(torch=adamw, fastai=lambda m: SGD(m.parameters(), 1e-3), bare=lambda m: Bare(m.parameters()))[kind](m)),[]
+    p = next(step.model.parameters())
+    with step.preserved():
+        f = bench._prepare(step, Arm('a'), False, {})
+        for _ in range(3):
+            p.register_hook(lambda g: seen.append(None if p.grad is None else float(p.grad.abs().sum())))
+            f()
+            assert float(p.grad.norm())>0
+    assert seen[0] is None and {*seen[1:]}==({0.} if kind=='fastai' else {None})
+
 def test_a_precision_is_a_dtype():
     for bad in ('bf16', 'fp32', ''):
         with pytest.raises(ValueError, match="dtype must be None, torch.float16, torch.bfloat16 or 'as is', got "): Arm('low', dtype=bad)
