@@ -124,7 +124,8 @@ def test_each_setting_is_in_force(race):
     (lambda l: l.to_channelslast(plan=FormatPlan('x', 'contiguous', 'bf16')), {}, ['contiguous bf16', base, 'channels last fp32', won]),
     (lambda l: l.to_channelslast(plan='auto', amp_mode='bf16'), {}, [*speeds]),
     (lambda l: l.add_cb(fastxtend_cl.channelslast.ChannelsLast()), {}, ['channels last fp32', base, 'contiguous bf16', won]),
-    (lambda l: l.model.double(), {}, ['contiguous fp64', 'channels last fp64'])], ids=str)
+    (lambda l: l.model.double(), {}, ['contiguous fp64', 'channels last fp64'])],
+    ids=['no mixed precision', 'bf16', 'fp16', 'channels last', 'a plan', 'auto', 'fastai', 'double'])
 def test_what_is_allowed_competes_with_what_was_before(race, before, kwargs, names):
     learn = race(before=before, **kwargs)
     assert [*learn.race.arms]==names and learn.race.base.name==names[0]
