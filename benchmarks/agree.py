@@ -68,7 +68,7 @@ def measure(name, turns, *more):
 def row(found, setting, clock):
     "Ratio by bench and by training, each the median and the extremes, and their quotient"
     said = sorted(r for b in found['bench'] if (r := b[setting][clock]))
-    gave = sorted(p[clock]/o[clock] for i,p in enumerate(found[base]) for o in [found[setting][i//3]])
+    gave = sorted(p[clock]/found[setting][i//3][clock] for i,p in enumerate(found[base]))
     q = statistics.median(said)/statistics.median(gave) if said else None
     def three(rs): return [statistics.median(rs), rs[0], rs[-1]] if rs else None
     return dict(setting=setting, clock=clock, bench=three(said), training=three(gave), quotient=q, apart=q is None or abs(q-1)>0.05)

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .check import _Noise, _unit, check_formats, epsilon, margin
 from .format import _tensors_in, as_channels_last, as_contiguous, conv_params, format_of
 from .kernels import tuned_kernels
-from .memory import free_memory, given_back_from, kept_memory, touch_memory
+from .memory import faulted_memory, free_memory, given_back_from, kept_memory, touch_memory
 from .step import StepResult, TrainingStep, seed_all
 from .timing import (ArmFailed, Clock, Deadline, Lane, attempt, device_clock, interval, least_pairs, measure, noise_of, pairs_of,
     ranks, seconds_for_all, slowest, verdict_of, why_failed, world)
@@ -460,10 +460,12 @@ def _infer(step, dtype):
         return step.model(*step.inputs)
 
 def _train(step, dtype):
-    "A training step whose optimizer zeroes the gradients, as in a training loop: fastai's own keep theirs, torch's remove them"
+    "A training step as in a training loop: the optimizer zeroes the gradients; fastai's own keep them, torch's remove them"
     zero = getattr(step.optimizer, 'zero_grad', None)
     if zero: zero()
     return step.run(dtype=dtype, keep='loss', zero_grad=zero is None)
+
+def _timed(step, dtype, inference): return partial(_infer if inference else _train, step, dtype)
 
 def _prepare(step, arm, inference, kept):
     "Bring `step` to `arm`; returns what is timed"
@@ -473,7 +475,7 @@ def _prepare(step, arm, inference, kept):
     if 'scale' in kept: step.loss_scale = kept['scale']
     dtype = step.autocast if isinstance(arm.dtype, str) else arm.dtype
     if arm.compile: _keep_compiled(step.model, kept)
-    return f if callable(f) else partial(_infer if inference else _train, step, dtype)
+    return f if callable(f) else _timed(step, dtype, inference)
 
 # %% ../nbs/06_bench.ipynb #99e3f283
 def _size(ts): return float(torch.stack([t.detach().double().norm().cpu() for t in ts]).norm()) if ts else 0.
@@ -527,12 +529,14 @@ def _repeat(lane):
 
 @contextmanager
 def _memory(keep, kept):
-    "The allocator as in a process that keeps memory, or does not, all the time; None: as it is. What the last block took is there at once"
+    "The allocator as in a process that always keeps memory, or always gives it back; None: as it is"
     if keep is None: yield; return
     with kept_memory(keep):
-        if keep: touch_memory(kept.get('free', 0))
-        try: yield
-        finally: kept['free'] = free_memory()
+        if not keep: yield; return
+        touch_memory(size := kept.get('memory', 0))
+        start = faulted_memory()
+        yield
+        kept['memory'] = min(free_memory(), size+faulted_memory()-start)
 
 def _step_lane(step, arm, inference, on):
     kept = {}
@@ -686,7 +690,7 @@ def _counts(step, dtype, inference):
     "FLOP and bytes of a step in a precision, uncompiled"
     with step.preserved():
         step.model._compiled_call_impl = None
-        f,res = partial(_infer, step, dtype) if inference else partial(step.run, dtype=dtype, keep='loss'),[]
+        f,res = _timed(step, dtype, inference),[]
         return count_flops(lambda: res.append(count_bytes(f))),res[0]
 
 @torch.no_grad()

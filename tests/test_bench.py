@@ -2,6 +2,7 @@
 rows, and nothing left behind. No test asserts a time"""
 import json, math, random, sys, warnings
 from collections import Counter
+from itertools import count
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -714,6 +715,7 @@ def test_memory_is_as_the_arm_says(monkeypatch):
     "Kept and found there, or given back from where the baseline's first steps gave it back; a process in which no arm keeps it is left alone"
     monkeypatch.setattr(bench, 'given_back_from', lambda: 5<<20)
     monkeypatch.setattr(bench, 'free_memory', lambda: 7<<20)
+    monkeypatch.setattr(bench, 'faulted_memory', lambda n=count(0, 9<<20): next(n))
     monkeypatch.setattr(bench, 'touch_memory', lambda n: touched.append(n))
     step,touched = step_of(network()),[]
     def asked(**keep):
@@ -729,6 +731,16 @@ def test_memory_is_as_the_arm_says(monkeypatch):
     assert asked(a=None)==dict(now={'alone'}, a={'alone'}) and asked(a=False)==dict(now={'alone'}, a={32<<20}) and not touched
     assert asked(a=True, b=None, c=False)==dict(now={'alone', 5<<20}, a={None}, b={5<<20}, c={5<<20})
     assert touched[0]==0 and {*touched[1:]}=={7<<20}
+
+def test_no_more_memory_is_touched_than_an_arm_took(monkeypatch):
+    "Whatever else is free in the heap: the process may have freed data before"
+    monkeypatch.setattr(bench, 'free_memory', lambda: 1<<50)
+    monkeypatch.setattr(bench, 'faulted_memory', lambda n=iter([0, 5, 7, 7, 8, 10]): next(n))
+    monkeypatch.setattr(bench, 'touch_memory', lambda n: touched.append(n))
+    kept,touched = {},[]
+    for _ in range(3):
+        with bench._memory(True, kept): pass
+    assert touched==[0, 5, 5] and kept['memory']==7
 
 @pytest.mark.skipif(not can_keep_memory(), reason="not glibc's allocator, or told otherwise by the environment")
 def test_inside_kept_memory_the_baseline_keeps_it(monkeypatch):
