@@ -45,7 +45,7 @@ def bench(name, shape, device, seconds):
     "What bench says of each setting"
     arms = {s: arm_of(s, device) for s in (fp32,default)}
     res = learner(name, shape, device).bench_channelslast([*dict.fromkeys(arms.values())], seconds=seconds, epochs=False, bar=False)
-    now = res['now']
+    now = res['baseline']
     return {s: dict(wall=r.ratio, cpu=now.cpu_seconds/r.cpu_seconds if r.cpu_seconds else None, low=r.low, high=r.high, pairs=r.pairs,
         verdict=r.verdict, reason=r.reason) for s,a in arms.items() for r in [res[a]]} | {'seconds': res.seconds}
 

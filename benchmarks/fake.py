@@ -11,9 +11,10 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from fastxtend_cl.format import apply_channels_last, as_channels_last
+from fastxtend_cl.convert import apply_channels_last
+from fastxtend_cl.layout import as_channels_last
 from fastxtend_cl.step import TrainingStep
-from fastxtend_cl.trace import _Tracer
+from fastxtend_cl.tracer import Tracer
 from common import save
 from traces import supported
 
@@ -30,7 +31,7 @@ def make_fake(model, device):
 
 def formats(model, x, y):
     "Counts of (phase, module, format in, format out) of the operators of a step, and what stopped it"
-    tracer,error = _Tracer(TrainingStep(model, x, y, F.cross_entropy)),None
+    tracer,error = Tracer(TrainingStep(model, x, y, F.cross_entropy)),None
     with tracer:
         try: F.cross_entropy(model(x), y).backward()
         except RuntimeError as e: error = str(e).splitlines()[0]

@@ -7,7 +7,7 @@ computes is compared too. A child that dies is replayed call by call. Writes res
 of torch's kernels were wrong, and whether one of ours was.
 
 `sections` are what `python benchmarks/gpu.py --parts faults` runs on a GPU: known reports, one by one, random small networks, and the
-random convolutions of here in both formats and three precisions."""
+random convolutions of here in both formats and three native_dtypes."""
 import contextlib, itertools, json, math, os, random, time
 from collections import Counter
 from copy import deepcopy
@@ -18,7 +18,7 @@ from torch import nn
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.kernels import kernel_count, kernel_table, tuned_kernels
-from fastxtend_cl.verify import gradient_error
+from fastxtend_cl.choose import gradient_error
 from fastxtend_cl.memory import poisoned_memory
 from fastxtend_cl.ways import Call, deadly, suspicious
 from common import save
@@ -110,7 +110,7 @@ def forked(cases, seconds=120):
 
 # On a GPU
 
-precisions = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
+native_dtypes = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
 
 def in_format(t, last, dtype=None):
     return t.to(dtype or t.dtype, copy=True, memory_format=formats[t.ndim-2] if last and t.ndim-2 in formats else torch.contiguous_format)
@@ -170,7 +170,7 @@ def operator_row(expr, device):
         x = source.to(dtype)
         y,want = run(x.double())
         for last,mode in itertools.product((False, True), (None, 'correct', 'tuned')):
-            key = f"{precisions[dtype]} {'channels last' if last else 'contiguous'}, {mode or 'plain'}"
+            key = f"{native_dtypes[dtype]} {'channels last' if last else 'contiguous'}, {mode or 'plain'}"
             try:
                 with kernels(mode): got = run(in_format(x.to(device), last), last)
                 res[key] = [gradient_error(a.cpu(), b, dtype) for a,b in zip(got, (y, want))]
@@ -216,7 +216,7 @@ def large_row(device, tiny, dtype, last, benchmark):
             if device.type=='cuda': torch.cuda.empty_cache()
             if not bad(key): break
     most = torch.cuda.max_memory_allocated()/1e9 if device.type=='cuda' else None
-    return dict(report=163539, shape=list(x.shape), dtype=precisions[dtype], channels_last=last, benchmark=benchmark, errors=errors,
+    return dict(report=163539, shape=list(x.shape), dtype=native_dtypes[dtype], channels_last=last, benchmark=benchmark, errors=errors,
         wrong_slices=where, gigabytes=most, wrong=[k for k in errors if bad(k)])
 
 def draw_network(rng):
@@ -268,15 +268,15 @@ def kind(c):
     return f"{len(w)-2}d {grouping}{' transposed' if transposed else ''}"
 
 def random_rows(c, device, benchmark):
-    "All three kernels of a random convolution in both formats and three precisions, of values that all of these hold exactly"
+    "All three kernels of a random convolution in both formats and three native_dtypes, of values that all of these hold exactly"
     g,x,w = ((t*32).round().clamp(-127, 127).div(32).to(device) for t in tensors(dict(c, dtype='fp32', formats=[False]*3)))
     with cudnn(enabled=False): exact = {n: f() for n,f in three(g.double(), x.double(), w.double(), c['args']).items()}
     count = {}
-    for dtype,last in itertools.product(precisions, (False, True) if x.ndim>3 else (False,)):
+    for dtype,last in itertools.product(native_dtypes, (False, True) if x.ndim>3 else (False,)):
         for name,f in three(*[in_format(t, last, dtype) for t in (g, x, w)], c['args']).items():
             with cudnn(benchmark=benchmark):
                 e = attempt(f, exact[name], dtype)
-                key = f"{kind(c)} {precisions[dtype]} {'channels last' if last else 'contiguous'} {name}"
+                key = f"{kind(c)} {native_dtypes[dtype]} {'channels last' if last else 'contiguous'} {name}"
                 count[key] = [1, int(wrong(e)), int(wrong(e) and e>clearly), int(isinstance(e, str))]
                 if not isinstance(e, str) and not wrong(e): continue
                 again,corrected = attempt(f, exact[name], dtype),attempt(f, exact[name], dtype, 'correct')

@@ -15,13 +15,15 @@ from fastai.vision.all import (SGD, Adam, Callback, CrossEntropyLossFlat, DataLo
     TensorMask, create_unet_model, load_learner)
 import fastxtend_cl.all
 from fastxtend_cl.amp import DeviceMixedPrecision, amp_modes
-from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
+from fastxtend_cl.callbacks import ChannelsLastCallback
+from fastxtend_cl.kernels import less_random
 from fastxtend_cl.check import check_formats
 from fastxtend_cl.cli import digits_dls
-from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.plan import FormatPlan
-from fastxtend_cl.step import TrainingStep, seed_all
-from faults import cudnn, in_format, kernels, precisions
+from fastxtend_cl.preserve import seed_all
+from fastxtend_cl.step import TrainingStep
+from faults import cudnn, in_format, kernels, native_dtypes
 
 def relative(got, want):
     "Distance of lists of tensors, over the norm of `want`"
@@ -268,7 +270,7 @@ def check(name, device, tiny, dtype):
         x,y = torch.randn(n, 3, size, size, device=device),torch.arange(n, device=device)%10
         opt = torch.optim.SGD(model.parameters(), lr=0.01)
         c = check_formats(TrainingStep(model, x, y, F.cross_entropy, opt, autocast=dtype, tuned=tuned))
-        yield dict(model=name, dtype=precisions[dtype], kernels=tuned or 'plain', ok=c.ok, reason=c.reason, first=c.first,
+        yield dict(model=name, dtype=native_dtypes[dtype], kernels=tuned or 'plain', ok=c.ok, reason=c.reason, first=c.first,
             wrong=c.wrong[:10], seconds=c.seconds)
         if c.ok is not False: return
 

@@ -15,8 +15,9 @@ warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision
 import torch, torchvision
 from fastai.vision.all import create_unet_model # sets torch.backends.cudnn.benchmark
 from fastcore.script import call_parse
-from fastxtend_cl.bench import device_clock
-from fastxtend_cl.format import apply_channels_last, as_channels_last, channels_last_formats
+from fastxtend_cl.timing import device_clock
+from fastxtend_cl.convert import apply_channels_last
+from fastxtend_cl.layout import as_channels_last, channels_last_formats
 from fastxtend_cl.kernels import kernel_count, kernel_table, tuned_kernels, tuning_line
 import gpu_kernels
 from common import conditions, kept_rows, results, save

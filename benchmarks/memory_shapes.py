@@ -10,7 +10,7 @@ warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision
 import torch, torchvision
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
-from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.kernels import tuned_kernels
 from fastxtend_cl.memory import can_keep_memory, kept_memory
 from common import conditions, kept_found, results, save

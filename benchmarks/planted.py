@@ -39,6 +39,6 @@ def main(
                         seconds=seconds, seed=i, bar=False)
                 rows.append(dict(model=name, load=load, noise=res.noise,
                     arms={r.arm:(r.verdict, r.ratio, r.low, r.high) for r in res.rows[2:]},
-                    pairs=res.now.pairs, seconds=res.seconds))
+                    pairs=res.baseline.pairs, seconds=res.seconds))
                 print(name, 'load' if load else 'quiet', rows[-1]['arms'], 'noise', res.noise, flush=True)
     if not tiny: save('planted', rows=rows, bs=bs, size=size, seconds=seconds)

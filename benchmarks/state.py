@@ -3,7 +3,7 @@ optimizer state does not follow"""
 import statistics
 import torch, torchvision
 from fastcore.script import call_parse
-from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.convert import apply_channels_last
 from common import interleave, interval, save
 
 def stepper(convert, arch, **kwargs):

@@ -13,7 +13,7 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.amp import amp_dtypes
 from fastxtend_cl.step import TrainingStep
-from fastxtend_cl.trace import trace_format
+from fastxtend_cl.trace import trace_formats
 from common import kept_rows, save
 
 supported = ['alexnet', 'mnasnet0_5', 'mnasnet0_75', 'mnasnet1_0', 'mnasnet1_3', 'mobilenet_v2', 'resnet18', 'resnet34',
@@ -65,12 +65,12 @@ def main(
     asked = dict(bs=bs, size=size, autocast=autocast)
     rows = kept_rows(name, asked, tiny)
     todo = [n for n in names.split(',') if n not in {r['model'] for r in rows}]
-    if todo: trace_format(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
+    if todo: trace_formats(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
     for n in progress_bar(todo):
         gc.collect()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            rows.append(row_of(n, trace_format(
+            rows.append(row_of(n, trace_formats(
                 step_of(n, bs, size, torch.device(device), {k.value:v for k,v in amp_dtypes.items()}.get(autocast)))))
         if not tiny: save(name, rows=rows, **asked)
     show(rows)

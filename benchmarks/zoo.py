@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
-from fastxtend_cl.format import _tensors_in
+from fastxtend_cl.layout import tensors_in
 from common import conditions, interleave, results
 
 classes,batch,image = 10,2,128
@@ -108,7 +108,7 @@ def build(name, image=image, batch=batch, own_size=False):
     return model.train(),torch.randn(shape)
 
 def loss_func(out, y):
-    outs = [o for o in _tensors_in(out) if o.is_floating_point()]
+    outs = [o for o in tensors_in(out) if o.is_floating_point()]
     return sum(F.cross_entropy(o, y) if o.ndim==2 and len(o)==len(y) else o.pow(2).mean() for o in outs)
 
 def naive(model, x):
@@ -126,7 +126,8 @@ def stepper(model, x, device, around=contextlib.nullcontext, low=False):
 
 def kept(model, x):
     "Share of the convolutions whose input arrives in channels last, forward, and of those whose gradient does"
-    from fastxtend_cl.format import format_of, convolutions
+    from fastxtend_cl.convert import convolutions
+    from fastxtend_cl.layout import format_of
     seen = Counter()
     def note(phase, t):
         if isinstance(t, torch.Tensor) and (f := format_of(t)): seen[phase, f in ('channels_last', 'ambiguous')] += 1
@@ -145,7 +146,8 @@ def child(conn, name, device, rounds, block, known, tuned, no_check):
     "Send what is found, phase by phase, so that a death leaves what was known before it"
     from fastxtend_cl import check as check_module
     from fastxtend_cl.check import check_formats
-    from fastxtend_cl.format import apply_channels_last, as_channels_last, convolutions
+    from fastxtend_cl.convert import apply_channels_last, convolutions
+    from fastxtend_cl.layout import as_channels_last
     from fastxtend_cl.kernels import kernel_table, tuned_kernels, tuning_line
     from fastxtend_cl.step import TrainingStep
     warnings.simplefilter('ignore')

@@ -11,9 +11,9 @@ from fastai.learner import Learner
 from torch import nn
 from helpers import caught_warnings, device, fit, labels, of_class, quiet, random_images, tiny_cnn, tiny_learner
 from fastxtend_cl import amp
-from fastxtend_cl.amp import (DeviceMixedPrecision, amp_modes, as_amp_mode, check_amp_mode, check_scaler_args, cpu_bf16,
-    learner_device, native_amp_mode)
-from fastxtend_cl.format import NoEffectWarning
+from fastxtend_cl.amp import DeviceMixedPrecision, amp_modes, as_amp_mode, check_amp_mode, check_scaler_args, learner_device, native_amp_mode
+from fastxtend_cl.precision import cpu_bf16
+from fastxtend_cl.convert import NoEffectWarning
 
 FP16,BF16 = AMPMode.FP16,AMPMode.BF16
 dtypes = {'fp16': torch.float16, 'bf16': torch.bfloat16}

@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
-from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.kernels import tuned_kernels
 
 formats = {4: torch.channels_last, 5: torch.channels_last_3d}

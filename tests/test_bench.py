@@ -11,12 +11,15 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastxtend_cl import bench, memory
-from fastxtend_cl.bench import Arm, FormatBench, _rows, bench_formats, ceiling, compare, count_flops, format_arms, precisions
-from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.arms import Arm, format_arms
+from fastxtend_cl.bench import FormatBench, _rows, bench_formats, compare
+from fastxtend_cl.limits import ceiling, count_flops
+from fastxtend_cl.precision import native_dtypes
+from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.kernels import _now
 from fastxtend_cl.memory import can_keep_memory, kept_memory
 from fastxtend_cl.step import TrainingStep
-from fastxtend_cl.timing import Clock, Lane, attempt, least_pairs
+from fastxtend_cl.timing import Clock, TimedArm, attempt, least_pairs
 from helpers import process_group, two_processes
 
 class Simulated(Clock):
@@ -36,7 +39,7 @@ class Simulated(Clock):
 
 def race(*others, seed=0, seconds=60., rounds=192, switch_of=None, **kw):
     clock = Simulated(seed=seed, **kw)
-    arms = {'now': clock.arm('now', 0.1), **{f'other {i}':clock.arm(f'other {i}', 0.1/r, switch=switch_of) for i,r in enumerate(others)}}
+    arms = {'baseline': clock.arm('baseline', 0.1), **{f'other {i}':clock.arm(f'other {i}', 0.1/r, switch=switch_of) for i,r in enumerate(others)}}
     return compare(arms, clock=clock, bar=False, seconds=seconds, rounds=rounds),clock
 
 machines = {'quiet': dict(noise=0.01), 'noisy': dict(noise=0.1), 'load': dict(load=1.), 'drift': dict(drift=0.02),
@@ -62,7 +65,7 @@ def test_first_step_of_a_block_does_not_count():
     def always_first():
         clock.last = None
         clock.spend('other', 0.1)
-    assert (compare({'now': clock.arm('now', 0.1), 'other': always_first}, clock=clock, bar=False)['other'].ratio
+    assert (compare({'baseline': clock.arm('baseline', 0.1), 'other': always_first}, clock=clock, bar=False)['other'].ratio
         ==pytest.approx(0.5, rel=0.05)), 'the simulation does charge for it'
 
 def test_arms_take_turns_in_random_order_in_blocks():
@@ -72,12 +75,12 @@ def test_arms_take_turns_in_random_order_in_blocks():
     blocks = [log[i:i+block] for i in range(0, len(log), block)]
     assert all(len(set(b))==1 for b in blocks)
     orders = [tuple(b[0] for b in blocks[i:i+4]) for i in range(0, len(blocks), 4)]
-    assert {tuple(sorted(o)) for o in orders}=={('now', 'now', 'other 0', 'other 1')} and len(set(orders))>least_pairs/2
+    assert {tuple(sorted(o)) for o in orders}=={('baseline', 'baseline', 'other 0', 'other 1')} and len(set(orders))>least_pairs/2
     assert race(1.01, 1.02, noise=0.02, rounds=least_pairs)[1].log==clock.log, 'the same seed, the same order'
 
 def test_stops_early_when_every_interval_is_narrow_and_at_the_limit_otherwise():
     quick,_ = race(1.5, noise=0.001)
-    assert quick.now.pairs==least_pairs and quick.seconds<20
+    assert quick.baseline.pairs==least_pairs and quick.seconds<20
     for r in quick.rows[1:]: assert r.high-r.low<0.04*r.ratio
     slow,_ = race(1.02, noise=1.)
     assert 30<slow.seconds<=60 and slow['other 0'].high-slow['other 0'].low>0.04
@@ -88,7 +91,7 @@ def test_a_hopeless_arm_is_not_measured_on():
 
 def test_too_little_time_is_no_verdict():
     res,_ = race(2., seconds=3.)
-    assert res.now.pairs<least_pairs and res.noise is None and res.verdict=='inconclusive' and res.best is res.now
+    assert res.baseline.pairs<least_pairs and res.noise is None and res.verdict=='inconclusive' and res.best is res.now
     assert res['other 0'].verdict=='inconclusive' and res['other 0'].reason=='left out for want of time' and res['other 0'].low is None
     assert str(res).startswith('inconclusive: 1 of 1 arms left out for want of time: try `seconds=')
     n = int(str(res).split('seconds=')[1].split('`')[0])
@@ -100,7 +103,7 @@ def test_too_few_rounds_are_no_tie(rounds):
     now = 1+0.01*np.arange(rounds)
     rows,noise = _rows(lanes(now=now, twin=now, fast=now/1.21, slow=now*2))
     res = FormatBench(rows, noise, {'enough': 90})
-    assert [r.verdict for r in rows]==['now', 'noise', 'inconclusive', 'inconclusive'] and res.verdict=='inconclusive'
+    assert [r.verdict for r in rows]==['baseline', 'noise', 'inconclusive', 'inconclusive'] and res.verdict=='inconclusive'
     assert [line.split()[1] for line in repr(res).splitlines()[4:6]]==['inconclusive']*2 and ' tie' not in repr(res)+res._repr_markdown_()
     assert rows[2].ratio==pytest.approx(1.21) and rows[2].reason==f'8 rounds needed, {rounds} measured'
 
@@ -129,7 +132,7 @@ def test_the_plot_is_never_empty(arms, drawn, said):
 
 def lanes(**blocks):
     "As after a race: name to seconds by round"
-    res = [Lane(n, None) for n in blocks]
+    res = [TimedArm(n, None) for n in blocks]
     for l,s in zip(res, blocks.values()): l.seconds = dict(enumerate(s)); l.cpu = dict(l.seconds)
     return res
 
@@ -159,11 +162,11 @@ class Backwards(Simulated):
 
 def test_a_clock_that_goes_backwards():
     clock = Backwards(97, noise=0.01)
-    res = compare({'now': clock.arm('now', 0.1), 'other': clock.arm('other', 0.1/1.2)}, clock=clock, bar=False)
+    res = compare({'baseline': clock.arm('baseline', 0.1), 'other': clock.arm('other', 0.1/1.2)}, clock=clock, bar=False)
     assert res['other'].verdict=='faster' and all(s>0 for r in res.rows for s in r.blocks.values()) and abs(res['other'].ratio-1.2)<0.05
     clock = Backwards(2)
     with pytest.raises(ValueError, match=r'nothing could be measured: the clock went backwards in each of \d+ blocks'):
-        compare({'now': clock.arm('now', 0.1)}, clock=clock, bar=False, seconds=1e6)
+        compare({'baseline': clock.arm('baseline', 0.1)}, clock=clock, bar=False, seconds=1e6)
     a,b,c = lanes(now=[1.]*8, twin=[1.]*8, other=[])
     c.backwards = 8
     row = _rows([a,b,c])[0][2]
@@ -177,24 +180,24 @@ def test_failures_are_rows():
         clock.spend('later', 0.1)
     def at_once(): raise KeyError('gone')
     def huge(): return torch.empty(1<<60)
-    res = compare({'now': clock.arm('now', 0.1), 'later': later, 'at once': at_once, 'huge': huge,
+    res = compare({'baseline': clock.arm('baseline', 0.1), 'later': later, 'at once': at_once, 'huge': huge,
         'fine': clock.arm('fine', 0.05)}, clock=clock, bar=False)
     assert res['later'].verdict==res['at once'].verdict==res['huge'].verdict=='failed' and res.best.arm=='fine'
     assert (res['later'].reason=='RuntimeError: broke' and res['at once'].reason=="KeyError: 'gone'"
         and res['huge'].reason.startswith('out of memory: '))
     assert res['later'].pairs>0 and res['later'].ratio is None
-    none = compare({'now': clock.arm('now', 0.1), 'at once': at_once}, clock=clock, bar=False)
-    assert none.verdict=='inconclusive' and none.reason=='no other arm could be measured: the rows say why' and none.now.seconds>0
+    none = compare({'baseline': clock.arm('baseline', 0.1), 'at once': at_once}, clock=clock, bar=False)
+    assert none.verdict=='inconclusive' and none.reason=='no other arm could be measured: the rows say why' and none.baseline.seconds>0
 
 def test_a_failing_present_is_an_error():
     clock,n = Simulated(),Counter()
     def later():
         n['f'] += 1
         if n['f']>40: raise RuntimeError('broke')
-        clock.spend('now', 0.1)
+        clock.spend('baseline', 0.1)
     with pytest.raises(ValueError, match='now failed while it was measured: RuntimeError: broke'):
-        compare({'now': later}, clock=clock, bar=False)
-    with pytest.raises(ValueError, match='now cannot be measured: RuntimeError: broke'): compare({'now': later}, clock=clock, bar=False)
+        compare({'baseline': later}, clock=clock, bar=False)
+    with pytest.raises(ValueError, match='now cannot be measured: RuntimeError: broke'): compare({'baseline': later}, clock=clock, bar=False)
 
 @pytest.mark.parametrize('at,rounds', [(1, 0), (10, 0), (100, 3), (400, 17)])
 def test_ctrl_c_returns_what_is_there(at, rounds):
@@ -204,8 +207,8 @@ def test_ctrl_c_returns_what_is_there(at, rounds):
             if len(clock.log)>=at: raise KeyboardInterrupt
             clock.spend(name, seconds)
         return f
-    res = compare({'now': arm('now', 0.1), 'other': arm('other', 0.05)}, clock=clock, bar=False, seconds=600, width=0.001)
-    assert res.interrupted and res.now.pairs>=rounds and (rounds==0)==(res.now.pairs==0)
+    res = compare({'baseline': arm('baseline', 0.1), 'other': arm('other', 0.05)}, clock=clock, bar=False, seconds=600, rel_tol=0.001)
+    assert res.interrupted and res.baseline.pairs>=rounds and (rounds==0)==(res.baseline.pairs==0)
     assert res.verdict==('faster' if res['other'].pairs>=least_pairs else 'inconclusive') and 'Interrupted after' in str(res)
     if not rounds: assert res['other'].reason=='interrupted before it was measured'
 
@@ -214,7 +217,7 @@ def test_arguments():
     for kw,text in ((dict(seconds=0), 'seconds must be above 0, got 0'),
                     (dict(rounds=1), 'rounds is at least 8, for fewer allow no verdict, received 1'),
                     (dict(block=1), 'block is at least 2, for the first step of a block does not count, received 1'),
-                    (dict(width=4), 'width is between 0 and 1, such as 0.04, received 4')):
+                    (dict(rel_tol=4), 'width is between 0 and 1, such as 0.04, received 4')):
         with pytest.raises(ValueError, match=text): compare(f, **kw)
     with pytest.raises(ValueError, match='there is nothing to measure'): compare({})
 
@@ -259,7 +262,7 @@ def test_how_near_the_limit():
 
 def test_the_table_fits():
     rows = [bench.BenchRow(n, v, ratio=1.234, low=1.123, high=12.345, seconds=123.4e-3, memory=12345<<20, of_memory=0.99, of_ceiling=0.9, first_seconds=123.4)
-        for n,v in (('now', 'now'), ('now, again', 'noise'), ('channels last bf16, tuned', 'faster'), ('contiguous fp32', 'inconclusive'))]
+        for n,v in (('baseline', 'baseline'), ('baseline (repeat)', 'noise'), ('channels last bf16, tuned', 'faster'), ('contiguous fp32', 'inconclusive'))]
     assert max(map(len, repr(FormatBench(rows, (0.99, 1.01))).splitlines()[1:6]))<=100
 
 def test_a_machine_that_changes_is_a_note():
@@ -273,7 +276,7 @@ def test_conditions_are_recorded_and_printed(capsys, monkeypatch):
     state = iter((dict(clock=1000, power=80., load=0.5), dict(clock=2000, power=300., load=0.5)))
     monkeypatch.setattr(bench, '_state', lambda device: next(state))
     clock = Simulated(noise=0.01)
-    res = compare({'now': clock.arm('now', 0.1), 'other': clock.arm('other', 0.1)}, clock=clock, bar=False)
+    res = compare({'baseline': clock.arm('baseline', 0.1), 'other': clock.arm('other', 0.1)}, clock=clock, bar=False)
     assert {'threads', 'torch', 'instructions', 'onednn', 'cudnn_benchmark', 'tf32', 'before', 'after', 'seconds', 'date'}<=set(res.conditions)
     assert res.notes[-1].startswith('The clock of the GPU went from 1000 to 2000 MHz')
     json.dumps(res.to_dict())
@@ -299,7 +302,7 @@ class Tick(nn.Module):
         return x
 
 clocks = {}
-def clock_of(tick): return clocks['now']
+def clock_of(tick): return clocks['baseline']
 
 def network(*middle, seed=0):
     torch.manual_seed(seed)
@@ -319,24 +322,24 @@ def fast_ceiling(request, monkeypatch):
     if not any(o in request.node.name for o in ('ceiling', 'operations')): monkeypatch.setattr(bench, 'ceiling', lambda *a, **kw: 1e12)
 
 def simulated(seconds, **kw):
-    clocks['now'] = clock = Simulated(noise=0.02, **kw)
+    clocks['baseline'] = clock = Simulated(noise=0.02, **kw)
     return step_of(network(Tick(None, seconds)), opt=adamw),clock
 
 costs = {'contiguous fp32': 0.1, 'channels last fp32': 0.1/1.05, 'contiguous bf16': 0.1, 'channels last bf16': 0.13}
 
 def test_a_step_whose_speed_is_known(monkeypatch):
-    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
+    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
     step,clock = simulated(costs)
     res = bench_formats(step, ['channels last fp32', 'contiguous bf16, tuned', 'channels last bf16'], clock=clock, bar=False)
-    assert {r.arm:r.verdict for r in res.rows}=={'now': 'now', 'now, again': 'noise', 'channels last fp32': 'faster',
+    assert {r.arm:r.verdict for r in res.rows}=={'baseline': 'baseline', 'baseline (repeat)': 'noise', 'channels last fp32': 'faster',
         'contiguous bf16, tuned': 'tie', 'channels last bf16': 'slower'}
-    assert res.best.arm=='channels last fp32' and res.conditions['now']=='contiguous fp32' and abs(res.best.ratio-1.05)<0.02
-    assert res.break_even==math.ceil(res.seconds/(res.now.seconds-res.best.seconds)) and res.best.samples==pytest.approx(6/res.best.seconds)
+    assert res.best.arm=='channels last fp32' and res.conditions['baseline']=='contiguous fp32' and abs(res.best.ratio-1.05)<0.02
+    assert res.break_even==math.ceil(res.seconds/(res.baseline.seconds-res.best.seconds)) and res.best.samples==pytest.approx(6/res.best.seconds)
     assert str(res).startswith(f'faster: channels last fp32 is {res.best.ratio:.2f} times as fast as what you '
         'have now (contiguous fp32), 1.0')
 
 def test_all_verdicts(monkeypatch):
-    monkeypatch.setattr(bench, 'precisions', lambda device: [])
+    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [])
     for cost,verdict,words in ((0.2, 'fastest already', 'what you have now (contiguous fp32) is faster than all others'),
             (0.1, 'tie', 'no arm is faster than what you have now (contiguous fp32) by more than the noise')):
         step,clock = simulated({**costs, 'channels last fp32': cost})
@@ -344,24 +347,24 @@ def test_all_verdicts(monkeypatch):
         assert res.verdict==verdict and res.reason.startswith(words) and res.best is res.now and res.break_even is None
 
 def test_present_in_channels_last_and_bf16(monkeypatch):
-    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
+    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
     step,clock = simulated({**costs, 'channels last bf16': 0.05})
     step.autocast = torch.bfloat16
-    for now in (None, Arm('now', 'channels_last')):
+    for now in (None, Arm('baseline', 'channels_last')):
         res = bench_formats(step, clock=clock, bar=False, now=now)
-        assert res.conditions['now']==('contiguous bf16' if now is None else 'channels last bf16')
+        assert res.conditions['baseline']==('contiguous bf16' if now is None else 'channels last bf16')
         assert ('channels last bf16, tuned' in [r.arm for r in res.rows]
-            and res.now.seconds==pytest.approx(0.1 if now is None else 0.05, rel=0.1))
+            and res.baseline.seconds==pytest.approx(0.1 if now is None else 0.05, rel=0.1))
     apply_channels_last(step.model, step.optimizer)
-    assert bench_formats(step, clock=clock, bar=False).conditions['now']=='mixed bf16'
+    assert bench_formats(step, clock=clock, bar=False).conditions['baseline']=='mixed bf16'
     step.convert('channels_last')
-    assert bench_formats(step, clock=clock, bar=False).conditions['now']=='channels last bf16'
+    assert bench_formats(step, clock=clock, bar=False).conditions['baseline']=='channels last bf16'
 
 @pytest.mark.parametrize('seconds', [5., 60., 200.])
 @pytest.mark.parametrize('cost,slower', [(0.1, 1), (1., 1), (1., 5), (8., 1)])
 def test_seconds_are_a_bound(monkeypatch, seconds, cost, slower):
     "Of the whole call, with extras and loader; the machine may get slower after a third"
-    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
+    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
     monkeypatch.setattr(bench, 'copy_speed', lambda *a, **kw: 1e10)
     longest = [0.]
     class Slower(Simulated):
@@ -369,17 +372,17 @@ def test_seconds_are_a_bound(monkeypatch, seconds, cost, slower):
             before = self.t
             super().spend(name, s*(slower if self.t>seconds/3 else 1), switch)
             longest[0] = max(longest[0], self.t-before)
-    clocks['now'] = clock = Slower(noise=0.02)
+    clocks['baseline'] = clock = Slower(noise=0.02)
     step = step_of(network(Tick(None, {k: cost*v/0.1 for k,v in costs.items()})), opt=adamw)
     res = bench_formats(step, clock=clock, bar=False, seconds=seconds, loader=Loader(clock, step, cost/10))
     assert clock.t<=1.1*seconds+longest[0] and res.seconds==pytest.approx(clock.t, rel=0.01)
     for r in res.rows[2:]: assert r.pairs>=least_pairs or r.verdict=='inconclusive' and r.reason=='left out for want of time' or slower>1
     if seconds==5. and cost==1.:
-        assert str(res).startswith('inconclusive: 4 of 4 arms left out for want of time: try `seconds=') and res.now.seconds>0
+        assert str(res).startswith('inconclusive: 4 of 4 arms left out for want of time: try `seconds=') and res.baseline.seconds>0
         assert res.notes[0].startswith('Left out for want of time: channels last bf16, tuned, channels last fp32, tuned, channels last fp32, contiguous bf16, tuned; about ')
     if seconds==200. and cost==1. and slower==1:
         assert any(r.pairs>=least_pairs for r in res.rows[2:]) and any(n.startswith('Not measured for want of time: ') for n in res.notes)
-    if seconds==200. and cost==0.1: assert not [n for n in res.notes if 'want of time' in n] and res.loader and res.now.memory and res.now.flops
+    if seconds==200. and cost==0.1: assert not [n for n in res.notes if 'want of time' in n] and res.loader and res.baseline.memory and res.now.flops
 
 class Slow(torch.optim.AdamW):
     "Its step takes simulated time"
@@ -421,7 +424,7 @@ class Loader:
 
 @pytest.mark.parametrize('wait', [0., 0.1, 0.9])
 def test_whole_epoch(wait, monkeypatch):
-    monkeypatch.setattr(bench, 'precisions', lambda device: [])
+    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [])
     step,clock = simulated({**costs, 'channels last fp32': 0.05}, switch=0.)
     res = bench_formats(step, clock=clock, bar=False, seconds=200., loader=Loader(clock, step, wait))
     assert res.loader['share']==pytest.approx(wait/(wait+0.102), abs=0.02)
@@ -502,8 +505,8 @@ def test_what_is_no_step():
         with pytest.raises(ValueError, match=text): bench_formats(step, **quick)
     with pytest.raises(ValueError, match="unknown arm 'contiguous fp8': it must be one of 'contiguous fp32', 'channels last fp32'"):
         bench_formats(step_of(model), ['contiguous fp8'])
-    with pytest.raises(ValueError, match="each arm has a name of its own, received 'now' twice"):
-        bench_formats(step_of(model), {'now': print})
+    with pytest.raises(ValueError, match="each arm has a name of its own, received 'baseline' twice"):
+        bench_formats(step_of(model), {'baseline': print})
     with pytest.raises(TypeError, match="the arm 'x' is a function of the step, received int"): bench_formats(step_of(model), {'x': 3})
     with pytest.raises(ValueError, match="memory_format is 'contiguous', 'channels_last' or None, received 'nhwc'"): Arm('x', 'nhwc')
 
@@ -552,7 +555,7 @@ def lost_body(step): step.model[-1].register_forward_pre_hook(lambda m, a: (Scal
 
 def judged(step, *arms):
     "What the first steps of `arms` are found to be: name to reason"
-    lanes = [bench._step_lane(step, a, False, None) for a in (Arm('now'), *arms)]
+    lanes = [bench._step_lane(step, a, False, None) for a in (Arm('baseline'), *arms)]
     for l in lanes: l.attempt(lambda f: attempt(l.first, f))
     judge = bench._Judge(step, lanes[0])
     for l in lanes[1:]:
@@ -563,7 +566,7 @@ low = torch.bfloat16
 @pytest.mark.parametrize('bs,size', [(2, 32), (2, 64), (3, 32), (4, 32), (16, 32)])
 @pytest.mark.parametrize('seed', range(3))
 def test_tiny_batches_are_judged_by_what_rounding_does_to_them(bs, size, seed, monkeypatch):
-    monkeypatch.setattr(bench, 'precisions', lambda device: [low])
+    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [low])
     step = tiny_batch(bs, size, seed)
     before = state(step)
     right = judged(step, *format_arms(step).values(), Arm('as is', setup=lambda s: None))
@@ -655,13 +658,13 @@ def test_fp16_steps_that_make_no_update_do_not_count(always):
     assert step.loss_scale==1024
 
 def test_arms_by_device_and_model(monkeypatch):
-    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.float16, torch.bfloat16])
+    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.float16, torch.bfloat16])
     plain = [f'{f} {p}' for p in ('fp32', 'fp16', 'bf16') for f in ('contiguous', 'channels last')]
     arms = format_arms(step_of(network()))
     assert [*arms]==[*plain, *[f'{n}, tuned' for n in plain[1:]]]
     assert {a.tuned for n,a in arms.items() if n.endswith('tuned')}=={True} and {arms[n].tuned for n in plain}=={False}
     last = [n for n in arms if n.startswith('channels')]
-    assert [*format_arms(step_of(network()), compile=True)][len(arms):]==['now, compiled', *[f'{n}, compiled' for n in last]]
+    assert [*format_arms(step_of(network()), compile=True)][len(arms):]==['baseline, compiled', *[f'{n}, compiled' for n in last]]
     linear = TrainingStep(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2), F.mse_loss)
     assert list(format_arms(linear))==['contiguous fp32', 'contiguous fp16', 'contiguous bf16']
     assert list(format_arms(step_of(network().double())))==['contiguous fp64', 'channels last fp64', 'channels last fp64, tuned']
@@ -671,15 +674,15 @@ def test_arms_by_device_and_model(monkeypatch):
 
 def test_arms_by_default(monkeypatch):
     "A low precision with tuned kernels only, and not what is equal to the present"
-    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
+    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
     tuned = ['contiguous bf16, tuned', 'channels last fp32, tuned', 'channels last bf16, tuned']
-    def names(step, compile=False, **now): return {a.name for a in bench._chosen(step, None, compile, Arm('now', **now))}
+    def names(step, compile=False, **now): return {a.name for a in bench._chosen(step, None, compile, Arm('baseline', **now))}
     step = step_of(network())
     assert names(step)=={'channels last fp32', *tuned}
     step.tuned = True
     assert names(step, memory_format='channels_last')=={'contiguous fp32', 'channels last fp32', *tuned}-{'channels last fp32, tuned'}
     assert names(step, memory_format='channels_last', tuned=False)=={'contiguous fp32', *tuned}
-    assert names(step_of(network()), True)-names(step_of(network()))=={'now, compiled',
+    assert names(step_of(network()), True)-names(step_of(network()))=={'baseline, compiled',
         *[f'{n}, compiled' for n in ('channels last fp32', *tuned[1:])]}
 
 kernels_of = {} # not in reach of the step, which would be put back
@@ -694,7 +697,7 @@ def test_each_arm_computes_with_its_own_kernels(monkeypatch, inference):
     def own(step): return lambda: step.model(*step.inputs)
     arms = ['channels last fp32', 'channels last fp32, tuned', Arm('as the step'), Arm('own', setup=own, tuned=True)]
     bench_formats(step, arms, inference=inference, **quick)
-    assert {k:v for k,v in kernels_of.items() if k!='arm'}=={'now': {'survive'}, 'channels last fp32': {'survive'},
+    assert {k:v for k,v in kernels_of.items() if k!='arm'}=={'baseline': {'survive'}, 'channels last fp32': {'survive'},
         'channels last fp32, tuned': {'tuned'}, 'as the step': {'survive'}, 'own': {'tuned'}}
     assert _now.mode is None and step.tuned is False
 
@@ -721,11 +724,11 @@ def test_memory_is_as_the_arm_says(monkeypatch):
     def asked(**keep):
         "Per arm, what the allocator was told meanwhile: None is to keep memory"
         touched.clear()
-        seen = {n: set() for n in ('now', *keep)}
+        seen = {n: set() for n in ('baseline', *keep)}
         def arm(name, keep=None):
             def run(): seen[name].add(memory._wishes[-1][0] if memory._wishes else 'alone')
             return Arm(name, setup=lambda step: run, keep_memory=keep)
-        b = bench_formats(step, [arm(n, k) for n,k in keep.items()], now=arm('now'), **quick)
+        b = bench_formats(step, [arm(n, k) for n,k in keep.items()], baseline=arm('baseline'), **quick)
         assert len(b.rows)==2+len(keep) and not memory._wishes
         return seen
     assert asked(a=None)==dict(now={'alone'}, a={'alone'}) and asked(a=False)==dict(now={'alone'}, a={32<<20}) and not touched
@@ -746,7 +749,7 @@ def test_no_more_memory_is_touched_than_an_arm_took(monkeypatch):
 def test_inside_kept_memory_the_baseline_keeps_it(monkeypatch):
     seen,step = set(),step_of(network())
     def run(): seen.add(memory._wishes[-1][0])
-    with kept_memory(): bench_formats(step, [Arm('a', setup=lambda step: run, keep_memory=True)], now=Arm('now', setup=lambda step: run), **quick)
+    with kept_memory(): bench_formats(step, [Arm('a', setup=lambda step: run, keep_memory=True)], baseline=Arm('baseline', setup=lambda step: run), **quick)
     assert seen=={None}
 
 @pytest.mark.parametrize('kind', ['torch', 'fastai', 'bare'])
@@ -772,19 +775,19 @@ def test_a_precision_is_a_dtype():
         with pytest.raises(ValueError, match="dtype must be None, torch.float16, torch.bfloat16 or 'as is', got "): Arm('low', dtype=bad)
 
 def test_precisions_of_this_processor():
-    from fastxtend_cl.amp import cpu_bf16
-    assert precisions('cpu')==([torch.bfloat16] if cpu_bf16() else [])
+    from fastxtend_cl.precision import cpu_bf16
+    assert native_dtypes('cpu')==([torch.bfloat16] if cpu_bf16() else [])
 
 def test_compiled():
     step = step_of(network())
     import torch._dynamo.utils as dynamo
     torch.compiler.reset() # else what an earlier test has compiled for an equal network would be taken
     before = dynamo.counters['stats']['unique_graphs']
-    res = bench_formats(step, ['now, compiled', 'channels last fp32, compiled'], seconds=60., rounds=least_pairs, bar=False)
-    assert res['now, compiled'].verdict!='failed', res['now, compiled'].reason
+    res = bench_formats(step, ['baseline, compiled', 'channels last fp32, compiled'], seconds=60., rounds=least_pairs, bar=False)
+    assert res['baseline, compiled'].verdict!='failed', res['baseline, compiled'].reason
     assert res['channels last fp32, compiled'].verdict!='failed', res['channels last fp32, compiled'].reason
-    assert res['now, compiled'].first_seconds>res['now, compiled'].seconds and step.model._compiled_call_impl is None
-    assert res.now.pairs>=least_pairs
+    assert res['baseline, compiled'].first_seconds>res['baseline, compiled'].seconds and step.model._compiled_call_impl is None
+    assert res.baseline.pairs>=least_pairs
     graphs = dynamo.counters['stats']['unique_graphs']-before
     assert 0<graphs<=8, f'{graphs} graphs: blocks compile anew'
 
@@ -796,13 +799,13 @@ def test_inference():
     res = bench_formats(step, inference=True, **quick)
     assert (set(modes)=={(False, True)} and res.conditions['optimizer']=='inference'
         and all(r.verdict!='failed' for r in res.rows) and step.model.training)
-    assert res.now.flops*res.now.seconds==pytest.approx(2*(6*144*8*27+6*36*8*72+6*32*4))
+    assert res.now.flops*res.baseline.seconds==pytest.approx(2*(6*144*8*27+6*36*8*72+6*32*4))
 
 def test_operations_of_a_step():
     step = step_of(network())
     res = bench_formats(step, **quick)
     conv = 6*144*8*27*2+6*36*8*72*3+6*32*4*3 # the first layer's input needs no gradient
-    assert res.now.flops*res.now.seconds==pytest.approx(2*conv)
+    assert res.now.flops*res.baseline.seconds==pytest.approx(2*conv)
     assert set(res.ceilings)>={'fp32'} and res.now.of_ceiling==pytest.approx(res.now.flops/res.ceilings['fp32'])
 
 def test_memory_of_a_step():
@@ -811,15 +814,15 @@ def test_memory_of_a_step():
     model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Sigmoid())
     res = bench_formats(TrainingStep(model, x, torch.zeros(()), lambda p,t: p.sum()+t), ['contiguous fp32'], **quick)
     one = 4*32*256*4
-    assert 2*one<=res.now.memory<=5*one
+    assert 2*one<=res.baseline.memory<=5*one
 
 def test_result_is_a_value():
     step = step_of(network(), opt=adamw)
     res = bench_formats(step, {'broken': lambda s: 1/0, 'right': lambda s: None}, **{**quick, 'seconds': 60.})
     d = json.loads(json.dumps(res.to_dict()))
-    assert (d['best']==res.best.arm and d['verdict']==res.verdict and d['rows'][0]['arm']=='now'
-        and len(d['rows'][1]['blocks'])==res['now, again'].pairs)
-    assert {'device', 'torch', 'threads', 'shape', 'optimizer', 'block', 'now', 'date'}<=set(d['conditions'])
+    assert (d['best']==res.best.arm and d['verdict']==res.verdict and d['rows'][0]['arm']=='baseline'
+        and len(d['rows'][1]['blocks'])==res['baseline (repeat)'].pairs)
+    assert {'device', 'torch', 'threads', 'shape', 'optimizer', 'block', 'baseline', 'date'}<=set(d['conditions'])
     assert (res._repr_markdown_().startswith(f'**{res.verdict}**: ') and '| broken | failed |' in res._repr_markdown_()
         and 'ZeroDivisionError' in str(res))
     import matplotlib
@@ -831,9 +834,9 @@ def test_result_is_a_value():
 
 def test_progress(capsys):
     clock = Simulated()
-    compare({'now': clock.arm('now', 0.1), 'other': clock.arm('other', 0.1)}, clock=clock, bar=True)
+    compare({'baseline': clock.arm('baseline', 0.1), 'other': clock.arm('other', 0.1)}, clock=clock, bar=True)
     assert '[100/100' in capsys.readouterr().out
-    compare({'now': clock.arm('now', 0.1)}, clock=clock, bar=False)
+    compare({'baseline': clock.arm('baseline', 0.1)}, clock=clock, bar=False)
     assert capsys.readouterr()==('', '')
 
 # Learner
@@ -849,14 +852,14 @@ def learner(model, n=32, **kw):
 @pytest.mark.parametrize('workers', [0, 1])
 @pytest.mark.parametrize('fitted', [False, True])
 def test_learner_method(fitted, workers):
-    from fastxtend_cl.learner import TrainingStep as _
+    from fastxtend_cl.step import TrainingStep as _
     learn,twin = learner(network(), num_workers=workers),learner(network(), num_workers=workers)
     for l in (learn, twin):
         torch.manual_seed(3); random.seed(3)
         if fitted:
             with l.no_bar(), l.no_logging(): l.fit(1, 1e-2)
     res = learn.bench_channelslast(['channels last fp32'], **{**quick, 'seconds': 6.})
-    assert res.conditions['now']=='contiguous fp32' and 0<=res.loader['share']<1 and res.loader['workers']==workers
+    assert res.conditions['baseline']=='contiguous fp32' and 0<=res.loader['share']<1 and res.loader['workers']==workers
     assert (learn.opt is None)==(not fitted)
     for l in (learn, twin):
         torch.manual_seed(4); random.seed(4)
@@ -869,13 +872,13 @@ def test_learner_method_knows_what_fit_would_do():
     learn = learner(network()).to_channelslast(use_amp=False)
     res = learn.bench_channelslast(epochs=False, **quick)
     arms = [r.arm for r in res.rows]
-    assert (res.conditions['now']=='channels last fp32, tuned' and res.loader=={}
+    assert (res.conditions['baseline']=='channels last fp32, tuned' and res.loader=={}
         and 'channels last fp32' in arms and 'channels last fp32, tuned' not in arms)
     assert learn.model[0].weight.is_contiguous(), 'converted by fit, not before'
 
 def test_learner_method_keeps_memory_as_fit_does(monkeypatch):
     from fastxtend_cl import learner as module
-    monkeypatch.setattr(module, 'bench_formats', lambda step, arms, now=None, keep_memory=None, **kw: (now.keep_memory, keep_memory))
+    monkeypatch.setattr(module, 'bench_formats', lambda step, arms, baseline=None, keep_memory=None, **kw: (now.keep_memory, keep_memory))
     learn = learner(network())
     def asked(**kw): return learn.bench_channelslast(epochs=False, **kw)
     assert asked()==(None, True), 'a fit without the callback does not keep it'
@@ -895,13 +898,13 @@ def worker(folder):
         def fails():
             if rank==1 and len(clock.log)>60: raise RuntimeError('on one rank')
             clock.spend('fails', 0.1)
-        a,c = clock.arm('now', 0.1*(1+rank)),clock.arm('other', 0.05*(1+rank))
+        a,c = clock.arm('baseline', 0.1*(1+rank)),clock.arm('other', 0.05*(1+rank))
         sums = []
         def together():
             t = torch.ones(())
             torch.distributed.all_reduce(t)
             sums.append(t.item()); clock.spend('together', 0.08*(1+rank))
-        res = compare({'now': a, 'other': c, 'fails': fails, 'together': together}, clock=clock, bar=rank==0, seconds=40)
+        res = compare({'baseline': a, 'other': c, 'fails': fails, 'together': together}, clock=clock, bar=rank==0, seconds=40)
         log = clock.log[:]
         step = step_of(network(), opt=adamw)
         formats = bench_formats(step, ['channels last fp32', 'contiguous bf16'], **quick)
@@ -923,9 +926,9 @@ def test_ranks_measure_the_same_and_agree(two):
 
 def test_the_slowest_rank_counts(two):
     rows = {r['arm']:r for r in two[0]['rows']}
-    assert (rows['now']['seconds']==pytest.approx(0.2, rel=0.1) and rows['other']['ratio']==pytest.approx(2, rel=0.05)
+    assert (rows['baseline']['seconds']==pytest.approx(0.2, rel=0.1) and rows['other']['ratio']==pytest.approx(2, rel=0.05)
         and rows['other']['verdict']=='faster')
-    seconds,_,samples = two[0]['formats']['now']
+    seconds,_,samples = two[0]['formats']['baseline']
     assert samples==pytest.approx(12/seconds)
 
 def test_an_arm_that_fails_on_one_rank_fails_on_all(two):

@@ -7,7 +7,7 @@ from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, Tensor
 from hypothesis import given, settings, strategies as st
 from fastxtend_cl.all import *
 from fastxtend_cl import check
-from fastxtend_cl.amp import cpu_bf16
+from fastxtend_cl.precision import cpu_bf16
 from helpers import assert_same_snapshot, snapshot
 
 class Fault(torch.autograd.Function):
@@ -32,7 +32,7 @@ class FaultyWeight(nn.Conv2d):
 
 def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU())
 
-def network(middle=None, width=8, head=None):
+def network(middle=None, rel_tol=8, head=None):
     torch.manual_seed(0)
     return nn.Sequential(block(3, width), block(width, width, stride=2), middle or nn.Identity(),
         block(width, width, stride=2), head or nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
@@ -262,7 +262,7 @@ def test_learner_method_raises_on_wrong():
 
 def test_fastais_own_losses_are_compared_in_double():
     "fastai's flattened losses cast to single precision; the reference must not"
-    from fastxtend_cl.learner import TrainingStep
+    from fastxtend_cl.step import TrainingStep
     step = TrainingStep.from_learner(learner(network()))
     with step.preserved(): assert step.run(dtype=torch.float64).loss.dtype==torch.float64
 

@@ -3,7 +3,7 @@ import json, subprocess, sys, types
 import pytest, torch
 from torch import nn
 from fastxtend_cl import cli
-from fastxtend_cl.bench import precisions
+from fastxtend_cl.precision import native_dtypes
 from fastxtend_cl.cli import UsageError, any_loss, main, model_of, model_step
 
 tiny = ['--bs', '2', '--size', '32', '--device', 'cpu']
@@ -40,13 +40,13 @@ def test_bench_piped_is_plain(own, capsys, tmp_path):
     out,err = capsys.readouterr()
     verdict,head,*rows = out.splitlines()
     assert verdict.split(':')[0] in ('faster', 'tie', 'fastest already', 'inconclusive') and '█' not in out and '\x1b' not in out and err==''
-    assert head.split()[0]=='ratio' and rows[0].startswith('now ') and rows[1].startswith('now, again')
+    assert head.split()[0]=='ratio' and rows[0].startswith('now ') and rows[1].startswith('baseline (repeat)')
     assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
 
 def test_json_is_one_object(own, capsys):
     assert main(['bench', 'own_models:step', '--seconds', '1', '--json', '--inference'])==0
     d = json.loads(capsys.readouterr().out)
-    assert d['rows'][0]['arm']=='now' and d['conditions']['shape']==[2,5,16,16] and d['conditions']['optimizer']=='inference'
+    assert d['rows'][0]['arm']=='baseline' and d['conditions']['shape']==[2,5,16,16] and d['conditions']['optimizer']=='inference'
     assert main(['check', 'own_models:right', '--json', '--amp', 'bf16', *tiny])==0
     d = json.loads(capsys.readouterr().out)
     assert d['ok'] is True and d['conditions']['shape']==[2,5,32,32] and d['conditions']['autocast']=='bf16'
@@ -60,7 +60,7 @@ def test_check_of_a_wrong_step_is_status_1(own, capsys):
 def test_kernels_shows_how_each_convolution_is_computed(own, capsys, tmp_path, amp, precision):
     assert main(['kernels', 'own_models:right', '--json', '--plot', str(tmp_path/'a.png'), *amp, *tiny])==0
     rows = json.loads(capsys.readouterr().out)['rows']
-    native = 'bf16' if precisions('cpu') else 'fp32'
+    native = 'bf16' if native_dtypes('cpu') else 'fp32'
     assert [r['call'] for r in rows if r['call'].startswith('3x3, 8 to 8') and r['call'].endswith(precision or native)]
     assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
     assert main(['kernels', 'own_models:right', *tiny])==0 and 'computed in another way than torch does' in capsys.readouterr().out.splitlines()[0]
@@ -71,7 +71,7 @@ def test_check_and_trace_compute_as_training_does(own, monkeypatch):
     from fastxtend_cl import check, trace
     seen = []
     def stop(step): seen.append(step.kernels); raise ValueError('seen')
-    monkeypatch.setattr(check, 'check_formats', stop); monkeypatch.setattr(trace, 'trace_format', stop)
+    monkeypatch.setattr(check, 'check_formats', stop); monkeypatch.setattr(trace, 'trace_formats', stop)
     for command in ('check', 'trace'): assert main([command, 'own_models:right', *tiny])==2
     assert main(['check', 'own_models:step'])==2
     assert seen==['tuned', 'tuned', 'survive'], "a step of the user's own says so itself"
@@ -103,7 +103,7 @@ def test_trace_asks_trace_format(own, capsys, monkeypatch):
         def to_dict(self): return dict(rows=[])
     seen = []
     fake = types.ModuleType('fastxtend_cl.trace')
-    fake.trace_format = lambda step: seen.append(step) or Answer()
+    fake.trace_formats = lambda step: seen.append(step) or Answer()
     monkeypatch.setitem(sys.modules, 'fastxtend_cl.trace', fake)
     assert main(['trace', 'own_models:right', *tiny])==0 and capsys.readouterr().out=='nothing is lost\n'
     assert main(['trace', 'own_models:right', '--json', *tiny])==0 and json.loads(capsys.readouterr().out)=={'rows': []}

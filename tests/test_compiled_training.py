@@ -9,8 +9,9 @@ from fastai.optimizer import SGD
 from fastcore.foundation import L
 from torch import nn
 from fastxtend_cl.all import *
-from fastxtend_cl.bench import compile_alone
-from fastxtend_cl.format import as_contiguous, convert_format
+from fastxtend_cl.arms import compile_alone
+from fastxtend_cl.convert import convert_format
+from fastxtend_cl.layout import as_contiguous
 from helpers import Double, fit, furthest, quiet, tiny_cnn, tiny_learner
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,8 @@ from torch.nn.utils import parametrizations
 from helpers import (all_tensors, assert_same_snapshot, furthest, images, mixed, naive_channels_last, naive_contiguous,
     process_group, snapshot, state_follows, strides)
 from fastxtend_cl import format as fmt
-from fastxtend_cl.format import (FormatWarning, NoConvolutionWarning, align_state, apply_channels_last,
-    apply_contiguous, contiguous_meanwhile,
-    convert_format, format_of)
+from fastxtend_cl.convert import FormatWarning, NoConvolutionWarning, align_optimizer_state, apply_channels_last, apply_contiguous, temporarily_contiguous, convert_format
+from fastxtend_cl.layout import format_of
 
 def formats(model): return {n:format_of(p) for n,p in model.named_parameters() if p.ndim>3}
 
@@ -232,7 +231,7 @@ def test_lazy_layers_copied_while_pending(copy):
 
 def test_contiguous_meanwhile_keeps_the_pending_conversion():
     model = apply_channels_last(lazy())
-    with contiguous_meanwhile(model): assert b'fastxtend_cl' not in pickle.dumps(model)
+    with temporarily_contiguous(model): assert b'fastxtend_cl' not in pickle.dumps(model)
     model(images(dtype=torch.float32))
     assert lazy_formats(model)==['channels_last']*2
 
@@ -247,7 +246,7 @@ def test_model_without_convolution():
         warnings.simplefilter('error')
         apply_contiguous(nn.Sequential())
 
-@pytest.mark.parametrize('f', [apply_channels_last, apply_contiguous, lambda m: align_state(m, [])])
+@pytest.mark.parametrize('f', [apply_channels_last, apply_contiguous, lambda m: align_optimizer_state(m, [])])
 def test_wrong_model(f):
     with pytest.raises(TypeError, match='a torch.nn.Module is needed, received Tensor$'): f(torch.zeros(1))
     holder = type('Holder', (), {'model': nn.Linear(1, 1)})()
@@ -365,7 +364,7 @@ def test_the_comparison_catches_the_naive_conversion(name):
     assert furthest(make(), make(naive_channels_last, naive_contiguous))>1e-4
 
 @pytest.mark.parametrize('name', ['AdamW-fusedTrue', 'OptimWrapper-AdamW-fusedTrue', 'fastai-Adam', 'fastai-ranger'])
-@pytest.mark.parametrize('follow', [apply_channels_last, align_state])
+@pytest.mark.parametrize('follow', [apply_channels_last, align_optimizer_state])
 def test_state_of_a_checkpoint_in_the_other_format(name, follow):
     def train(convert):
         model = mixed()

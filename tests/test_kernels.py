@@ -11,7 +11,7 @@ import fastxtend_cl.kernels as K
 from fastxtend_cl import verify
 from fastxtend_cl.kernels import fixed_kernels, kernel_count, kernel_table, tuned_kernels, tuning_line
 from fastxtend_cl.memory import poisoned_memory
-from fastxtend_cl.verify import GpuKernelBench, KernelBench, gradient_error
+from fastxtend_cl.choose import GpuKernelBench, KernelBench, gradient_error
 from fastxtend_cl.ways import Call, Way, as_is, can_tune, candidates, canonical_contiguous, deadly, suspicious, torchs_formats, trusted
 from helpers import caught_warnings, two_processes
 
@@ -741,7 +741,7 @@ def test_a_damaged_cache_is_written_anew(text):
     file.parent.mkdir(parents=True); file.write_text(text)
     x,w,args = plain_case
     with caught_warnings() as caught, tuned_kernels(): backward(*inputs(x, w, args), args)
-    assert [o.category for o in caught]==[K.KernelWarning] and 'cannot be used and will be measured again' in str(caught[0].message)
+    assert [o.category for o in caught]==[K.CacheWarning] and 'cannot be used and will be measured again' in str(caught[0].message)
     assert json.loads(file.read_text())['version']==K._cache_version
 
 @pytest.mark.parametrize('change', [lambda c: {}, lambda c: {**c, 'way': 'magic'}, lambda c: {**c, 'way': 3}, lambda c: {**c, 'seconds': 'x'}, lambda c: None])

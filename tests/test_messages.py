@@ -4,7 +4,7 @@ from html import unescape
 from pathlib import Path
 import pytest
 
-warners = 'FormatWarning','NoEffectWarning','NoConvolutionWarning','KernelWarning'
+warners = 'FormatWarning','NoEffectWarning','NoConvolutionWarning','CacheWarning'
 
 def name_of(o): return getattr(o.func, 'attr', getattr(o.func, 'id', '')) if isinstance(o, ast.Call) else ''
 

@@ -11,8 +11,10 @@ from helpers import AveragedCopy, caught_warnings, dls_of, fit, labels, process_
 import fastxtend_cl.all
 from fastxtend_cl import plan as module
 from fastxtend_cl.amp import kernels_mode
-from fastxtend_cl.bench import Arm, BenchRow, FormatBench
-from fastxtend_cl.format import FormatWarning, format_of
+from fastxtend_cl.arms import Arm
+from fastxtend_cl.bench import BenchRow, FormatBench
+from fastxtend_cl.convert import FormatWarning
+from fastxtend_cl.layout import format_of
 from fastxtend_cl.plan import FormatPlan, Race, batch_shape, cache_file, kept_plan, plan_formats, plan_key, settings
 from fastxtend_cl.step import TrainingStep
 
@@ -47,14 +49,14 @@ def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('FASTXTEND_CL_CACHE', s
 def names(*args, **kwargs): return [a.name for a in settings(*args, **kwargs)]
 
 def test_settings_that_compete():
-    assert names(net(), Arm('now', dtype=None))==[base, 'channels last fp32'], 'the format of the weights'
-    assert names(net(), Arm('now', dtype=None), low)==[base, 'channels last fp32', 'contiguous bf16', won]
-    assert names(net(), Arm('now', 'channels_last', low), low)==[won, base, 'channels last fp32', 'contiguous bf16']
-    assert names(net().to(memory_format=torch.channels_last), Arm('now', dtype=None))[0]=='channels last fp32'
-    assert names(net(), Arm('now', dtype=torch.float16), low)==['contiguous fp16', base, 'channels last fp32', 'contiguous bf16', won], 'what it has counts'
+    assert names(net(), Arm('baseline', dtype=None))==[base, 'channels last fp32'], 'the format of the weights'
+    assert names(net(), Arm('baseline', dtype=None), low)==[base, 'channels last fp32', 'contiguous bf16', won]
+    assert names(net(), Arm('baseline', 'channels_last', low), low)==[won, base, 'channels last fp32', 'contiguous bf16']
+    assert names(net().to(memory_format=torch.channels_last), Arm('baseline', dtype=None))[0]=='channels last fp32'
+    assert names(net(), Arm('baseline', dtype=torch.float16), low)==['contiguous fp16', base, 'channels last fp32', 'contiguous bf16', won], 'what it has counts'
     for dtype,name in ((torch.float64, 'fp64'), (torch.bfloat16, 'bf16'), (torch.float16, 'fp16')):
-        assert names(net().to(dtype), Arm('now', dtype=low), low)==[f'contiguous {name}', f'channels last {name}'], 'autocast would change nothing'
-    assert {a.tuned for a in settings(net(), Arm('now', dtype=None), tuned=True)}=={True}
+        assert names(net().to(dtype), Arm('baseline', dtype=low), low)==[f'contiguous {name}', f'channels last {name}'], 'autocast would change nothing'
+    assert {a.tuned for a in settings(net(), Arm('baseline', dtype=None), tuned=True)}=={True}
 
 # The race
 
@@ -188,7 +190,7 @@ def test_a_compiled_winner():
 
 # Without training
 
-def proof(*rows, **kwargs): return FormatBench([row('now', 1.), row('now, again', 1.), *rows], (0.99, 1.01), **kwargs)
+def proof(*rows, **kwargs): return FormatBench([row('baseline', 1.), row('baseline (repeat)', 1.), *rows], (0.99, 1.01), **kwargs)
 
 def measured(monkeypatch, *benches):
     "`plan_formats` is told that these were measured, one after the other; what it asked for"
@@ -202,7 +204,7 @@ def test_the_winner_becomes_the_plan(monkeypatch, arm, fields):
     p = plan_formats(step_of(), low)
     assert (p.memory_format, p.autocast, p.arm, p.changes, p.ratio, p.verdict)==(*fields, arm, True, 2, 'faster') and p.baseline==base
     arms,kw = asked[0]
-    assert [a.name for a in arms]==['channels last fp32', 'contiguous bf16', won] and all(a.tuned for a in arms) and kw['now']==Arm('now', 'contiguous', tuned=True, dtype=None)
+    assert [a.name for a in arms]==['channels last fp32', 'contiguous bf16', won] and all(a.tuned for a in arms) and kw['baseline']==Arm('baseline', 'contiguous', tuned=True, dtype=None)
 
 @pytest.mark.parametrize('verdict', ['slower', 'tie', 'inconclusive', 'failed'])
 def test_what_is_not_proven_keeps_the_baseline(monkeypatch, verdict):
@@ -216,7 +218,7 @@ def test_compiled_is_the_last_heat(monkeypatch):
     asked = measured(monkeypatch, proof(row(won, .5, verdict='faster')), proof(row(f'{won}, compiled', .8, verdict='faster', first_seconds=9.8)))
     p = plan_formats(step_of(), low, compile=True)
     (first,_),(second,kw) = asked
-    assert len(first)==3 and [(a.name, a.compile) for a in second]==[(f'{won}, compiled', True)] and kw['now'].memory_format=='channels_last' and kw['now'].dtype is low
+    assert len(first)==3 and [(a.name, a.compile) for a in second]==[(f'{won}, compiled', True)] and kw['baseline'].memory_format=='channels_last' and kw['baseline'].dtype is low
     assert (p.arm, p.memory_format, p.autocast, p.compile)==(f'{won}, compiled', 'channels_last', 'bf16', True) and p.ratio==2.5
     assert f'{won}, compiled: 1.25 times as fast as {won}' in str(p) and 'compiling took 9 s' in str(p)
 
@@ -271,18 +273,18 @@ def test_a_plan_is_found_once(monkeypatch):
     assert len(calls)==4, 'another shape of the batch is another plan'
     assert json.loads(cache_file().read_text())['version']==module._cache_version
 
-def key(step, *more, low=None, now=Arm('now', dtype=None)): return plan_key(step.model, step.optimizer, settings(step.model, now, low), *more)
+def key(step, *more, low=None, baseline=Arm('baseline', dtype=None)): return plan_key(step.model, step.optimizer, settings(step.model, now, low), *more)
 
 def test_what_changes_the_key(monkeypatch):
     base = key(step_of())
     assert key(step_of(net(seed=5)))==base, 'values do not matter'
-    assert plan_key(nn.DataParallel(net()), step_of().optimizer, settings(net(), Arm('now', dtype=None)))==base
+    assert plan_key(nn.DataParallel(net()), step_of().optimizer, settings(net(), Arm('baseline', dtype=None)))==base
     frozen = net(); frozen[0].requires_grad_(False)
     strided = net(); strided[0].stride = (2, 2)
     wider = nn.Sequential(*net()[:6], nn.Conv2d(8, 14, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(14, 2))
     adam = step_of(); adam.optimizer = torch.optim.Adam(adam.model.parameters())
     keys = [key(s) for s in (step_of(frozen), step_of(strided), step_of(wider), adam)]
-    keys += [key(step_of(), True), key(step_of(), low=low), key(step_of(), now=Arm('now', 'channels_last', None))]
+    keys += [key(step_of(), True), key(step_of(), low=low), key(step_of(), baseline=Arm('baseline', 'channels_last', None))]
     torch.set_num_threads(n := torch.get_num_threads()+1)
     try: keys.append(key(step_of()))
     finally: torch.set_num_threads(n-1)
@@ -410,7 +412,7 @@ def test_check_and_bench_after_a_plan():
     learn = learner().to_channelslast(plan=a_plan())
     assert learn.check_channelslast().ok is not False
     res = learn.bench_channelslast(['contiguous fp32'], seconds=20, rounds=8, bar=False)
-    assert 'channels last bf16' in res.conditions['now'] and res.loader
+    assert 'channels last bf16' in res.conditions['baseline'] and res.loader
 
 def test_a_learner_is_planned_without_training(monkeypatch):
     asked = measured(monkeypatch, proof(row(won, .5, verdict='faster')))
@@ -418,11 +420,11 @@ def test_a_learner_is_planned_without_training(monkeypatch):
     before = list(learn.cbs),learn.opt
     p = learn.plan_channelslast(amp_mode='bf16', seconds=7, bar=False)
     assert p.arm==won and (list(learn.cbs),learn.opt)==before and asked[0][1]['seconds']==7
-    assert asked[0][1]['now']==Arm('now', 'contiguous', None, tuned=True)
+    assert asked[0][1]['baseline']==Arm('baseline', 'contiguous', None, tuned=True)
     learner().to_channelslast(amp_mode='bf16').plan_channelslast(cache=False)
-    assert asked[-1][1]['now']==Arm('now', 'channels_last', low, tuned=True)
+    assert asked[-1][1]['baseline']==Arm('baseline', 'channels_last', low, tuned=True)
     learner().to_channelslast(use_amp=False, tune=False).plan_channelslast(use_amp=False, tune=False, cache=False)
-    assert asked[-1][1]['now']==Arm('now', 'channels_last', None, tuned=False) and [a.name for a in asked[-1][0]]==['contiguous fp32']
+    assert asked[-1][1]['baseline']==Arm('baseline', 'channels_last', None, tuned=False) and [a.name for a in asked[-1][0]]==['contiguous fp32']
 
 def test_a_plan_has_no_names_of_layers():
     "One made of a wrapped model holds for a plain one, and the other way round"
@@ -484,7 +486,7 @@ def test_a_new_input_size_is_noticed_once():
 def test_training_converges_the_same():
     "Training losses of a plan that computes in bf16 differ less than those of different seeds"
     from fastxtend_cl.cli import digits_dls
-    from fastxtend_cl.channelslast import less_random
+    from fastxtend_cl.kernels import less_random
     def loss(plan, seed):
         with less_random(seed):
             model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),

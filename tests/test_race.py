@@ -17,8 +17,9 @@ import fastxtend_cl.all
 from fastxtend_cl import plan as plans, race as module
 from fastxtend_cl.amp import DeviceMixedPrecision, kernels_mode
 from fastxtend_cl.bench import BenchRow
-from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
-from fastxtend_cl.format import format_of
+from fastxtend_cl.callbacks import ChannelsLastCallback
+from fastxtend_cl.kernels import less_random
+from fastxtend_cl.layout import format_of
 from fastxtend_cl.plan import FormatPlan, cache_file
 from fastxtend_cl.race import RaceCallback
 

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from helpers import SeeBatch, fit, labels, quiet, random_images, state_follows, strides, dls_of, tiny_learner
 import fastxtend_cl.all
 from fastxtend_cl.amp import DeviceMixedPrecision
-from fastxtend_cl.channelslast import ChannelsLastCallback
-from fastxtend_cl.format import format_of
+from fastxtend_cl.callbacks import ChannelsLastCallback
+from fastxtend_cl.layout import format_of
 from fastxtend_cl.kernels import _now
 from fastxtend_cl.plan import FormatPlan
 from fastxtend_cl.race import RaceCallback

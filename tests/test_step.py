@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastxtend_cl.channelslast, fastxtend_cl.learner
 from fastxtend_cl import step as step_module
 from fastxtend_cl.amp import DeviceMixedPrecision
-from fastxtend_cl.channelslast import ChannelsLastTfm
+from fastxtend_cl.callbacks import ChannelsLastTfm
 from fastxtend_cl.kernels import fixed_kernels, open_contexts, tuned_kernels
-from fastxtend_cl.step import Preserved, StepResult, TrainingStep
+from fastxtend_cl.preserve import Preserved
+from fastxtend_cl.step import StepResult, TrainingStep
 from helpers import dls_of, labels, tiny_learner
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
@@ -538,7 +539,7 @@ def test_preserved_bytes():
     assert step.preserved_bytes()==4*(8*3*9 + 4*3*64), 'of the data only the batch, once'
     step.run()
     assert step.preserved_bytes()==4*(2*8*3*9 + 4*3*64)
-    with step.preserved(on='cpu') as p: assert sum(c.numel() for _,c in p._copies)==step.preserved_bytes()
+    with step.preserved(offload_to='cpu') as p: assert sum(c.numel() for _,c in p._copies)==step.preserved_bytes()
 
 def test_values_can_be_left_out():
     step = make()
@@ -863,7 +864,7 @@ def test_on_a_gpu(on):
         return ([o.cpu()] if isinstance(o, Tensor) else
             [x for v in (o.values() if isinstance(o, dict) else o) for x in flat(v)] if isinstance(o, (dict, list)) else [o])
     before = flat(state())
-    with pytest.raises(torch.OutOfMemoryError), step.preserved(on=on) as p:
+    with pytest.raises(torch.OutOfMemoryError), step.preserved(offload_to=on) as p:
         assert all(c.device.type==(on or 'cuda') for (s,_,_),c in p._copies if s.device.type=='cuda')
         for fmt in ('contiguous','channels_last'):
             for dtype in ('as is', None, torch.bfloat16): step.run(fmt, dtype, seed=0)
@@ -993,7 +994,7 @@ def test_after_a_fit():
     learn = full_learner()
     with learn.no_bar(): learn.fit(1)
     with unchanged(learn): step = TrainingStep.from_learner(learn)
-    with unchanged(learn), unchanged(step), step.preserved(on='cpu'): step.run(); step.run(dtype=torch.float64)
+    with unchanged(learn), unchanged(step), step.preserved(offload_to='cpu'): step.run(); step.run(dtype=torch.float64)
 
 def test_copy_of_a_loader_with_workers_that_stay():
     dl = torch_dls(2, persistent_workers=True, prefetch_factor=3, timeout=5).train

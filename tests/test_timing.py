@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from fastxtend_cl.timing import (Clock, Deadline, Lane, _error, _kth, block_size, interval, is_settled, least_pairs, leave_out, looks, measure, next_look, noise_of,
-    seconds_for_all, verdict_of, warm_up)
+from fastxtend_cl.timing import Clock, Deadline, TimedArm, _error, _kth, block_size, interval, is_converged, least_pairs, leave_out, looks, measure, next_look, noise_of, seconds_for_all, verdict_of, warm_up
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60), st.floats(0.1, 10))
@@ -57,7 +56,7 @@ def test_of_different_noise():
     wrong = np.any([(o[:,0]>true) | (o[:,1]<true) for o in at_looks(ratios(many)).values()], axis=0)
     assert wrong.mean()<=0.01+4*math.sqrt(0.01/many)
 
-def verdicts(base, twin, arm, width=0.04):
+def verdicts(base, twin, arm, rel_tol=0.04):
     "'faster' as `race` would say it, of many measurements: it stops at the first look where both are settled, or after any"
     ratios = base/arm,base/twin
     mine,noise,n = at_looks(ratios[0]),at_looks(ratios[1], 0.05),len(base)
@@ -87,17 +86,17 @@ def test_identical_arms_are_never_faster(name):
     assert at_end.mean()<=1e-3 and worst.mean()<=1e-3, (at_end.mean(), worst.mean())
 
 def test_the_simulation_of_verdicts_is_the_rule():
-    "The same as `interval`, `is_settled` and `verdict_of` say, one measurement after another"
+    "The same as `interval`, `is_converged` and `verdict_of` say, one measurement after another"
     rng = np.random.default_rng(3)
     base,twin,arm = (machine('skewed', rng, 60) for _ in range(3))
     arm = arm/np.linspace(0.9, 1.15, 60)[:,None]
     def one(b, t, a):
-        lanes,done = [Lane(n, None) for n in 'bta'],None
+        lanes,done = [TimedArm(n, None) for n in 'bta'],None
         for i in range(looks[-1]):
             for l,s in zip(lanes, (b, t, a)):
                 if l.live: l.seconds[i] = s[i]
-            lanes[2].settled = lanes[2].settled or is_settled(lanes[0], lanes[2], 0.04)
-            if lanes[2].settled and is_settled(lanes[0], lanes[1], 0.04, 0.05): break
+            lanes[2].settled = lanes[2].settled or is_converged(lanes[0], lanes[2], 0.04)
+            if lanes[2].settled and is_converged(lanes[0], lanes[1], 0.04, 0.05): break
         ratios = [[s/l.seconds[i] for i,s in lanes[0].seconds.items() if i in l.seconds] for l in lanes[1:]]
         return verdict_of(*interval(ratios[1]), noise_of(ratios[0]))=='faster'
     found = [one(*o) for o in zip(base, twin, arm)]
@@ -124,7 +123,7 @@ class Fake(Clock):
 @pytest.mark.parametrize('seconds', [1e-4, 0.01, 0.1, 1., 20.])
 @pytest.mark.parametrize('n', [2, 6])
 def test_block_size(seconds, n):
-    ls = [Lane(str(i), None, warm=[9*seconds, seconds, seconds]) for i in range(n)]
+    ls = [TimedArm(str(i), None, warm=[9*seconds, seconds, seconds]) for i in range(n)]
     block = block_size(ls, 60.)
     assert 2<=block<=50 and (block==2 or 1.2*8*n*block*seconds<=60)
     if 1.2*24*n*5*seconds<=60: assert block>=3
@@ -133,11 +132,11 @@ def test_block_size(seconds, n):
 
 def test_warm_until_steady():
     clock = Fake()
-    lane = Lane('a', lambda body, f=clock.arm([5., 1., 0.5, 0.3, 0.2, 0.2, 0.2, 0.2]): body(f))
+    lane = TimedArm('a', lambda body, f=clock.arm([5., 1., 0.5, 0.3, 0.2, 0.2, 0.2, 0.2]): body(f))
     warm_up(lane, clock, Deadline(60., clock))
     assert lane.warm==pytest.approx([5., 1., 0.5, 0.3, 0.2, 0.2, 0.2]) and lane.prepared==pytest.approx(7.4)
     for kw,n in ((dict(limit=10.), 2), (dict(reserve=1e9), 1)):
-        endless = Lane('b', lambda body: body(clock.arm(1e3)))
+        endless = TimedArm('b', lambda body: body(clock.arm(1e3)))
         warm_up(endless, clock, Deadline(1e4, clock), **kw)
         assert len(endless.warm)==n, 'its own time, or that of all, ends it'
 
@@ -147,7 +146,7 @@ def test_a_block_ends_with_the_deadline():
 
 def test_the_slowest_are_left_out():
     "Of those that can be; the baseline and its repeat stay"
-    def lanes(): return [Lane(n, None, warm=[s]*3) for n,s in (('now', 9.), ('again', 9.), ('a', 1.), ('b', 3.), ('c', 2.), ('broken', 1.))]
+    def lanes(): return [TimedArm(n, None, warm=[s]*3) for n,s in (('baseline', 9.), ('again', 9.), ('a', 1.), ('b', 3.), ('c', 2.), ('broken', 1.))]
     def left(seconds, least=0):
         ls = lanes()
         ls[-1].failed = 'so'
@@ -171,8 +170,8 @@ def bounded(n, step, seconds, prepare=0., first=0., judge=0., slow_at=math.inf, 
     def lane(name, cost):
         def run(body): clock.spend(prepare); return body(lambda: clock.spend(cost))
         def begin(f): clock.spend(first+cost)
-        return Lane(name, run, begin)
-    lanes = [lane(n, step) for n in ('now', 'again')] + [lane(f'arm {i}', step*(costs[i] if costs else 1)) for i in range(n)]
+        return TimedArm(name, run, begin)
+    lanes = [lane(n, step) for n in ('baseline', 'again')] + [lane(f'arm {i}', step*(costs[i] if costs else 1)) for i in range(n)]
     def judge_of(base):
         def judged(lane, over):
             for _ in range(10):

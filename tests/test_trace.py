@@ -1,4 +1,4 @@
-"""`trace_format` and `Learner.trace_channelslast`: planted losses are named with module, phase, kind and line; clean
+"""`trace_formats` and `Learner.trace_channelslast`: planted losses are named with module, phase, kind and line; clean
 networks show none; nothing is left behind"""
 import dataclasses, inspect, json
 import pytest, torch, torchvision
@@ -10,13 +10,14 @@ from hypothesis import given, settings, strategies as st
 from torchvision.models.resnet import BasicBlock
 from fastxtend_cl.all import *
 from fastxtend_cl import trace as trace_module
-from fastxtend_cl.trace import layout_of, _Tracer
+from fastxtend_cl.layout import layout_of
+from fastxtend_cl.tracer import Tracer
 from helpers import device, tiny_cnn, tiny_learner
 from test_kernels import every_way, force
 
 def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU())
 
-def network(*middle, width=8):
+def network(*middle, rel_tol=8):
     torch.manual_seed(0)
     return nn.Sequential(block(3, width), *middle, block(width, width, stride=2), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(width, 4))
@@ -26,7 +27,7 @@ def step_of(model, bs=4, size=16, channels=3, loss=F.cross_entropy, y=None, **kw
     y = torch.randint(0, 4, (bs,)) if y is None else y
     return TrainingStep(model.to(device), torch.randn(bs, channels, size, size).to(device), y.to(device), loss, **kw)
 
-def trace(model, **kw): return trace_format(step_of(model, **kw))
+def trace(model, **kw): return trace_formats(step_of(model, **kw))
 
 def line_of(f, text):
     "File and line in the source of `f` that holds `text`"
@@ -214,7 +215,7 @@ def test_sizes_of_one_are_no_loss(bs, c, hw, bias):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, c, 1, bias=bias), Copies() if c==1 or hw==(1, 1) else nn.Identity(),
         nn.Conv2d(c, 4, 1), nn.Flatten(), nn.Linear(4*hw[0]*hw[1], 4))
-    res = trace_format(TrainingStep(model.to(device), torch.randn(bs, 3, *hw, device=device),
+    res = trace_formats(TrainingStep(model.to(device), torch.randn(bs, 3, *hw, device=device),
         torch.randint(0, 4, (bs,), device=device), F.cross_entropy))
     assert res.rows==[], str(res)
 
@@ -230,7 +231,7 @@ def test_exactly_what_is_planted_is_found(plan):
 def test_volumes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(1, 4, 3), Copies(), nn.Conv3d(4, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4))
-    res = trace_format(TrainingStep(model.to(device), torch.randn(2, 1, 8, 8, 8, device=device),
+    res = trace_formats(TrainingStep(model.to(device), torch.randn(2, 1, 8, 8, 8, device=device),
         torch.randint(0, 4, (2,), device=device), F.cross_entropy))
     assert [(r.module, r.shape) for r in res.rows]==[('1', (2, 4, 6, 6, 6))]
 
@@ -262,7 +263,7 @@ def test_the_step_is_not_changed_by_the_trace():
         with step.preserved():
             step.convert('channels_last'); torch.manual_seed(3)
             if not traced: return step.run()
-            with _Tracer(step): return step.run()
+            with Tracer(step): return step.run()
     a,b = run(False),run(True)
     assert torch.equal(a.loss, b.loss) and a.grads.keys()==b.grads.keys() and all(torch.equal(g, b.grads[n]) for n,g in a.grads.items())
 
@@ -270,7 +271,7 @@ def test_the_hooks_go():
     step = step_of(network())
     def count(): return [len(getattr(nn.modules.module, n)) for n in ('_global_forward_hooks','_global_forward_pre_hooks')]
     before = count()
-    with _Tracer(step): assert count()!=before
+    with Tracer(step): assert count()!=before
     assert count()==before
 
 def state(step):
@@ -302,9 +303,9 @@ def test_nothing_is_left(error):
     step.optimizer = torch.optim.AdamW(step.model.parameters(), lr=0.1)
     step.run(); step.model.eval()
     before = state(step)
-    if error is None: trace_format(step)
+    if error is None: trace_formats(step)
     else:
-        with pytest.raises(type(error)): trace_format(step)
+        with pytest.raises(type(error)): trace_formats(step)
     assert same(before, state(step))
 
 def test_learner():
@@ -343,7 +344,7 @@ def test_rows_are_sorted_by_cost_and_groups_too():
     assert [r.seconds for r in res.rows]==sorted((r.seconds for r in res.rows), reverse=True) and len(res.rows)>=5
 
 def test_a_short_budget_estimates(monkeypatch):
-    res = trace_format(step_of(network(Copies(), nn.Conv2d(8, 16, 3), Copies(), nn.Conv2d(16, 8, 3))), budget=0)
+    res = trace_formats(step_of(network(Copies(), nn.Conv2d(8, 16, 3), Copies(), nn.Conv2d(16, 8, 3))), budget=0)
     assert res.conditions['estimated']>0 and all(r.seconds>0 for r in res.rows)
 
 # the result
@@ -383,7 +384,7 @@ def test_a_trace_does_not_depend_on_the_kernels_that_were_fastest(monkeypatch):
     assert found[0][1] and all(o==found[0] for o in found), found
 
 def test_a_freed_tensors_address_is_not_taken_for_another():
-    with _Tracer(step_of(network())) as tracer:
+    with Tracer(step_of(network())) as tracer:
         tracer.modules.seen = True
         seen = {trace_module._storage(torch.zeros(3, 3)) for _ in range(50)}
     assert len(seen)==50

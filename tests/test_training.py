@@ -47,9 +47,11 @@ from helpers import (AveragedCopy, SeeBatch, assert_same_snapshot, caught_warnin
     random_images, snapshot, state_follows, tensor_dls, tiny_cnn, tiny_double, tiny_learner)
 from fastxtend_cl import format as fmt
 from fastxtend_cl.amp import DeviceMixedPrecision
-from fastxtend_cl.channelslast import ChannelsLastCallback, ChannelsLastTfm, less_random
+from fastxtend_cl.callbacks import ChannelsLastCallback, ChannelsLastTfm
+from fastxtend_cl.kernels import less_random
 from fastxtend_cl.plan import FormatPlan
-from fastxtend_cl.format import FormatWarning, NoConvolutionWarning, as_channels_last, format_of
+from fastxtend_cl.convert import FormatWarning, NoConvolutionWarning
+from fastxtend_cl.layout import as_channels_last, format_of
 
 fused_adamw = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)
 root = Path(__file__).resolve().parent.parent

@@ -11,8 +11,9 @@ from torchvision.models import resnet18
 from helpers import AveragedCopy, Double, caught_warnings, device, dls_of, fit, images, labels, quiet, random_images, tiny_cnn, tiny_learner
 from fastxtend_cl.all import *
 from fastxtend_cl import channelslast, kernels
-from fastxtend_cl.amp import cpu_bf16, kernels_mode
-from fastxtend_cl.format import FormatWarning
+from fastxtend_cl.amp import kernels_mode
+from fastxtend_cl.precision import cpu_bf16
+from fastxtend_cl.convert import FormatWarning
 from fastxtend_cl.kernels import _now
 
 cpu = pytest.mark.skipif(str(dls_of(random_images(2), labels(2)).device)!='cpu', reason='kernels of a CPU')
@@ -181,7 +182,7 @@ def test_the_step_of_a_learner(name, tuned):
 def test_the_present_of_a_learner_is_tuned():
     learn = learner().to_channelslast(use_amp=False)
     res = learn.bench_channelslast(['channels last fp32'], seconds=1, rounds=8, epochs=False, bar=False)
-    assert res.conditions['now']=='channels last fp32, tuned'
+    assert res.conditions['baseline']=='channels last fp32, tuned'
 
 # Layers that end the process
 
@@ -363,7 +364,7 @@ def test_trace_sees_what_training_does(monkeypatch):
     monkeypatch.setattr(trace, '_least_seconds', lambda *a, **kw: seen.add(_now.mode) or real(*a, **kw))
     model = net(nn.Conv2d(8, 8, 3), Squeeze(), nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3))
     model(images(2, dtype=torch.float32))
-    found = {t: {r.advice for r in trace_format(step_of(model, tuned=t)).rows} for t in (False, True)}
+    found = {t: {r.advice for r in trace_formats(step_of(model, tuned=t)).rows} for t in (False, True)}
     assert seen=={'survive', 'tuned'}
     assert any('the gradient of a mean' in a for a in found[False]) and not any('the gradient of a mean' in a for a in found[True])
     assert all(any('instance normalization copies into contiguous order' in a for a in f) for f in found.values()), 'these images are small'
@@ -376,6 +377,6 @@ def test_what_trace_advises_for_shuffles_and_instance_norms_is_true():
     y.backward(torch.ones_like(y))
     assert format_of(x.grad)=='channels_last'
     model,x = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.InstanceNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)),torch.randn(2, 3, 32, 32)
-    lost = {t: [r for r in trace_format(TrainingStep(model, x, x, lambda p, y: p.square().mean(), tuned=t)).rows if r.cls=='InstanceNorm2d'] for t in (False, True)}
+    lost = {t: [r for r in trace_formats(TrainingStep(model, x, x, lambda p, y: p.square().mean(), tuned=t)).rows if r.cls=='InstanceNorm2d'] for t in (False, True)}
     assert lost[False] and not lost[True]
     assert all('instance normalization copies into contiguous order: `tuned_kernels`' in r.advice for r in lost[False])

@@ -15,7 +15,8 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.gan import GANLearner, InvisibleTensor, basic_critic, basic_generator
 from fastxtend_cl import bench as bench_module
 from fastxtend_cl.all import *
-from fastxtend_cl.step import Preserved, TrainingStep, reachable
+from fastxtend_cl.preserve import Preserved, reachable
+from fastxtend_cl.step import TrainingStep
 from helpers import SeeBatch, caught_warnings, device, fit, of_class, snapshot, assert_same_snapshot, tensor_dls, tiny_cnn, tiny_learner
 
 questions = dict(step=TrainingStep.from_learner, check=lambda l: l.check_channelslast(bar=False), trace=lambda l: l.trace_channelslast(),
@@ -88,7 +89,7 @@ def test_the_parts_of_a_gan_can_be_asked():
     z,x,critic = torch.randn(4, 100),torch.randn(4, 3, 32, 32),learn.model.critic
     gen = TrainingStep(learn.model.generator, z, (), lambda out: critic(out).mean())
     crit = TrainingStep(critic, x, (), lambda out: out.mean())
-    for s in (gen, crit): assert check_formats(s, bar=False).ok is not False and trace_format(s).reason
+    for s in (gen, crit): assert check_formats(s, bar=False).ok is not False and trace_formats(s).reason
 
 @pytest.mark.parametrize('cb', [SeeBatch, MixUp])
 def test_callbacks_that_leave_the_model_whole_are_no_obstacle(cb):
@@ -159,7 +160,7 @@ def step_of(model, bs=8, size=16, loss=F.cross_entropy, **kw):
     torch.manual_seed(0)
     return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), loss, **kw)
 
-@pytest.mark.parametrize('ask', [check_formats, trace_format, lambda s: bench_formats(s, seconds=1, bar=False), TrainingStep.run])
+@pytest.mark.parametrize('ask', [check_formats, trace_formats, lambda s: bench_formats(s, seconds=1, bar=False), TrainingStep.run])
 def test_empty_batches(ask):
     with pytest.raises(ValueError, match=r'the batch is empty \(inputs of shape \(0, 3, 16, 16\)\): a step needs at least one item'):
         ask(step_of(net(), bs=0))
@@ -182,7 +183,7 @@ def test_a_lazy_step_is_measured_as_any_other(inference, monkeypatch):
     step = step_of(lazy())
     res = bench_formats(step, seconds=1, rounds=8, block=2, bar=False, inference=inference)
     assert {'channels last fp32', 'channels last fp32, tuned'} < {r.arm for r in res.rows} and not [r for r in res.rows if r.verdict=='failed'], res
-    assert res.conditions['now']=='contiguous fp32' and torch.nn.parameter.is_lazy(step.model[0].weight) and type(step.model[3]) is nn.LazyConv2d
+    assert res.conditions['baseline']=='contiguous fp32' and torch.nn.parameter.is_lazy(step.model[0].weight) and type(step.model[3]) is nn.LazyConv2d
 
 def test_a_lazy_step_is_planned_as_any_other(monkeypatch, tmp_path):
     monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path))
@@ -191,7 +192,7 @@ def test_a_lazy_step_is_planned_as_any_other(monkeypatch, tmp_path):
     p = plan_formats(step, seconds=2, bar=False)
     assert 'channels last fp32' in {r.arm for r in p.rows} and torch.nn.parameter.is_lazy(step.model[0].weight)
 
-@pytest.mark.parametrize('ask', [check_formats, trace_format, lambda s: bench_formats(s, seconds=1, bar=False), lambda s: plan_formats(s, seconds=1, bar=False)],
+@pytest.mark.parametrize('ask', [check_formats, trace_formats, lambda s: bench_formats(s, seconds=1, bar=False), lambda s: plan_formats(s, seconds=1, bar=False)],
     ids=['check', 'trace', 'bench', 'plan'])
 def test_an_empty_batch_initializes_nothing(ask):
     step = step_of(lazy(), bs=0)
@@ -213,12 +214,12 @@ class Teacher:
 def test_a_network_outside_of_the_model_is_said_to_be_not_converted(loss, name, autocast):
     model,x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)),torch.randn(4, 3, 24, 24)
     step = TrainingStep(model, x, x.clone(), loss(), autocast=autocast)
-    res = trace_format(step)
+    res = trace_formats(step)
     found = [r for r in res.rows if r.kind=='weight']
     assert found and all(f'is not converted with it: `apply_channels_last({name})`' in r.advice for r in found) and 'not converted' in str(res)
     assert not any('a tensor is made contiguous' in r.advice for r in res.rows)
     apply_channels_last(step.loss_func.net)
-    assert not [r for r in trace_format(step).rows if r.kind=='weight']
+    assert not [r for r in trace_formats(step).rows if r.kind=='weight']
 
 class Holder(Callback):
     def __init__(self, held): self.held = held
@@ -279,7 +280,7 @@ def test_a_weight_that_is_computed_contiguous_is_no_unconverted_network():
         def forward(self, x):
             x = self.a(x)
             return F.conv2d(x, self.w(x.mean((0, 2, 3))).view(8, 8, 3, 3), padding=1).flatten(2).mean(2)
-    assert not [r for r in trace_format(step_of(Dynamic(), loss=lambda p, t: p.square().mean())).rows if r.kind=='weight']
+    assert not [r for r in trace_formats(step_of(Dynamic(), loss=lambda p, t: p.square().mean())).rows if r.kind=='weight']
 
 # towers and scripts
 
@@ -298,9 +299,9 @@ class Gated(Towers):
         return self.head(torch.cat([a.mean((2, 3)), self.b(x*a.mean((1, 2, 3), keepdim=True)).mean((2, 3))], 1))
 
 def test_the_pool_of_the_first_tower_is_no_leak():
-    res = trace_format(step_of(Towers()))
+    res = trace_formats(step_of(Towers()))
     assert res.ok and len(res.left)>=2
-    assert [r.op for r in trace_format(step_of(Gated())).left]
+    assert [r.op for r in trace_formats(step_of(Gated())).left]
 
 @pytest.mark.parametrize('script', [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(8, 3, 16, 16)), lambda m: nn.Sequential(torch.jit.script(m))])
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
@@ -308,14 +309,14 @@ def test_convolutions_in_scripts_are_seen(script):
     step = step_of(script(net()))
     before = snapshot(step.model)
     assert check_formats(step).ok is True
-    assert {r.advice for r in trace_format(step).rows if r.kind=='weight'}=={
+    assert {r.advice for r in trace_formats(step).rows if r.kind=='weight'}=={
         'a scripted convolution is not converted: `apply_channels_last` the model first, then script it'}
     assert_same_snapshot(snapshot(step.model), before)
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 def test_scripts_without_a_convolution_say_what_cannot_be_seen():
     step = TrainingStep(torch.jit.script(nn.Linear(2, 2)), torch.randn(2, 2), torch.randn(2, 2), F.mse_loss)
-    for f,what in ((check_formats, 'check'), (trace_format, 'trace')):
+    for f,what in ((check_formats, 'check'), (trace_formats, 'trace')):
         with pytest.raises(ValueError, match=f'nothing to {what}: .* \\(scripted modules cannot be seen into\\)'): f(step)
 
 # plans
@@ -336,7 +337,7 @@ def test_check_and_bench_ask_the_setting_of_a_plan(memory_format, tune, fitted, 
     assert res.ok is True and res.conditions['memory_format']==memory_format
     assert (memory_format,'tuned' if tune else 'correct') in seen
     assert ('channels_last' in {f for f,_ in seen})==(memory_format=='channels_last')
-    assert learn.bench_channelslast(seconds=2, bar=False).now.seconds>0
+    assert learn.bench_channelslast(seconds=2, bar=False).baseline.seconds>0
 
 def test_a_gan_may_race():
     "Its steps are of two kinds; each is trained"
