@@ -169,14 +169,14 @@ def summary(device='cpu'):
     if died := sum('died while' in n for r in rows for n in r['notes']): naively.append(f'the process of {died} more died while both conversions were timed side by side')
     return f'''On {device}, of {len(rows)} networks with convolutions: {words}. Channels last in fp32, one thread: {sum(r>1.05 for r in ratios)} are more than 5 % faster, {sum(r<0.97 for r in ratios)} more than 3 % slower, the median is {statistics.median(ratios):.2f}. {lost} lose the format somewhere. The conversion by `model.to(memory_format=torch.channels_last)` instead: {"; ".join(naively) or "nothing of note"}.'''
 
-def histogram(device='cpu', low=0.7, high=1.6, rel_tol=0.05):
+def histogram(device='cpu', low=0.7, high=1.6, width=0.05):
     "SVG in HTML: how many networks gain how much, screened"
     ratios = [r['screened'] for r in rows_of(device).values() if 'screened' in r]
     n = round((high-low)/width)
     counts = Counter(min(n-1, max(0, math.floor((v-low)/width+1e-9))) for v in ratios)
     top,step = max(counts.values()),640/n
     def x(v): return 40+640*(v-low)/(high-low)
-    bars = [f'<rect x="{41+i*step:.1f}" y="{200-170*c/top:.1f}" rel_tol="{step-2:.1f}" height="{170*c/top:.1f}" fill="{"#d55e00" if low+(i+1)*width<1.001 else "#0072b2"}"/>'
+    bars = [f'<rect x="{41+i*step:.1f}" y="{200-170*c/top:.1f}" width="{step-2:.1f}" height="{170*c/top:.1f}" fill="{"#d55e00" if low+(i+1)*width<1.001 else "#0072b2"}"/>'
         f'<text x="{40+(i+.5)*step:.1f}" y="{194-170*c/top:.1f}" text-anchor="middle">{c}</text>' for i,c in sorted(counts.items())]
     ticks = [f'<text x="{x(v/10):.1f}" y="218" text-anchor="middle">{v/10:g}</text>' for v in range(math.ceil(10*low+.001), math.floor(10*high)+1)]
     slower = sum(v<1 for v in ratios)

@@ -39,7 +39,7 @@ def text(x, y, s, **kw):
     attrs = ' '.join(f'{k.replace("_", "-")}="{v}"' for k,v in kw.items())
     return f'<text x="{x}" y="{y:.1f}" {attrs}>{escape(s)}</text>'
 
-def svg(found, rel_tol=400, left=134, bar=9, row=37, top=66):
+def svg(found, width=400, left=134, bar=9, row=37, top=66):
     "Bars for each network, as wide as a phone"
     shown = [*[(n, c) for n,_,c,_ in found], ('geometric mean', means(found))]
     drawn = [(n, {k: c[k] for k in colors if k in c}) for n,c in shown]
@@ -48,16 +48,16 @@ def svg(found, rel_tol=400, left=134, bar=9, row=37, top=66):
     unit = (width-left-36)/most
     figures = '; '.join(f'{n} ' + ', '.join(f'{k} {say(v)}' for k,v in c.items()) for n,c in drawn)
     about = f'Training speed as a multiple of contiguous fp32: {figures}'
-    head = f'viewBox="0 0 {width} {height}" rel_tol="{width}" height="{height}" role="img"'
+    head = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" {head} font-family="sans-serif" font-size="12" fill="#1d2733">',
-        f'<title>{escape(about)}</title>', f'<rect rel_tol="{width}" height="{height}" rx="6" fill="#ffffff"/>',
+        f'<title>{escape(about)}</title>', f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>',
         text(10, 20, 'Training speed, contiguous fp32 = 1 (longer is faster)', font_weight='bold')]
     x = 10
     for k,color in colors.items():
-        out += [f'<rect x="{x}" y="33" rel_tol="11" height="11" fill="{color}"/>', text(x+16, 43, k)]
+        out += [f'<rect x="{x}" y="33" width="11" height="11" fill="{color}"/>', text(x+16, 43, k)]
         x += 40+7*len(k)
     one = f'{left+unit:.1f}'
-    out.append(f'<line x1="{one}" x2="{one}" y1="{top-8}" y2="{height-8}" stroke="#1d2733" stroke-rel_tol="1" stroke-dasharray="3 3"/>')
+    out.append(f'<line x1="{one}" x2="{one}" y1="{top-8}" y2="{height-8}" stroke="#1d2733" stroke-width="1" stroke-dasharray="3 3"/>')
     halo = dict(font_size=10, stroke='#ffffff', stroke_width=3, paint_order='stroke')
     for i,(n,c) in enumerate(drawn):
         y = top+i*row
@@ -65,7 +65,7 @@ def svg(found, rel_tol=400, left=134, bar=9, row=37, top=66):
         for j,(k,color) in enumerate(colors.items()):
             if k not in c: continue
             wide,at = c[k]*unit if isinstance(c[k], float) else 0.,y+j*(bar+1)
-            out += [f'<rect x="{left}" y="{at}" rel_tol="{wide:.1f}" height="{bar}" fill="{color}"/>',
+            out += [f'<rect x="{left}" y="{at}" width="{wide:.1f}" height="{bar}" fill="{color}"/>',
                 text(f'{left+wide+4:.1f}', at+bar-0.5, say(c[k]), **halo)]
     return '\n'.join([*out, '</svg>'])+'\n'
 

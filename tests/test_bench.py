@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from fastxtend_cl import bench, memory
+from fastxtend_cl import arms as arms_module, bench, limits, memory, report
 from fastxtend_cl.arms import Arm, format_arms
 from fastxtend_cl.bench import FormatBench, _rows, bench_formats, compare
 from fastxtend_cl.limits import ceiling, count_flops
 from fastxtend_cl.precision import native_dtypes
 from fastxtend_cl.convert import apply_channels_last
-from fastxtend_cl.kernels import _now
+from fastxtend_cl.operators import switch
 from fastxtend_cl.memory import can_keep_memory, kept_memory
 from fastxtend_cl.step import TrainingStep
 from fastxtend_cl.timing import Clock, TimedArm, attempt, least_pairs
@@ -217,7 +217,7 @@ def test_arguments():
     for kw,text in ((dict(seconds=0), 'seconds must be above 0, got 0'),
                     (dict(rounds=1), 'rounds is at least 8, for fewer allow no verdict, received 1'),
                     (dict(block=1), 'block is at least 2, for the first step of a block does not count, received 1'),
-                    (dict(rel_tol=4), 'width is between 0 and 1, such as 0.04, received 4')):
+                    (dict(width=4), 'width is between 0 and 1, such as 0.04, received 4')):
         with pytest.raises(ValueError, match=text): compare(f, **kw)
     with pytest.raises(ValueError, match='there is nothing to measure'): compare({})
 
@@ -252,9 +252,9 @@ def test_bytes_are_inputs_and_outputs():
     a,b,small = torch.zeros(100),torch.zeros(100),torch.zeros(1)
     for f,n in ((lambda: a+b, 1200), (lambda: a.add_(b), 1200), (lambda: torch._foreach_add_([a, b], 1.), 1600), (lambda: a.view(10, 10).t(), 0),
             (lambda: torch.empty(1000), 0), (lambda: a.copy_(small.expand(100)), 404+400), (lambda: torch.add(a, b, out=torch.empty(100)), 1200)):
-        assert bench.count_bytes(f)==n
+        assert limits.count_bytes(f)==n
     x = torch.zeros(100, requires_grad=True)
-    assert bench.count_bytes(lambda: x.relu().backward(torch.ones(100)))>=400+800+1200, 'ones, forward, backward'
+    assert limits.count_bytes(lambda: x.relu().backward(torch.ones(100)))>=400+800+1200, 'ones, forward, backward'
 
 def test_how_near_the_limit():
     def shown(memory, compute): return bench._of_limit(bench.BenchRow('a', 'faster', of_memory=memory, of_ceiling=compute))
@@ -284,7 +284,7 @@ def test_conditions_are_recorded_and_printed(capsys, monkeypatch):
     said = capsys.readouterr().out.splitlines()
     assert 'before           clock 1000, power 80, load 0.5' in said and len(said)==len(res.conditions)
     monkeypatch.undo()
-    assert bench._state('cpu').keys()<={'load'}
+    assert report.state_of('cpu').keys()<={'load'}
 
 def test_ceiling_leaves_the_generators_alone():
     state = torch.get_rng_state()
@@ -555,9 +555,9 @@ def lost_body(step): step.model[-1].register_forward_pre_hook(lambda m, a: (Scal
 
 def judged(step, *arms):
     "What the first steps of `arms` are found to be: name to reason"
-    lanes = [bench._step_lane(step, a, False, None) for a in (Arm('baseline'), *arms)]
+    lanes = [arms_module.step_lane(step, a, False, None) for a in (Arm('baseline'), *arms)]
     for l in lanes: l.attempt(lambda f: attempt(l.first, f))
-    judge = bench._Judge(step, lanes[0])
+    judge = arms_module.Judge(step, lanes[0])
     for l in lanes[1:]:
         if not l.failed: judge(l)
     return {l.name: l.failed for l in lanes[1:]}
@@ -670,13 +670,13 @@ def test_arms_by_device_and_model(monkeypatch):
     assert list(format_arms(step_of(network().double())))==['contiguous fp64', 'channels last fp64', 'channels last fp64, tuned']
     step = step_of(network())
     monkeypatch.setattr(TrainingStep, 'device', torch.device('cuda'))
-    assert [*format_arms(step)]==plain==[a.name for a in bench.usual_arms(step)], 'tuned kernels are for a CPU'
+    assert [*format_arms(step)]==plain==[a.name for a in arms_module.usual_arms(step)], 'tuned kernels are for a CPU'
 
 def test_arms_by_default(monkeypatch):
     "A low precision with tuned kernels only, and not what is equal to the present"
     monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
     tuned = ['contiguous bf16, tuned', 'channels last fp32, tuned', 'channels last bf16, tuned']
-    def names(step, compile=False, **now): return {a.name for a in bench._chosen(step, None, compile, Arm('baseline', **now))}
+    def names(step, compile=False, **now): return {a.name for a in arms_module.chosen_arms(step, None, compile, Arm('baseline', **now))}
     step = step_of(network())
     assert names(step)=={'channels last fp32', *tuned}
     step.tuned = True
@@ -690,16 +690,16 @@ kernels_of = {} # not in reach of the step, which would be put back
 def test_each_arm_computes_with_its_own_kernels(monkeypatch, inference):
     "Also for inference and for functions of the user; the baseline and plain arms compute as torch does"
     kernels_of.clear()
-    step,real = step_of(network()),bench._prepare
-    step.model.register_forward_pre_hook(lambda m, args: kernels_of.setdefault(kernels_of['arm'], set()).add(_now.mode))
-    monkeypatch.setattr(bench, '_prepare', lambda step, arm, *a: kernels_of.update(arm=arm.name) or real(step, arm, *a))
+    step,real = step_of(network()),arms_module._prepare
+    step.model.register_forward_pre_hook(lambda m, args: kernels_of.setdefault(kernels_of['arm'], set()).add(switch.mode))
+    monkeypatch.setattr(arms_module, '_prepare', lambda step, arm, *a: kernels_of.update(arm=arm.name) or real(step, arm, *a))
     monkeypatch.setattr(bench, '_counts', lambda *a: (0,0)) # counts without an arm
     def own(step): return lambda: step.model(*step.inputs)
     arms = ['channels last fp32', 'channels last fp32, tuned', Arm('as the step'), Arm('own', setup=own, tuned=True)]
     bench_formats(step, arms, inference=inference, **quick)
     assert {k:v for k,v in kernels_of.items() if k!='arm'}=={'baseline': {'survive'}, 'channels last fp32': {'survive'},
         'channels last fp32, tuned': {'tuned'}, 'as the step': {'survive'}, 'own': {'tuned'}}
-    assert _now.mode is None and step.tuned is False
+    assert switch.mode is None and step.tuned is False
 
 def test_a_check_computes_as_the_arm_does(monkeypatch):
     seen = []
@@ -742,7 +742,7 @@ def test_no_more_memory_is_touched_than_an_arm_took(monkeypatch):
     monkeypatch.setattr(bench, 'touch_memory', lambda n: touched.append(n))
     kept,touched = {},[]
     for _ in range(3):
-        with bench._memory(True, kept): pass
+        with arms_module._memory(True, kept): pass
     assert touched==[0, 5, 5] and kept['memory']==7
 
 @pytest.mark.skipif(not can_keep_memory(), reason="not glibc's allocator, or told otherwise by the environment")
@@ -763,7 +763,7 @@ def test_gradients_are_zeroed_as_the_optimizer_does(kind):
     step,seen = step_of(network(), opt=lambda m: dict(torch=adamw, fastai=lambda m: SGD(m.parameters(), 1e-3), bare=lambda m: Bare(m.parameters()))[kind](m)),[]
     p = next(step.model.parameters())
     with step.preserved():
-        f = bench._prepare(step, Arm('a'), False, {})
+        f = arms_module._prepare(step, Arm('a'), False, {})
         for _ in range(3):
             p.register_hook(lambda g: seen.append(None if p.grad is None else float(p.grad.abs().sum())))
             f()

@@ -32,7 +32,7 @@ class FaultyWeight(nn.Conv2d):
 
 def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU())
 
-def network(middle=None, rel_tol=8, head=None):
+def network(middle=None, width=8, head=None):
     torch.manual_seed(0)
     return nn.Sequential(block(3, width), block(width, width, stride=2), middle or nn.Identity(),
         block(width, width, stride=2), head or nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
@@ -76,11 +76,11 @@ def test_a_wrong_weight_gradient_is_named():
 
 def test_optimizer_state_that_does_not_follow_is_found(monkeypatch):
     "Rule 2: without it a fused optimizer updates with the wrong state"
-    from fastxtend_cl import format
+    from fastxtend_cl import convert
     step = step_of(network(), opt=lambda m: torch.optim.AdamW(m.parameters(), lr=0.05, fused=True))
     for _ in range(3): step.run()
     assert check_formats(step).ok is True
-    monkeypatch.setattr(format, '_followers', lambda p, opts: [])
+    monkeypatch.setattr(convert, '_followers', lambda p, opts: [])
     res = check_formats(step)
     assert res.ok is False and {r.kind for r in res.rows if r.verdict=='wrong'}=={'weight'}
 
@@ -136,15 +136,15 @@ def test_imaginary_parts_are_compared(fault):
 
 def test_a_wrong_contiguous_kernel_hides_nothing():
     "A result near double precision is right, whatever the contiguous step has computed"
-    assert [check._verdict(c, 1e-3, 4*c, 0.01) for c in (math.inf, 0.9, 1e-3)]==['right']*3
-    assert [check._verdict(c, 0.3, 4*c, 0.01) for c in (math.inf, 0.9, 1e-3)]==['cannot tell', 'cannot tell', 'wrong']
+    assert [check._verdict(c, 1e-3, 4*c, 0.01) for c in (math.inf, 0.9, 1e-3)]==['OK']*3
+    assert [check._verdict(c, 0.3, 4*c, 0.01) for c in (math.inf, 0.9, 1e-3)]==['inconclusive', 'inconclusive', 'wrong']
 
 def test_randomness_without_a_seed_cannot_be_told():
     import time
     class Clock(nn.Module):
         def forward(self, x): return x*(1 + (time.perf_counter_ns()%1000)/1000)
     res = check_formats(step_of(network(Clock())))
-    assert res.ok is None and res.verdict=='cannot tell' and 'two runs of the same step from the same seed differ' in res.reason
+    assert res.ok is None and res.verdict=='inconclusive' and 'two runs of the same step from the same seed differ' in res.reason
 
 def test_on_a_gpu_only_forward_passes_have_to_repeat():
     once = {(k,'a'): torch.ones(3) for k in ('loss', 'output', 'buffer', 'gradient', 'weight')}
@@ -157,9 +157,9 @@ def test_rounding_to_tf32_is_allowed_for(monkeypatch):
     step = step_of(network(nn.Identity()))
     on_gpu = lambda: type('Step', (), dict(device=torch.device('cuda')))
     monkeypatch.setattr(check, 'tf32_allowed', lambda: True)
-    assert [check._unit(o, None) for o in (step, on_gpu())]==[check.epsilon['fp32'], 2**-11] and check._unit(on_gpu(), torch.bfloat16)==2**-8
+    assert [check.rounding_unit(o, None) for o in (step, on_gpu())]==[check.epsilon['fp32'], 2**-11] and check.rounding_unit(on_gpu(), torch.bfloat16)==2**-8
     monkeypatch.setattr(check, 'tf32_allowed', lambda: False)
-    assert check._unit(on_gpu(), None)==check.epsilon['fp32']
+    assert check.rounding_unit(on_gpu(), None)==check.epsilon['fp32']
 
 def test_rounding_that_explains_anything_cannot_be_told():
     "A sum that cancels to a thousandth of a unit of bf16"
@@ -167,7 +167,7 @@ def test_rounding_that_explains_anything_cannot_be_told():
         def forward(self, x): return (x + 1e4) - 1e4
     res = check_formats(step_of(nn.Sequential(nn.Conv2d(3, 8, 3), Cancel(), nn.Conv2d(8, 8, 3), Cancel(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), autocast=torch.bfloat16))
-    assert any(r.verdict=='cannot tell' for r in res.rows) and res.ok is not False
+    assert any(r.verdict=='inconclusive' for r in res.rows) and res.ok is not False
 
 def test_errors():
     for model,text in ((nn.Sequential(nn.Flatten(), nn.Linear(3*24*24, 4)), 'there is nothing to check: Sequential has no convolution'),):

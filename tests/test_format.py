@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from helpers import (all_tensors, assert_same_snapshot, furthest, images, mixed, naive_channels_last, naive_contiguous,
     process_group, snapshot, state_follows, strides)
-from fastxtend_cl import format as fmt
+from fastxtend_cl import convert as fmt
 from fastxtend_cl.convert import FormatWarning, NoConvolutionWarning, align_optimizer_state, apply_channels_last, apply_contiguous, temporarily_contiguous, convert_format
 from fastxtend_cl.layout import format_of
 

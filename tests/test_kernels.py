@@ -8,9 +8,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 import fastxtend_cl.kernels as K
-from fastxtend_cl import verify
+from fastxtend_cl import choose
 from fastxtend_cl.kernels import fixed_kernels, kernel_count, kernel_table, tuned_kernels, tuning_line
 from fastxtend_cl.memory import poisoned_memory
+from fastxtend_cl.operators import switch
 from fastxtend_cl.choose import GpuKernelBench, KernelBench, gradient_error
 from fastxtend_cl.ways import Call, Way, as_is, can_tune, candidates, canonical_contiguous, deadly, suspicious, torchs_formats, trusted
 from helpers import caught_warnings, two_processes
@@ -27,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
     fresh = K._Now()
     monkeypatch.setattr(K, '_now', fresh)
     yield fresh
-    assert fresh.mode is None and not fresh.stack and not fresh.fixed
+    assert switch.mode is None and not fresh.stack and not fresh.fixed
 
 def rows(since=0):
     "What was decided on gradients"
@@ -253,10 +254,10 @@ def test_modes(monkeypatch):
     with tuned_kernels('correct'):
         got = backward(*ts, args)
         with tuned_kernels('survive'): pass
-        assert K._now.mode=='correct'
+        assert switch.mode=='correct'
     assert rel(got[1], exact(*ts, args)[1])<4e-3
     assert all(not c.seconds for _,c in rows()) and tuning_line().startswith('Checked 1 convolution in ')
-    assert K._now.mode is None
+    assert switch.mode is None
 
 @pytest.mark.parametrize('bad', ['fast', None, True])
 def test_another_mode_is_refused(bad):
@@ -268,12 +269,12 @@ def test_another_mode_is_refused(bad):
 def test_contexts_may_end_in_any_order_and_by_any_exception():
     a,b = tuned_kernels(),tuned_kernels('survive')
     a.__enter__(); b.__enter__(); a.__exit__(None, None, None)
-    assert K._now.mode=='survive'
+    assert switch.mode=='survive'
     b.__exit__(None, None, None)
     for e in (KeyboardInterrupt, ValueError):
         with pytest.raises(e):
             with tuned_kernels(): raise e
-        assert K._now.mode is None
+        assert switch.mode is None
 
 def test_an_interrupt_while_deciding_leaves_nothing(monkeypatch):
     x,w,args = plain_case
@@ -368,7 +369,7 @@ def test_shapes_without_end_are_trusted_in_the_end(monkeypatch):
 
 def test_large_layers_are_judged_on_a_few_samples():
     call = Call(*[((64,8,512,512), (8*512*512,1,8*512,8), bf16)]*2, ((8,8,3,3), (72,1,24,8), bf16), *plain_case[2][:3], False, (0,0), 1, (True,)*3)
-    g,x,w,*_ = verify.make_args(call)
+    g,x,w,*_ = choose.make_args(call)
     assert g.shape==x.shape==(2,8,512,512) and g.stride()==(8*512*512,1,8*512,8) and w.shape==(8,8,3,3)
 
 def no_memory(*args, **kwargs): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")

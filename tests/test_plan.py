@@ -15,7 +15,7 @@ from fastxtend_cl.arms import Arm
 from fastxtend_cl.bench import BenchRow, FormatBench
 from fastxtend_cl.convert import FormatWarning
 from fastxtend_cl.layout import format_of
-from fastxtend_cl.plan import FormatPlan, Race, batch_shape, cache_file, kept_plan, plan_formats, plan_key, settings
+from fastxtend_cl.plan import FormatPlan, Race, batch_shape, plans_file, kept_plan, plan_formats, plan_key, settings
 from fastxtend_cl.step import TrainingStep
 
 low = torch.bfloat16
@@ -255,7 +255,7 @@ def test_interrupted_anywhere(monkeypatch, at):
         return proof(row('contiguous bf16, compiled', .5), interrupted=len(calls)==at)
     monkeypatch.setattr(module, 'bench_formats', interrupted)
     with pytest.raises(KeyboardInterrupt): plan_formats(step, seconds=3, compile=True, bar=False)
-    assert len(calls)==at and not cache_file().exists() and all(torch.equal(a, b) for a,b in zip(before, step.model.parameters()))
+    assert len(calls)==at and not plans_file.path.exists() and all(torch.equal(a, b) for a,b in zip(before, step.model.parameters()))
 
 # Cache
 
@@ -271,7 +271,7 @@ def test_a_plan_is_found_once(monkeypatch):
     assert not first.cached and plan_formats(step).cached and plan_formats(step).arm==won and len(calls)==1
     plan_formats(step, cache='refresh'); plan_formats(step, cache=False); plan_formats(step_of(autocast=low, size=12))
     assert len(calls)==4, 'another shape of the batch is another plan'
-    assert json.loads(cache_file().read_text())['version']==module._cache_version
+    assert json.loads(plans_file.path.read_text())['version']==plans_file.version
 
 def key(step, *more, low=None, baseline=Arm('baseline', dtype=None)): return plan_key(step.model, step.optimizer, settings(step.model, now, low), *more)
 
@@ -305,8 +305,8 @@ def test_the_latest_of_any_shape():
 @pytest.mark.parametrize('text', ['{', '[]', '{"version": 99, "plans": {}}', '{"version": 4, "plans": 3}', ''])
 def test_a_damaged_or_foreign_file(monkeypatch, text):
     fake_search(monkeypatch, found())
-    cache_file().parent.mkdir(parents=True)
-    cache_file().write_text(text)
+    plans_file.path.parent.mkdir(parents=True)
+    plans_file.path.write_text(text)
     with caught_warnings() as w: plan_formats(step_of())
     assert [o for o in w if issubclass(o.category, FormatWarning) and 'cannot be used and will be written anew' in str(o.message)]
     with caught_warnings() as w: assert plan_formats(step_of()).cached
@@ -314,8 +314,8 @@ def test_a_damaged_or_foreign_file(monkeypatch, text):
 
 @pytest.mark.parametrize('kept', [{'k': 3}, {'k': {'a': {'arm': 'x'}}}, {'k': {'a': 5}}])
 def test_a_plan_that_cannot_be_read(kept):
-    cache_file().parent.mkdir(parents=True)
-    cache_file().write_text(json.dumps(dict(version=4, plans=kept)))
+    plans_file.path.parent.mkdir(parents=True)
+    plans_file.path.write_text(json.dumps(dict(version=4, plans=kept)))
     with caught_warnings() as w: assert kept_plan('k', 'a') is None
     assert 'cannot be used and will be written anew' in str(w[0].message)
 
@@ -327,17 +327,17 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     assert any('the plan is not kept' in str(o.message) for o in w)
 
 def test_two_may_write_at_once():
-    threads = [threading.Thread(target=lambda i=i: [module._write_cache(cache_file(), f'{i}', 'a', found()) for _ in range(5)]) for i in range(4)]
+    threads = [threading.Thread(target=lambda i=i: [keep_plan(f'{i}', 'a', found()) for _ in range(5)]) for i in range(4)]
     for t in threads: t.start()
     for t in threads: t.join()
-    kept = module._read_cache(cache_file())
+    kept = plans_file.read()
     assert kept and set(kept)<=set('0123') and all(FormatPlan.from_dict(o['a'])==found() for o in kept.values())
-    assert [p.name for p in cache_file().parent.iterdir()]==['plans.json']
+    assert [p.name for p in plans_file.path.parent.iterdir()]==['plans.json']
 
 def test_the_file_does_not_grow_for_ever(monkeypatch):
     monkeypatch.setattr(module, '_most_kept', 3)
     for i in range(5): module.keep_plan(str(i), 'a', found())
-    assert list(module._read_cache(cache_file()))==['2', '3', '4']
+    assert list(plans_file.read())==['2', '3', '4']
 
 @pytest.mark.parametrize('platform,env,place',
     [('linux', {'HOME': '/h'}, '/h/.cache/fastxtend_cl/plans.json'),
@@ -348,7 +348,7 @@ def test_where_it_is_kept(monkeypatch, platform, env, place):
     for k in ('FASTXTEND_CL_CACHE', 'XDG_CACHE_HOME'): monkeypatch.delenv(k, raising=False)
     for k,v in env.items(): monkeypatch.setenv(k, v)
     monkeypatch.setattr(sys, 'platform', platform)
-    assert cache_file()==Path(place)
+    assert plans_file.path==Path(place)
 
 # A Learner
 
@@ -524,7 +524,7 @@ def worker(folder):
         plan_formats(step_of(), low, cache='refresh')
         torch.distributed.barrier()
         again = plan_formats(step_of(), low)
-        (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=cache_file().exists())))
+        (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(plan=p.to_dict(), again=again.to_dict(), kept=plans_file.path.exists())))
 
 def test_two_processes_get_the_same_plan(tmp_path):
     two_processes(__file__, tmp_path, timeout=200, FASTXTEND_CL_CACHE=lambda i: str(tmp_path/f'cache{i}'))

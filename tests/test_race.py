@@ -20,7 +20,7 @@ from fastxtend_cl.bench import BenchRow
 from fastxtend_cl.callbacks import ChannelsLastCallback
 from fastxtend_cl.kernels import less_random
 from fastxtend_cl.layout import format_of
-from fastxtend_cl.plan import FormatPlan, cache_file
+from fastxtend_cl.plan import FormatPlan, plans_file
 from fastxtend_cl.race import RaceCallback
 
 pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif('FXCL_DEVICE' in os.environ, reason='the clock is simulated')]
@@ -143,7 +143,7 @@ def test_steps_that_cannot_be_timed_end_it(race, monkeypatch):
     "Epochs of one batch: each is the first after an interruption"
     monkeypatch.setattr(module, '_most_idle', 6)
     learn = fit_out(race(data=dls(4)), 10)
-    assert plan(learn).verdict=='inconclusive' and plan(learn).arm==base==setting(learn) and not cache_file().exists() and not learn.race.open
+    assert plan(learn).verdict=='inconclusive' and plan(learn).arm==base==setting(learn) and not plans_file.path.exists() and not learn.race.open
 
 @pytest.mark.parametrize('threads,counts', [(1, False), (2, True)])
 def test_one_thread_is_timed_by_its_own_clock(threads, counts):
@@ -488,7 +488,7 @@ def ddp_worker(folder):
         learn.race.learn = learn
         mine = FormatPlan('contiguous bf16' if rank==0 else 'channels last fp32', 'contiguous' if rank==0 else 'channels_last', 'bf16' if rank==0 else None,
             rows=[BenchRow(base, 'baseline', ratio=1.), BenchRow('contiguous bf16' if rank==0 else 'channels last fp32', 'faster', ratio=2., low=1.9, high=2.1)])
-        plans._write_cache(cache_file(), learn.race._make_key(), '4x3x8x8', mine)
+        plans.keep_plan(learn.race._make_key(), '4x3x8x8', mine)
         learn.opt = None
         fit(learn)
         (Path(folder)/f'{rank}.json').write_text(json.dumps(dict(seen=sorted(set(learn.see.train)), arm=plan(learn).arm)))

@@ -15,7 +15,7 @@ import fastxtend_cl.all
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.callbacks import ChannelsLastCallback
 from fastxtend_cl.layout import format_of
-from fastxtend_cl.kernels import _now
+from fastxtend_cl.operators import switch
 from fastxtend_cl.plan import FormatPlan
 from fastxtend_cl.race import RaceCallback
 
@@ -160,7 +160,7 @@ class Sequences(RuleBasedStateMachine):
         impl = self.learn.model._compiled_call_impl
         assert impl is self.own if self.own else (impl is not None)==compiled, self.calls
         if self.settled: assert strides(self.learn.model)==after_fit, self.calls
-        assert _now.mode is None and not torch.is_autocast_enabled('cpu')
+        assert switch.mode is None and not torch.is_autocast_enabled('cpu')
         if self.learn.opt is not None: assert state_follows(self.learn.model, self.learn.opt)
 
     def teardown(self):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 import fastxtend_cl.channelslast, fastxtend_cl.learner
-from fastxtend_cl import step as step_module
+from fastxtend_cl import preserve
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.callbacks import ChannelsLastTfm
 from fastxtend_cl.kernels import fixed_kernels, open_contexts, tuned_kernels
@@ -75,7 +75,7 @@ def process():
         torch.get_default_dtype(), torch.get_deterministic_debug_mode(),
         torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads(), torch.is_autocast_enabled('cpu'),
         torch.get_autocast_dtype('cpu'), torch.is_autocast_enabled('cuda'),
-        torch.get_autocast_dtype('cuda'), torch.is_autocast_cache_enabled(), step_module._nesting(), b.cudnn.enabled,
+        torch.get_autocast_dtype('cuda'), torch.is_autocast_cache_enabled(), preserve._nesting(), b.cudnn.enabled,
         b.cudnn.benchmark, b.cudnn.deterministic, b.mkldnn.enabled,
         b.cuda.flash_sdp_enabled(),
         *[torch._C._get_fp32_precision_getter(d, o) for d in ('cuda','mkldnn') for o in ('matmul','conv','rnn','all')],
@@ -89,7 +89,7 @@ def process():
 def fingerprint(*os, keep=None, stop=()):
     keep = [] if keep is None else keep
     keep.append(os)
-    return [process(), [id(h) for d in step_module._global_hooks() for h in d.values()], [freeze(o, set(), keep, stop) for o in os]]
+    return [process(), [id(h) for d in preserve._global_hooks() for h in d.values()], [freeze(o, set(), keep, stop) for o in os]]
 
 @contextmanager
 def unchanged(*os):
@@ -304,8 +304,8 @@ sabotage = {'_put_back': ('weights','weights_by_data','buffers','grad_values','o
         'cudnn_benchmark','matmul','flash'), '_object_undo': ('parametrized',)}
 
 def remove(monkeypatch, what):
-    owner,name = step_module,what
-    if '.' in what: owner,name = step_module._TensorState,what.split('.')[1]
+    owner,name = preserve,what
+    if '.' in what: owner,name = preserve._TensorState,what.split('.')[1]
     monkeypatch.setattr(owner, name, (lambda *a: []) if what in ('generators','_flag_undos') else (lambda *a: None))
 
 @pytest.mark.parametrize('what,name', [(k,n) for k,v in sabotage.items() for n in v])
@@ -436,29 +436,29 @@ def test_second_interrupt_waits():
             if not seen: seen.append(1); signal.raise_signal(signal.SIGINT)
             return f(*args)
         return g
-    put_back = step_module._put_back
-    step_module._put_back = interrupted(put_back)
+    put_back = preserve._put_back
+    preserve._put_back = interrupted(put_back)
     try:
         with unchanged(step), pytest.raises(KeyboardInterrupt), step.preserved(): step.run('channels_last')
         assert seen
         seen.clear()
         with unchanged(step), pytest.raises(KeyboardInterrupt) as e, step.preserved(): step.run(); raise ValueError('first')
         assert isinstance(e.value.__context__, ValueError)
-    finally: step_module._put_back = put_back
+    finally: preserve._put_back = put_back
 
 def test_interrupt_in_nested_exit_reaches_the_body_of_the_outer():
     step = make()
-    put_back,calls = step_module._put_back,[]
+    put_back,calls = preserve._put_back,[]
     def once(*a):
         if not calls: calls.append(1); signal.raise_signal(signal.SIGINT)
         put_back(*a)
-    step_module._put_back = once
+    preserve._put_back = once
     try:
         with unchanged(step), step.preserved():
             with pytest.raises(KeyboardInterrupt), step.preserved(): step.run()
             calls.append('outer body goes on')
         assert calls==[1,'outer body goes on']
-    finally: step_module._put_back = put_back
+    finally: preserve._put_back = put_back
 
 @pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='needs interval timers')
 def test_interrupt_at_any_instant():
@@ -497,11 +497,11 @@ def test_contexts_of_kernels_that_an_interrupt_left_open_are_closed():
 def test_one_failure_stops_no_other(monkeypatch):
     step = make('conv2d', 'adam', warm=1)
     keep,weight = [],step.model[0].weight
-    before,restore = fingerprint(step, keep=keep),step_module._TensorState.restore
+    before,restore = fingerprint(step, keep=keep),preserve._TensorState.restore
     def fails(self):
         restore(self)
         if self.t is weight: raise RuntimeError('this one')
-    monkeypatch.setattr(step_module._TensorState, 'restore', fails)
+    monkeypatch.setattr(preserve._TensorState, 'restore', fails)
     with pytest.raises(RuntimeError, match='1 things could not be put back as they were, the first: '
             'RuntimeError: this one'), step.preserved():
         step.run('channels_last')
@@ -518,7 +518,7 @@ def test_running_out_of_memory_on_the_way_in(monkeypatch):
         calls.append(t)
         if len(calls)==3: raise torch.OutOfMemoryError('injected')
         return t.clone()
-    monkeypatch.setattr(step_module, '_copy', copy)
+    monkeypatch.setattr(preserve, '_copy', copy)
     with unchanged(step), pytest.raises(torch.OutOfMemoryError), step.preserved(): pytest.fail('not reached')
 
 def test_thread():
@@ -552,7 +552,7 @@ def test_learner_and_locks_are_not_entered():
     class Fake: pass
     fake = Fake(); fake.dls,fake.data = object(),[torch.zeros(3)]
     step.model.owner,step.model.lock,step.model.log = fake,threading.Lock(),logging.getLogger('x')
-    assert not any(o is fake or o is fake.data for o in step_module.reachable([step]))
+    assert not any(o is fake or o is fake.data for o in preserve.reachable([step]))
     with step.preserved(): step.run()
 
 # ---- the run itself ----
@@ -760,7 +760,7 @@ def test_sabotage_of_odd_places_is_seen(what, monkeypatch):
         with step.preserved(): act()
         assert fingerprint(step, keep=keep)==before
         with monkeypatch.context() as m:
-            m.setattr(step_module, what, lambda *a: None)
+            m.setattr(preserve, what, lambda *a: None)
             with step.preserved(): act()
         assert fingerprint(step, keep=keep)!=before
     if what=='_empty': later = 0

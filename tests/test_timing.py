@@ -56,7 +56,7 @@ def test_of_different_noise():
     wrong = np.any([(o[:,0]>true) | (o[:,1]<true) for o in at_looks(ratios(many)).values()], axis=0)
     assert wrong.mean()<=0.01+4*math.sqrt(0.01/many)
 
-def verdicts(base, twin, arm, rel_tol=0.04):
+def verdicts(base, twin, arm, width=0.04):
     "'faster' as `race` would say it, of many measurements: it stops at the first look where both are settled, or after any"
     ratios = base/arm,base/twin
     mine,noise,n = at_looks(ratios[0]),at_looks(ratios[1], 0.05),len(base)

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torchvision.models.resnet import BasicBlock
 from fastxtend_cl.all import *
 from fastxtend_cl import trace as trace_module
+from fastxtend_cl.internals import storage_id
 from fastxtend_cl.layout import layout_of
 from fastxtend_cl.tracer import Tracer
 from helpers import device, tiny_cnn, tiny_learner
@@ -17,7 +18,7 @@ from test_kernels import every_way, force
 
 def block(i, o, **kw): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kw), nn.BatchNorm2d(o), nn.ReLU())
 
-def network(*middle, rel_tol=8):
+def network(*middle, width=8):
     torch.manual_seed(0)
     return nn.Sequential(block(3, width), *middle, block(width, width, stride=2), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(width, 4))
@@ -386,7 +387,7 @@ def test_a_trace_does_not_depend_on_the_kernels_that_were_fastest(monkeypatch):
 def test_a_freed_tensors_address_is_not_taken_for_another():
     with Tracer(step_of(network())) as tracer:
         tracer.modules.seen = True
-        seen = {trace_module._storage(torch.zeros(3, 3)) for _ in range(50)}
+        seen = {storage_id(torch.zeros(3, 3)) for _ in range(50)}
     assert len(seen)==50
 
 @pytest.mark.parametrize('n', [1, 20])

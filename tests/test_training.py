@@ -45,7 +45,7 @@ from torch import nn
 from torchvision.models import resnet18
 from helpers import (AveragedCopy, SeeBatch, assert_same_snapshot, caught_warnings, device, dls_of, fit, furthest, labels, of_class, quiet,
     random_images, snapshot, state_follows, tensor_dls, tiny_cnn, tiny_double, tiny_learner)
-from fastxtend_cl import format as fmt
+from fastxtend_cl import convert as fmt
 from fastxtend_cl.amp import DeviceMixedPrecision
 from fastxtend_cl.callbacks import ChannelsLastCallback, ChannelsLastTfm
 from fastxtend_cl.kernels import less_random

@@ -14,15 +14,16 @@ from fastxtend_cl import channelslast, kernels
 from fastxtend_cl.amp import kernels_mode
 from fastxtend_cl.precision import cpu_bf16
 from fastxtend_cl.convert import FormatWarning
-from fastxtend_cl.kernels import _now
+from fastxtend_cl.kernels import open_contexts, runs_repeat
+from fastxtend_cl.operators import switch
 
 cpu = pytest.mark.skipif(str(dls_of(random_images(2), labels(2)).device)!='cpu', reason='kernels of a CPU')
 
 class SeeKernels(Callback):
     "The mode that the model computes in, and whether anything may be timed"
     def __init__(self): self.seen = []
-    def after_pred(self): self.seen.append((_now.mode, bool(_now.fixed)))
-    def step(self): self.seen.append((_now.mode, bool(_now.fixed))) # after the gradients
+    def after_pred(self): self.seen.append((switch.mode, runs_repeat()))
+    def step(self): self.seen.append((switch.mode, runs_repeat())) # after the gradients
     def after_backward(self): self.step()
 
 def plan(**kwargs): return FormatPlan(**{**dict(arm='channels last bf16', memory_format='channels_last', autocast='bf16'), **kwargs})
@@ -51,7 +52,7 @@ def learner(**kwargs): return tiny_learner(cbs=SeeKernels(), **kwargs)
 def test_mode_by_callbacks(name):
     setup,mode = setups[name]
     with caught_warnings(): learn = fit(setup(learner()))
-    assert {m for m,_ in learn.see_kernels.seen}=={mode} and kernels_mode(learn)==mode and _now.mode is None
+    assert {m for m,_ in learn.see_kernels.seen}=={mode} and kernels_mode(learn)==mode and switch.mode is None
 
 runs = {'fit': lambda l: l.fit(1), 'fit_one_cycle': lambda l: l.fit_one_cycle(1), 'validate': lambda l: l.validate(),
     'get_preds': lambda l: l.get_preds(), 'get_preds of training data': lambda l: l.get_preds(ds_idx=0),
@@ -62,7 +63,7 @@ def test_mode_in_every_run(run, tmp_path):
     for setup,mode in (setups['plain'],setups['default']):
         learn = setup(learner(path=tmp_path))
         with quiet(learn): runs[run](learn)
-        assert {m for m,_ in learn.see_kernels.seen}=={mode} and _now.mode is None
+        assert {m for m,_ in learn.see_kernels.seen}=={mode} and switch.mode is None
 
 def test_predict(tmp_path):
     from PIL import Image
@@ -72,7 +73,7 @@ def test_predict(tmp_path):
     dls = ImageDataLoaders.from_name_func(tmp_path, sorted(tmp_path.glob('*.png')), lambda n: n[0], valid_pct=0.5, seed=0, bs=2, num_workers=0)
     learn = learner(dls=dls).to_channelslast()
     with quiet(learn): learn.predict(tmp_path/'a_0.png')
-    assert {m for m,_ in learn.see_kernels.seen}=={'tuned'} and _now.mode is None
+    assert {m for m,_ in learn.see_kernels.seen}=={'tuned'} and switch.mode is None
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, CancelFitException, CancelBatchException, SystemExit])
 @pytest.mark.parametrize('event', ['before_fit', 'before_batch', 'after_pred', 'after_loss', 'before_step', 'after_batch'])
@@ -85,7 +86,7 @@ def test_given_up_after_any_exception(error, event):
     learn.add_cb(cb)
     try: fit(learn)
     except (RuntimeError, KeyboardInterrupt, SystemExit, CancelBatchException): pass
-    assert _now.mode is None and not _now.stack and not torch.is_autocast_enabled('cpu')
+    assert switch.mode is None and not open_contexts()[0] and not torch.is_autocast_enabled('cpu')
 
 def test_only_callbacks_ask():
     "An attribute of the model or the Learner, which a callback hands on, or a callback's own of that name, is none"
@@ -144,12 +145,12 @@ def test_the_line_is_of_this_fit(capsys):
 def test_less_random_times_nothing():
     learn = learner().to_channelslast(use_amp=False)
     with less_random(): fit(learn)
-    assert {f for _,f in learn.see_kernels.seen}=={True} and not _now.fixed
+    assert {f for _,f in learn.see_kernels.seen}=={True} and not runs_repeat()
     learn.see_kernels.seen.clear()
     fit(learn)
     assert {f for _,f in learn.see_kernels.seen}=={False}
     with pytest.raises(ZeroDivisionError), less_random(): 1/0
-    assert not _now.fixed
+    assert not runs_repeat()
 
 # TrainingStep
 
@@ -161,14 +162,14 @@ def step_of(model=None, **kwargs):
 def test_mode_of_a_step(tuned, mode):
     step,seen = step_of(tuned=tuned),[]
     loss,update = step.loss_func,step.optimizer.step
-    step.loss_func = lambda *a: seen.append(_now.mode) or loss(*a)
-    step.optimizer.step = lambda: seen.append(_now.mode) or update()
+    step.loss_func = lambda *a: seen.append(switch.mode) or loss(*a)
+    step.optimizer.step = lambda: seen.append(switch.mode) or update()
     step.run()
-    assert seen==[mode]*2 and _now.mode is None and step.kernels==mode
+    assert seen==[mode]*2 and switch.mode is None and step.kernels==mode
     assert (f'{mode} kernels' in repr(step))==(tuned is not False)
     step.loss_func = lambda *a: 1/0
     with pytest.raises(ZeroDivisionError): step.run()
-    assert _now.mode is None
+    assert switch.mode is None
 
 def test_a_step_takes_true_false_or_a_mode():
     with pytest.raises(ValueError, match="tuned must be True, False, 'tuned', 'correct' or 'survive', got 'fast'"): step_of(tuned='fast')
@@ -361,7 +362,7 @@ def test_trace_sees_what_training_does(monkeypatch):
     "The gradient of a mean is written in channels last by tuned kernels only; costs are measured with the step's own kernels"
     from fastxtend_cl import trace
     seen,real = set(),trace._least_seconds
-    monkeypatch.setattr(trace, '_least_seconds', lambda *a, **kw: seen.add(_now.mode) or real(*a, **kw))
+    monkeypatch.setattr(trace, '_least_seconds', lambda *a, **kw: seen.add(switch.mode) or real(*a, **kw))
     model = net(nn.Conv2d(8, 8, 3), Squeeze(), nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3))
     model(images(2, dtype=torch.float32))
     found = {t: {r.advice for r in trace_formats(step_of(model, tuned=t)).rows} for t in (False, True)}
