@@ -11,18 +11,18 @@ __all__ = ['trace_kinds', 'TraceRow', 'FormatTrace', 'trace_formats']
 import bisect, math, os, statistics, time, traceback, warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 import torch
-from fastcore.basics import patch
+from fastcore.basics import groupby, patch
 from .convert import check_has_convolution
 from .internals import compiled_call
 from .kernels import tuned_kernels
-from .layout import tensors_in
+from .layout import layout_of, tensors_in
 from .precision import precision_name
-from .report import Result, axes, ink, machine, plural, say_on, some_of
+from .report import Result, axes, ink, machine, plural, say_on, some_of, text_table
 from .step import TrainingStep
 from .timing import Progress, device_clock, world_size
-from .tracer import Tracer, copy_ops, own_folder, torch_folder
+from .tracer import Tracer, copy_ops, make_tensor, own_folder, torch_folder
 from .ways import torchs_formats
 
 # %% ../nbs/16_trace.ipynb #7bba2919
@@ -38,8 +38,8 @@ def _cost_seconds(cost, clock):
     if cost.replay:
         found,dense = _least_seconds([cost.replay.call(device, dense) for dense in (False, True)], clock)
         return max(0., found-dense)
-    x = cost.before.make(device).fill_(0.5)
-    return _least_seconds([lambda: cost.after.make(device).copy_(x)], clock)[0]
+    x = make_tensor(cost.before, device).fill_(0.5)
+    return _least_seconds([lambda: make_tensor(cost.after, device).copy_(x)], clock)[0]
 
 # %% ../nbs/16_trace.ipynb #58db9b22
 class _Pace:
@@ -57,7 +57,7 @@ class _Pace:
 
 def _all_costs(losses, clock, pace):
     """Seconds of each distinct cost by its key, timed while time is left, the largest first; the rate of those gives the
-    rest. Also how many are estimated, and the `seconds` in which all would be timed"""
+    rest. Also how many are estimated, and in how many `seconds` all would be timed"""
     costs,known,start = {c.key: c for l in losses for c in l.costs},{},pace.spent
     costs = sorted(costs.values(), key=lambda c: -c.bytes)
     with torch.no_grad():
@@ -65,15 +65,14 @@ def _all_costs(losses, clock, pace):
             if known and pace.left<=0: break
             known[c.key] = _cost_seconds(c, clock)
             pace.at(0.5+0.5*len(known)/len(costs))
-    rest,timed = costs[len(known):],sum(c.bytes for c in costs[:len(known)]) or 1
-    rate = sum(known.values())/timed
-    more = (pace.spent-start)*max(len(costs)/max(1, len(known)), 1+sum(c.bytes for c in rest)/timed)
-    return known | {c.key: c.bytes*rate for c in rest},len(rest),math.ceil(1.5*(start+more))
+    rest,rate = costs[len(known):],sum(known.values())/max(1, sum(c.bytes for c in costs[:len(known)]))
+    enough = start+(pace.spent-start)*len(costs)/max(1, len(known))
+    return known | {c.key: c.bytes*rate for c in rest},len(rest),math.ceil(1.5*enough)
 
 # %% ../nbs/16_trace.ipynb #6c3e250a
 def _is_shuffle(l, p):
     named = (p.owner.cls+''.join(q.line.code for q in (p, p.forward) if q and q.line)).lower()
-    return 'shuffle' in named or l.before and len(l.before.shape)==5 and l.before.format=='other'
+    return 'shuffle' in named or l.before is not None and l.before.ndim==5 and layout_of(l.before)=='other'
 
 # Of a loss and its place: the first that applies
 _remedies = [
@@ -115,9 +114,9 @@ def _advice(l):
     convert = '`apply_channels_last(network)` does that' if p.owner.part=='unregistered' else f'`apply_channels_last({network})`'
     return next(text for applies,text in _remedies if applies(l, p)).replace('{convert}', convert)
 
-# %% ../nbs/16_trace.ipynb #e08a7bea
+# %% ../nbs/16_trace.ipynb #81e62525
 trace_kinds = dict(
-    lost='the operator receives channels last and outputs contiguous',
+    lost='the operator receives channels last, or another order, and outputs contiguous',
     explicit="the model's own code makes it contiguous, by `.contiguous()`, a reshape that copies, or a view of something else",
     hidden='a contiguous image is made of something that is no image, with no line of code that asks for it',
     weight='a convolution that is not converted with the model: its weights are contiguous',
@@ -172,13 +171,12 @@ class FormatTrace(Result):
 # %% ../nbs/16_trace.ipynb #da7fbfee
 def _short(where): return os.sep.join(where.split(os.sep)[-2:])
 
-def _percent(share): return '0' if share==0 else 'less than 0.1 %' if share<0.001 else f'{100*share:.1f} %'
+def _percent(share): return '0' if share==0 else '<0.1 %' if share<0.001 else f'{100*share:.1f} %'
 
 def _groups(rows):
     "Rows of the same kind, operator and line of code, the most expensive first: lists of rows"
-    res = {}
-    for r in rows: res.setdefault((r.kind, r.phase, r.op, r.where or r.cls), []).append(r)
-    return sorted(res.values(), key=lambda g: (-sum(r.seconds for r in g), -sum(r.bytes for r in g)))
+    groups = groupby(rows, lambda r: (r.kind, r.phase, r.op, r.where or r.cls))
+    return sorted(groups.values(), key=lambda g: (-sum(r.seconds for r in g), -sum(r.bytes for r in g)))
 
 def _modules(g, n): return some_of(dict.fromkeys(f'`{r.module}`' if r.module else 'the model itself' for r in g), n)
 
@@ -195,22 +193,25 @@ _shown = 10 # lines of the short table
 
 @patch
 def cells(self:FormatTrace, full=False):
-    if full: return _full_cells(self)
+    if full: return _all_cells(self)
     res = [['place', 'operator', 'phase', 'kind', 'MB', 'of the step']] if self.rows else []
     for i,g in enumerate(_groups(self.rows)[:_shown], 1):
         mb,share = sum(r.bytes for r in g)/1e6,sum(r.share for r in g)
         res.append([f'{i}. {_modules(g, 1)}', g[0].op, g[0].phase, g[0].kind, f'{mb:,.1f}', _percent(share)])
     return res
 
-def _full_cells(trace):
-    "A line for each row, with all that is known"
-    def row(r, by_design):
-        return [r.module, r.op, r.phase, r.kind, f'{r.bytes/1e6:,.1f}', _percent(r.share), f'{1e3*r.seconds:.3f}', str(r.count), 'yes' if by_design else '',
-            r.cls, r.format_in or '', r.format_out, str(r.shape), r.dtype, r.where or '', r.code, ', '.join(r.back), r.advice]
-    head = ['module', 'operator', 'phase', 'kind', 'MB', 'of the step', 'ms', 'tensors', 'by design',
-        'class', 'from', 'to', 'shape', 'dtype', 'where', 'code', 'converted back by', 'what to do']
-    res = [*(row(r, False) for r in trace.rows), *(row(r, True) for r in trace.by_design)]
-    return [head, *res] if res else []
+def _all_cells(trace):
+    "All fields of all rows"
+    def cell(v): return '' if v is None else f'{v:.3g}' if isinstance(v, float) else ', '.join(v) if isinstance(v, list) else str(v)
+    names = [f.name for f in fields(TraceRow)]
+    rows = [[*(cell(getattr(r, n)) for n in names), part] for part in ('rows', 'by_design') for r in getattr(trace, part)]
+    return [[*names, 'in'], *rows] if rows else []
+
+@patch
+def table(self:FormatTrace):
+    "All rows and columns, as text; those of `by_design` too"
+    cells = _all_cells(self)
+    return text_table(cells, len(cells[0]), 10_000) if cells else self.reason
 
 @patch
 def remarks(self:FormatTrace):
@@ -218,14 +219,14 @@ def remarks(self:FormatTrace):
     shown,todo,res = groups[:_shown],{},[]
     for i,g in enumerate(shown, 1):
         r = max(g, key=lambda r: r.seconds)
-        back = f'converted back by {some_of(r.back, 2)}' if r.back and r.kind!='sliced' else ''
+        back = 'converted back by '+some_of((f'`{o}`' for o in r.back), 2) if r.back and r.kind!='sliced' else ''
         line = f'`{_short(r.where)}`: `{r.code}`' if r.where else f'in `{r.cls}`' if r.cls else ''
         res.append(f'{i}. '+'; '.join(filter(None, (line, back))))
         todo.setdefault(r.advice, []).append(str(i))
     res += [f'What to do ({", ".join(at)}): {advice}.' for advice,at in todo.items()]
     if len(groups)>_shown: res.append(f'And {plural(len(groups)-_shown, "line")} more: `.table()` shows all.')
     found = {g[0].kind for g in shown}
-    if found: res.append('Kinds: '+'; '.join(f'{k}: {v}' for k,v in trace_kinds.items() if k in found)+'.')
+    if found: res.append('; '.join(f'`{k}`: {v}' for k,v in trace_kinds.items() if k in found)+'.')
     if n := self.conditions.get('estimated'):
         res.append(f'{plural(n, "conversion")} estimated from the others, for lack of time: try seconds={self.conditions["enough"]}.')
     return res
@@ -241,24 +242,14 @@ def conditions_line(self:FormatTrace):
 _looks = {'channels_last': ('#1d7d73', ''), 'contiguous': ('#f4a05a', '////'), 'sliced': ('#f7e08b', '....'), 'other': ('#9aa5b1', 'xxxx'),
     'ambiguous': ('#e3e7eb', '')}
 
-def _columns(ops):
-    "Forward operators in their order, and for each the backward operators that belong to it"
-    fwd = [o for o in ops if o['phase']=='forward']
-    orders,cols = [o['order'] for o in fwd],[[] for _ in fwd]
+def _spans(fwd, ops):
+    "Of each operator its row, 1 or -1, left end and width: the backward ones side by side below the forward one whose gradient they compute"
+    orders,below = [o['order'] for o in fwd],[[] for _ in fwd]
     for o in ops:
-        if o['phase']!='backward' or not fwd: continue
-        at = bisect.bisect_right(orders, o['forward'])-1 if o['forward'] is not None else 0
-        cols[max(at, 0)].append(o)
-    return fwd,cols
-
-def _bars(ax, ops, at, bottom, height):
-    "Operators side by side in the column at `at`"
-    w = 0.9/max(1, len(ops))
-    for i,o in enumerate(ops):
-        colour,hatch = _looks[o['format_out']]
-        ax.broken_barh([(at-0.45+i*w, w)], (bottom, height), facecolors=colour, edgecolor='#222222', hatch=hatch, linewidth=0)
-        y,marker = (bottom+height+0.12,'v') if bottom>0 else (bottom-0.12,'^')
-        if o['loses']: ax.plot(at-0.45+(i+0.5)*w, y, marker, color=ink(), markersize=5)
+        if o['phase']=='backward': below[max(0, bisect.bisect_right(orders, o['forward'] or 0)-1)].append(o)
+    for i,(f,bs) in enumerate(zip(fwd, below)):
+        yield f,1,i-0.45,0.9
+        for j,b in enumerate(bs): yield b,-1,i-0.45+0.9*j/len(bs),0.9/len(bs)
 
 def _ticks(fwd, most=24):
     "Positions and names of modules: the deepest level of names of which at most `most` fit beside each other"
@@ -276,42 +267,40 @@ def plot(self:FormatTrace,
     ax=None, # matplotlib axes; None makes new ones
 ):
     "Each operator coloured by the format of its output, with the places that lose it marked; returns the axes"
-    import matplotlib.pyplot as plt
     ax = axes(ax, 2, height=0.9)
     ax.set_title(self.verdict, fontsize=9)
     ax.spines[:].set_visible(False)
-    fwd,cols = _columns(self.ops)
+    fwd = [o for o in self.ops if o['phase']=='forward']
     if not fwd:
         ax.set(xticks=[], yticks=[])
         say_on(ax, 'no operator on images')
         return ax
-    for i,(o,bs) in enumerate(zip(fwd, cols)):
-        _bars(ax, [o], i, 0.1, 0.8)
-        _bars(ax, bs, i, -0.9, 0.8)
+    spans = [*_spans(fwd, self.ops)]
+    for f,(colour,hatch) in _looks.items():
+        for row in (1, -1):
+            bars = [(x, w) for o,at,x,w in spans if at==row and o['format_out']==f]
+            look = dict(facecolors=colour, edgecolor='#222222', hatch=hatch, linewidth=0, label=f.replace('_', ' '))
+            if bars: ax.broken_barh(bars, (0.1 if row==1 else -0.9, 0.8), **look)
+    for row,marker in ((1, 'v'), (-1, '^')):
+        at = [x+w/2 for o,r,x,w in spans if r==row and o['loses']]
+        if at: ax.plot(at, [1.02*row]*len(at), marker, color=ink(), markersize=5, label='loses it')
     ax.set_xticks(*_ticks(fwd), rotation=90, fontsize=7)
     ax.set_yticks([0.5, -0.5], ['forward', 'backward'])
     ax.set(xlim=(-1, len(fwd)), ylim=(-1.25, 1.25))
-    used = dict.fromkeys(o['format_out'] for o in self.ops)
-    boxes = [plt.Rectangle((0, 0), 1, 1, facecolor=_looks[n][0], hatch=_looks[n][1], edgecolor='#222222', linewidth=0, label=n.replace('_', ' ')) for n in used]
-    if self.rows: boxes.append(plt.Line2D([], [], marker='v', color=ink(), linestyle='', label='loses it'))
-    ax.legend(handles=boxes, fontsize=7, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.08), frameon=False)
+    labels = {label: handle for handle,label in zip(*ax.get_legend_handles_labels())}
+    ax.legend(labels.values(), labels, fontsize=7, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.08), frameon=False)
     return ax
 
 # %% ../nbs/16_trace.ipynb #c36486f6
-def _merged(losses):
-    "Losses of the same kind at the same place, such as the slices of one concatenation, in one list"
-    res = {}
-    for l in losses: res.setdefault((l.kind, l.place.key(), id(l.place.forward or l.place)), []).append(l)
-    return list(res.values())
-
 def _row(group, seconds_of, step_seconds):
-    l = max(group, key=lambda l: l.after.bytes)
+    l = max(group, key=lambda l: l.after.nbytes)
     p,costs = l.place,[c for l in group for c in l.costs]
     seconds = sum(seconds_of[c.key] for c in costs)
     back = [f'{q.owner.name or "the model"}: {q.op} ({q.phase})' for l in group for q in l.paid]
     return TraceRow(module=p.owner.name, cls=p.owner.cls, phase=p.phase, kind=l.kind,
         op=p.forward.op if l.kind=='sliced' and p.forward else p.op, # the gradient of a concatenation, not of the slice that it is made of
-        format_in=l.before and l.before.format, format_out=l.after.format, shape=l.after.shape, dtype=str(l.after.dtype).removeprefix('torch.'),
+        format_in=None if l.before is None else layout_of(l.before) or 'other', format_out=layout_of(l.after) or 'contiguous',
+        shape=tuple(l.after.shape), dtype=str(l.after.dtype).removeprefix('torch.'),
         bytes=sum(c.bytes for c in costs), seconds=seconds, share=seconds/step_seconds, where=p.line and p.line.where,
         code=p.line.code if p.line else '', back=[*dict.fromkeys(back)], advice=_advice(l), count=len(group))
 
@@ -360,10 +349,11 @@ def _conditions(step):
     return dict(**machine(step.device), shape=None if x is None else list(x.shape), precision=precision_name(step.model, step.autocast), compiled=compiled)
 
 def _result(tracer, seconds_of, step_seconds, conditions):
-    groups = {True: [], False: []}
-    for g in _merged(tracer.losses): groups[tracer.is_by_design(g[0])].append(g)
-    rows,by_design = (sorted((_row(g, seconds_of, step_seconds) for g in groups[k]), key=lambda r: (-r.seconds, -r.bytes)) for k in (False, True))
-    losing,leaving = ({id(l.place) for g in groups[k] for l in g} for k in (False, True))
+    # losses of the same kind at the same place, such as the slices of one concatenation, are one row
+    groups = groupby(tracer.losses, lambda l: (l.kind, l.place.key(), id(l.place.forward or l.place))).values()
+    parts = [[g for g in groups if tracer.is_by_design(g[0])==by_design] for by_design in (False, True)]
+    rows,by_design = (sorted((_row(g, seconds_of, step_seconds) for g in part), key=lambda r: (-r.seconds, -r.bytes)) for part in parts)
+    losing,leaving = ({id(l.place) for g in part for l in g} for part in parts)
     ops = [dict(module=p.owner.name, op=p.op, phase=p.phase, format_in=a, format_out=b, order=p.order, forward=p.forward and p.forward.order,
         loses=id(p) in losing) for p,a,b,_ in tracer.ops]
     return FormatTrace(_reason(rows, by_design), rows, by_design, sum(r.share for r in rows), sum(r.bytes for r in rows), step_seconds,
