@@ -114,7 +114,7 @@ def _advice(l):
     convert = '`apply_channels_last(network)` does that' if p.owner.part=='unregistered' else f'`apply_channels_last({network})`'
     return next(text for applies,text in _remedies if applies(l, p)).replace('{convert}', convert)
 
-# %% ../nbs/16_trace.ipynb #81e62525
+# %% ../nbs/16_trace.ipynb #72c08bab
 trace_kinds = dict(
     lost='the operator receives channels last, or another order, and outputs contiguous',
     explicit="the model's own code makes it contiguous, by `.contiguous()`, a reshape that copies, or a view of something else",

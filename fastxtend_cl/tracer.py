@@ -133,7 +133,7 @@ class Replay:
         args,kwargs = map_tensors(make, (self.args, self.kwargs))
         return lambda: self.func(*args, **kwargs)
 
-# %% ../nbs/15_tracer.ipynb #214654f4
+# %% ../nbs/15_tracer.ipynb #5467582d
 @dataclass(eq=False)
 class Cost:
     "What a loss costs once: the copy of a tensor, or an operator that is slower than on channels-last tensors"
@@ -179,7 +179,7 @@ class Tracer(TorchDispatchMode):
         self.note(OperatorCall(self.place(name, _line_of(sys._getframe(1))), func, args, kwargs, out))
         return out
 
-# %% ../nbs/15_tracer.ipynb #38bab64a
+# %% ../nbs/15_tracer.ipynb #50293a33
 @patch
 def place(self:Tracer, op, line):
     "The `Place` of an operator that runs now"
