@@ -114,11 +114,11 @@ def _advice(l):
     convert = '`apply_channels_last(network)` does that' if p.owner.part=='unregistered' else f'`apply_channels_last({network})`'
     return next(text for applies,text in _remedies if applies(l, p)).replace('{convert}', convert)
 
-# %% ../nbs/16_trace.ipynb #72c08bab
+# %% ../nbs/16_trace.ipynb #7b758d09
 trace_kinds = dict(
     lost='the operator receives channels last, or another order, and outputs contiguous',
     explicit="the model's own code makes it contiguous, by `.contiguous()`, a reshape that copies, or a view of something else",
-    hidden='a contiguous image is made of something that is no image, with no line of code that asks for it',
+    hidden='a contiguous image is made from something else, without a line of code that asks for it',
     weight='a convolution that is not converted with the model: its weights are contiguous',
     sliced='channels last with gaps, such as a part of the gradient of a concatenation')
 
@@ -131,7 +131,7 @@ class TraceRow:
     op:str # Operator, such as 'cat'
     phase:str # 'forward' or 'backward'
     kind:str # Key of `trace_kinds`
-    format_in:str|None # None: it was made of no image
+    format_in:str|None # None: it was made from something other than an image
     format_out:str
     shape:tuple # Of the tensor whose format is lost
     dtype:str
@@ -243,7 +243,7 @@ _looks = {'channels_last': ('#1d7d73', ''), 'contiguous': ('#f4a05a', '////'), '
     'ambiguous': ('#e3e7eb', '')}
 
 def _spans(fwd, ops):
-    "Of each operator its row, 1 or -1, left end and width: the backward ones side by side below the forward one whose gradient they compute"
+    "Each operator with its row (1: forward, -1: backward), left end and width; backward ones are below the operator whose gradient they compute"
     orders,below = [o['order'] for o in fwd],[[] for _ in fwd]
     for o in ops:
         if o['phase']=='backward': below[max(0, bisect.bisect_right(orders, o['forward'] or 0)-1)].append(o)
@@ -298,7 +298,7 @@ def _row(group, seconds_of, step_seconds):
     seconds = sum(seconds_of[c.key] for c in costs)
     back = [f'{q.owner.name or "the model"}: {q.op} ({q.phase})' for l in group for q in l.paid]
     return TraceRow(module=p.owner.name, cls=p.owner.cls, phase=p.phase, kind=l.kind,
-        op=p.forward.op if l.kind=='sliced' and p.forward else p.op, # the gradient of a concatenation, not of the slice that it is made of
+        op=p.forward.op if l.kind=='sliced' and p.forward else p.op, # the concatenation, not the slice of its gradient
         format_in=None if l.before is None else layout_of(l.before) or 'other', format_out=layout_of(l.after) or 'contiguous',
         shape=tuple(l.after.shape), dtype=str(l.after.dtype).removeprefix('torch.'),
         bytes=sum(c.bytes for c in costs), seconds=seconds, share=seconds/step_seconds, where=p.line and p.line.where,
@@ -361,8 +361,7 @@ def _result(tracer, seconds_of, step_seconds, conditions):
 
 def trace_formats(
     step:TrainingStep, # Afterwards as it was
-    # Aim for the whole call: two steps run at least, and conversions are timed while time is left; the others are estimated
-    seconds:float=10.,
+    seconds:float=10., # Aim for the whole call; two steps run at least, and costs for which no time is left are estimated
     bar:bool=True, # Show a progress bar if it takes more than two seconds
 ) -> FormatTrace:
     """Trace one training step in channels last, forward and backward
@@ -371,10 +370,10 @@ def trace_formats(
     step itself raises."""
     if not seconds>0: raise ValueError(f'seconds must be above 0, got {seconds!r}')
     check_has_convolution(step.model, 'trace')
-    pace,clock,conditions = _Pace(seconds, bar),device_clock(step.device),_conditions(step)
+    pace,clock = _Pace(seconds, bar),device_clock(step.device)
     with step.initialized(): tracer,step_seconds = _traced(step, clock, pace)
-    with tuned_kernels(step.kernels, model=step.model): seconds_of,conditions['estimated'],conditions['enough'] = _all_costs(tracer.losses, clock, pace)
-    res = _result(tracer, seconds_of, step_seconds, conditions)
+    with tuned_kernels(step.kernels, model=step.model): seconds_of,estimated,enough = _all_costs(tracer.losses, clock, pace)
+    res = _result(tracer, seconds_of, step_seconds, _conditions(step) | dict(estimated=estimated, enough=enough))
     pace.done()
     res.seconds = pace.spent
     return res

@@ -71,7 +71,7 @@ class Place:
 
 # %% ../nbs/15_tracer.ipynb #e7e6c19f
 class RunningModules:
-    "The modules that run, innermost last, by hooks on all modules"
+    "The modules that are running, innermost last, by hooks on all modules"
     def __init__(self, step):
         self.owners,loss = {},step.loss_func
         for n,m in step.model.named_modules():
@@ -122,7 +122,7 @@ class Replay:
     key:str
     @classmethod
     def of(cls, func, args, kwargs):
-        "None for convolutions, which convert inside, for what changes its arguments, and for what depends on the values"
+        "None for convolutions, which convert inside, for operators that change their arguments, and for those that depend on the values"
         if func.overloadpacket.__name__ in conv_ops or func._schema.is_mutable: return None
         if any(not t.is_floating_point() or t.layout!=torch.strided for t in tensors_in((args, kwargs))): return None
         args,kwargs = map_tensors(without_memory, (args, kwargs))
@@ -133,7 +133,7 @@ class Replay:
         args,kwargs = map_tensors(make, (self.args, self.kwargs))
         return lambda: self.func(*args, **kwargs)
 
-# %% ../nbs/15_tracer.ipynb #5467582d
+# %% ../nbs/15_tracer.ipynb #c7fb8e43
 @dataclass(eq=False)
 class Cost:
     "What a loss costs once: the copy of a tensor, or an operator that is slower than on channels-last tensors"
@@ -148,9 +148,9 @@ class Cost:
 class FormatLoss:
     "Where the format is lost, and who pays"
     place:Place; kind:str
-    before:Tensor|None # Without memory; None: the tensor was made from something that is no image
+    before:Tensor|None # Without memory; None: the tensor was made from something other than an image
     after:Tensor
-    used:bool=False # Some operator reads the contiguous tensor
+    used:bool=False # An operator reads the contiguous tensor
     costs:list=field(default_factory=list) # `Cost`s
     paid:list=field(default_factory=list) # `Place`s of the operators that convert back
     @property
@@ -179,7 +179,7 @@ class Tracer(TorchDispatchMode):
         self.note(OperatorCall(self.place(name, _line_of(sys._getframe(1))), func, args, kwargs, out))
         return out
 
-# %% ../nbs/15_tracer.ipynb #50293a33
+# %% ../nbs/15_tracer.ipynb #214502a0
 @patch
 def place(self:Tracer, op, line):
     "The `Place` of an operator that runs now"
@@ -214,7 +214,7 @@ class OperatorCall:
     def images_out(self): return [(t,f) for t in self.outs if (f := layout_of(t))]
     @cached_property
     def images_in(self):
-        "Those that become `images_out`: no grid, mask or embedding"
+        "Those that become `images_out`, without grids, masks and embeddings"
         batch_and_channels = self.images_out[0][0].shape[:2]
         return [(t,f) for t in self.ins if (f := layout_of(t)) and (self.op in _any_channels or t.shape[:2]==batch_and_channels)]
     @property
@@ -267,7 +267,7 @@ def _reordered(a, b):
 
 @patch
 def begin(self:Tracer, place, x, y):
-    "A loss that begins where `x` becomes the contiguous `y`"
+    "Begin a loss where `x` becomes the contiguous `y`"
     before,after = without_memory(x),without_memory(y)
     copied = place.op in copy_ops and place.line and place.line.direct
     loss = self.lost[storage_id(y)] = FormatLoss(place, 'explicit' if copied else 'lost', before, after)
@@ -277,13 +277,13 @@ def begin(self:Tracer, place, x, y):
 
 @patch
 def begin_unpaid(self:Tracer, place, t):
-    "A loss that begins where the contiguous `t` is made from something that is no image; it counts when it is paid"
+    "Begin a loss where the contiguous `t` is made from something other than an image; it counts when it is paid"
     kind = 'explicit' if place.line and place.line.direct and place.op not in conv_ops else 'hidden'
     self.lost[storage_id(t)] = FormatLoss(place, kind, None, without_memory(t))
 
 @patch
 def note_view(self:Tracer, call):
-    "A view loses nothing; but it may make an image of something else, or cut a slice out of one"
+    "A view loses nothing, but it may turn something else into an image, or cut a slice out of one"
     for t in call.outs:
         f = layout_of(t)
         if f=='sliced' and layout_of(call.ins[0])!='sliced':
