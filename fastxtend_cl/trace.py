@@ -114,7 +114,7 @@ def _advice(l):
     convert = '`apply_channels_last(network)` does that' if p.owner.part=='unregistered' else f'`apply_channels_last({network})`'
     return next(text for applies,text in _remedies if applies(l, p)).replace('{convert}', convert)
 
-# %% ../nbs/16_trace.ipynb #7b758d09
+# %% ../nbs/16_trace.ipynb #3fac4ae0
 trace_kinds = dict(
     lost='the operator receives channels last, or another order, and outputs contiguous',
     explicit="the model's own code makes it contiguous, by `.contiguous()`, a reshape that copies, or a view of something else",
@@ -220,7 +220,7 @@ def remarks(self:FormatTrace):
     for i,g in enumerate(shown, 1):
         r = max(g, key=lambda r: r.seconds)
         back = 'converted back by '+some_of((f'`{o}`' for o in r.back), 2) if r.back and r.kind!='sliced' else ''
-        line = f'`{_short(r.where)}`: `{r.code}`' if r.where else f'in `{r.cls}`' if r.cls else ''
+        line = f'`{_short(r.where)}`: `{r.code}`' if r.where else f'in `{r.cls}`' if r.cls else 'unknown line of code'
         res.append(f'{i}. '+'; '.join(filter(None, (line, back))))
         todo.setdefault(r.advice, []).append(str(i))
     res += [f'What to do ({", ".join(at)}): {advice}.' for advice,at in todo.items()]
