@@ -4,7 +4,7 @@ Prints the table, which nbs/index.ipynb shows, and writes the picture to images/
 from pathlib import Path
 from xml.sax.saxutils import escape
 from common import geometric, read
-from peers import models
+from networks import models
 
 root = Path(__file__).resolve().parent.parent
 columns = {'fastai': "fastai's to_channelslast()", 'ours, fp32': 'use_amp=False', 'ours, not tuned': 'tune=False', 'ours': 'to_channelslast()'}
