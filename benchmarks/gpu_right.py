@@ -1,6 +1,6 @@
 """Is training in channels last right on a GPU? The parts right and checks of `python benchmarks/gpu.py`
 
-They are made of sections that gpu.py runs side by side, each in a process of its own; those of the part faults are in faults.py."""
+They are made of sections that gpu.py runs side by side, each in a process of its own; those of the part faults are in gpu_faults.py."""
 import contextlib, itertools, tempfile, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 from copy import deepcopy
@@ -21,12 +21,7 @@ from fastxtend_cl.cli import digits_dls
 from fastxtend_cl.format import apply_channels_last
 from fastxtend_cl.plan import FormatPlan
 from fastxtend_cl.step import TrainingStep, seed_all
-from faults import cudnn, in_format, kernels, precisions
-
-def relative(got, want):
-    "Distance of lists of tensors, over the norm of `want`"
-    d = sum((a.double()-b.double()).square().sum().item() for a,b in zip(got, want))
-    return (d/max(sum(b.double().square().sum().item() for b in want), 1e-60))**.5
+from gpu_common import cudnn, in_format, kernels, precisions, relative
 
 # Optimizers across a conversion
 

@@ -10,7 +10,7 @@ The networks of networks.py, each in a child process with an empty cache of plan
 
 An epoch of 150 steps with the race in it is the race's time and the rest by the chosen setting's.
 Writes results/plan-DEVICE.json and .md after each network and goes on where it was interrupted."""
-import json, statistics, tempfile, time, warnings
+import json, tempfile, time, warnings
 from functools import partial
 import torch
 from fastai.callback.core import Callback, CancelFitException
