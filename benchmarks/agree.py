@@ -57,8 +57,8 @@ def row(found, setting, clock):
 def table(found):
     "Markdown"
     rows = [(f['model'], r) for f in found for r in f['rows']]
-    lines = [markdown(['', 'setting', 'clock', 'bench', 'training', 'bench / training', ''], [[m, r['setting'], r['clock'], cell(r['bench']), cell(r['training']),
-        f"{r['quotient'] or 0:.3f}", 'differs'*r['apart']] for m,r in rows], 3)]
+    lines = [markdown(['', 'setting', 'clock', 'bench', 'training', 'bench / training', ''], [[m, r['setting'], r['clock'], cell(r['bench']),
+        cell(r['training']), f"{r['quotient'] or 0:.3f}", 'differs'*r['apart']] for m,r in rows], 3)]
     for clock in ('wall','cpu'):
         apart = [f"{m}, {r['setting']}" for m,r in rows if r['clock']==clock and r['apart']]
         if qs := [r['quotient'] for _,r in rows if r['clock']==clock and r['quotient']]:

@@ -1,11 +1,11 @@
 """Images per second of a whole training step in mixed precision on a GPU: `python benchmarks/gpu_speed.py`
 
 Each arm trains its own copy of a network on one random batch that is already on the device: zero_grad, forward under autocast, loss,
-backward (through GradScaler in fp16), SGD. Arms are paired: in each round every arm runs a block of steps in random order, and the first
-step of a block is dropped. A row's ratio is that of its speed to the contiguous arm's, the median of the rounds with their minimum and
-maximum (rows of 2026-11-26 have the mean of a block's steps, later ones the median). Passes (`--passes`), the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai sets it, whose
-search makes the first step long; compiled, fp16; bf16; small, fp16 with batches of 8, where the processor is what a step waits for; fp32,
-for the 7x7 depthwise convolutions of convnext_tiny.
+backward (through GradScaler in fp16), SGD. Arms are paired. A row's ratio is that of its speed to the contiguous arm's, the median of the
+rounds with their minimum and maximum (rows of 2026-11-26 have the mean of a block's steps, later ones the median). Passes (`--passes`),
+the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai sets it, whose search makes the first step long;
+compiled, fp16; bf16; small, fp16 with batches of 8, where the processor is what a step waits for; fp32, for the 7x7 depthwise
+convolutions of convnext_tiny.
 Writes results/speed-DEVICE.json and .md after each network. Run again, it goes on where it was interrupted: rows of this torch and this
 card are kept, failures too; `--refresh` measures what is named again. `--precompile` only fills inductor's cache on disk, in processes
 side by side. Kernels are tuned anew unless FASTXTEND_CL_CACHE names a folder."""

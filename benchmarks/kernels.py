@@ -57,7 +57,8 @@ def table(found):
     "Markdown: a row for each network, and what stands out"
     names,rows = [again, fastai, plain, ours_fp32, ours],[]
     for f in found:
-        rows.append([f['model'], *(cell(ratios(f).get(n)) for n in names), f"{f[ours]['tuning']:.1f}", f"{f[ours]['first']:.1f}", f"{f['warm'].get('first', 0):.2f}"])
+        seconds = f"{f[ours]['tuning']:.1f}",f"{f[ours]['first']:.1f}",f"{f['warm'].get('first', 0):.2f}"
+        rows.append([f['model'], *(cell(ratios(f).get(n)) for n in names), *seconds])
     for label,some in (('twelve networks', models), ('others', others)):
         rs = [ratios(f) for f in found if f['model'] in some]
         means = [f'{geometric(r[n][0] for r in rs):.2f}' if rs and all(n in r for r in rs) else '' for n in names]

@@ -57,7 +57,8 @@ def table(found):
     rows = [[f['model'], *(f"{f['rows'][a]['ms']:.0f}" for a in arms), *(f"{f['rows'][a]['mib']:,.0f}" for a in arms), f'{gain(f):.2f}'] for f in found]
     return '\n'.join([markdown(['', *(f'{a}, {unit}' for unit in ('ms', 'MiB') for a in arms), 'keeping gains'], rows), '',
         f'Geometric means of {len(found)} networks: keeping memory makes a tuned step {geometric(map(gain, found)):.3f} times as fast. '
-        f"The largest resident set of tuned training is {mean('mib', 'tuned', 'bf16')} times that of untuned, {mean('mib', 'tuned, cold', 'bf16')} while it tunes."])
+        f"The largest resident set of tuned training is {mean('mib', 'tuned', 'bf16')} times that of untuned, "
+        f"{mean('mib', 'tuned, cold', 'bf16')} while it tunes."])
 
 def page(found): return f'{machine()}; CPU time.\n\n{table(found)}'
 

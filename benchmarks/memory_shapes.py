@@ -65,8 +65,9 @@ def measure(kind, steps):
 def table(found):
     "Markdown"
     head = ['', 'steps', 'ms', 'kept', 'gain', 'peak, MiB', 'kept', 'after the fit, MiB', 'kept']
-    rows = [[f['model'], f['steps'], f'{a["ms"]:.0f}', f'{b["ms"]:.0f}', f'{a["ms"]/b["ms"]:.2f}', *(f'{o[k]:,.0f}' for k in ('peak', 'end') for o in (a, b))]
-        for f in found for a,b in [(f['usual'], f['kept'])]]
+    def cells(steps, a, b):
+        return [steps, f"{a['ms']:.0f}", f"{b['ms']:.0f}", f"{a['ms']/b['ms']:.2f}", *(f'{o[k]:,.0f}' for k in ('peak', 'end') for o in (a, b))]
+    rows = [[f['model'], *cells(f['steps'], f['usual'], f['kept'])] for f in found]
     worst = max(found, key=lambda f: f['kept']['peak']/f['usual']['peak'])
     return '\n'.join([markdown(head, rows), '', f"The largest resident set is at most {worst['kept']['peak']/worst['usual']['peak']:.3f} times "
         f"as large with memory kept ({worst['model']})."])

@@ -65,9 +65,11 @@ def measure_network(name, low, rounds):
 
 def page(rows, nets):
     head = f'Times as fast as contiguous (median and its 95 % interval), and the largest relative distance from double precision. {machine()}.'
-    return '\n\n'.join([head, markdown(['shape', 'dtype', '', 'ms', 'ratio', 'error, mean 0', 'error, mean 10'],
-        [['x'.join(map(str, r['shape'])), r['dtype'], r['arm'], f"{r['ms']:.2f}", cell(r['ratio']), f"{r['error, mean 0']:.1e}", f"{r['error, mean 10']:.1e}"] for r in rows], 3),
-        markdown(['network', 'dtype', '', 'ms a step', 'ratio'], [[r['network'], r['dtype'], r['arm'], f"{r['ms']:.1f}", cell(r['ratio'])] for r in nets], 3)])+'\n'
+    def errors(r): return [f"{r[f'error, mean {m}']:.1e}" for m in (0, 10)]
+    single = [['x'.join(map(str, r['shape'])), r['dtype'], r['arm'], f"{r['ms']:.2f}", cell(r['ratio']), *errors(r)] for r in rows]
+    whole = [[r['network'], r['dtype'], r['arm'], f"{r['ms']:.1f}", cell(r['ratio'])] for r in nets]
+    return '\n\n'.join([head, markdown(['shape', 'dtype', '', 'ms', 'ratio', 'error, mean 0', 'error, mean 10'], single, 3),
+        markdown(['network', 'dtype', '', 'ms a step', 'ratio'], whole, 3)])+'\n'
 
 @call_parse
 def main(

@@ -138,11 +138,13 @@ def compared_to(found):
 
 def regrets(found):
     "Lines: what the choices cost"
-    all_ = [(r['regret'], f['model'], where, r['arm'], r['best']) for f in found for where,rs in (('quiet', [f['quiet']]), ('under load', f['busy'])) for r in rs]
-    (r,model,where,arm,best) = max(all_)
-    def share(limit): return f'{sum(r[0][0]>limit for r in all_)} of {len(all_)}'
-    return [f'Largest regret: {r[0]-1:.1%} ({model}, {where}: {arm} instead of {best}); more than 2 %: {share(1.02)} races, more than 5 %: {share(1.05)}.', '',
-        *(f'- {m}, {w}: {a} instead of {b}, {r[0]-1:.1%} slower ({r[1]-1:.1%} to {r[2]-1:.1%})' for r,m,w,a,b in sorted(all_)[::-1] if r[0]>1.02), '']
+    races = [(f['model'], where, r) for f in found for where,rs in (('quiet', [f['quiet']]), ('under load', f['busy'])) for r in rs]
+    races = sorted([(r['regret'], model, where, r['arm'], r['best']) for model,where,r in races], reverse=True)
+    r,model,where,arm,best = races[0]
+    def share(limit): return f'{sum(r[0][0]>limit for r in races)} of {len(races)}'
+    return [f'Largest regret: {r[0]-1:.1%} ({model}, {where}: {arm} instead of {best}); more than 2 %: {share(1.02)} races, '
+        f'more than 5 %: {share(1.05)}.', '',
+        *(f'- {m}, {w}: {a} instead of {b}, {r[0]-1:.1%} slower ({r[1]-1:.1%} to {r[2]-1:.1%})' for r,m,w,a,b in races if r[0]>1.02), '']
 
 def groups(found):
     "Lines: the gains of the twelve networks, and of the others"
