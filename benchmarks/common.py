@@ -65,7 +65,7 @@ def busy(rest=0.):
 
 def options(**values):
     "Arguments of a command line; True is a flag, None and False are left out"
-    return [s for k,v in values.items() if v is not None and v is not False for s in ([f'--{k}'] if v is True else [f'--{k}', str(v)])]
+    return [s for k,v in values.items() if v is not None and v is not False for s in (f'--{k.replace("_", "-")}', *[str(v)]*(v is not True))]
 
 def run_child(script, cache=None, **values):
     "What `python SCRIPT` prints last, as JSON, in a process of its own, with a folder for what it caches"

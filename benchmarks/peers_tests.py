@@ -6,7 +6,7 @@ double precision; a case with convolutions is checked and traced as a training s
 composer: after the algorithm has been applied to a model, or to a Trainer before its first batch, weights and activations are in channels
 last, and a step trains.
 fastxtend: the callback and the transform, on the input types of fastai, with and without mixed precision, and back again.
-fastai: each cell of its notebooks that needs no GPU and no download, read from `--fastai_nbs FOLDER` (the folder `nbs` of a clone of fastai):
+fastai: each cell of its notebooks that needs no GPU and no download, read from `--fastai-nbs FOLDER` (the folder `nbs` of a clone of fastai):
 what runs without this package runs when it is imported, and with every Learner in channels last.
 Prints what fails, and exits with 1 if anything does."""
 import copy, inspect, json, subprocess, sys, tempfile, time, warnings

@@ -1,4 +1,4 @@
-"""Does `to_channelslast(plan='auto')` choose the fastest setting, and what does it gain?: `OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/plan.py`
+"""Does `to_channelslast(plan='auto')` choose the fastest setting, and what does it gain? `OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/plan.py`
 
 The networks of networks.py, each in a child process with an empty cache of plans and kernels:
 

@@ -11,7 +11,7 @@ from fastxtend_cl.cli import model_step
 from common import busy, paired, save
 
 def wasting(step, share, seconds):
-    "An arm: the step, and `share` of `seconds` of CPU work before it"
+    "An arm: the step, and `share` of its `seconds` of CPU time as work before it"
     a = torch.randn(64, 64)
     def f():
         end = time.thread_time()+share*seconds
@@ -42,6 +42,6 @@ def main(
     rows = []
     for name in progress_bar(names.split(',')):
         step = model_step(name, bs, size, 10, 'cpu')
-        with step.preserved(): one = statistics.median(paired({'': lambda: step.run(keep='loss')}, 3, 4)[''].seconds.values())
+        with step.preserved(): one = statistics.median(paired({'': lambda: step.run(keep='loss')}, 3, 4)[''].cpu.values())
         rows += [measure(name, load, step, one, seconds, i) for load in (False, True) for i in range(repeats)]
     if not tiny: save('planted', rows=rows, bs=bs, size=size, seconds=seconds)
