@@ -132,7 +132,7 @@ def methods(device, tiny):
     "What the methods of a Learner say, each with a few seconds"
     limit = 2. if tiny else 5.
     for name,kwargs in dict(check={}, trace={}, bench=dict(seconds=limit, epochs=False, bar=False),
-            plan=dict(budget=limit, cache=False, bar=False)).items():
+            plan=dict(seconds=limit, cache=False, bar=False)).items():
         learn = small_learner(device).to_channelslast()
         with quiet(learn): res = getattr(learn, f'{name}_channelslast')(**kwargs)
         says = [l for l in str(res).splitlines() if l.strip()][:6]
