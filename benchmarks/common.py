@@ -8,18 +8,18 @@ import contextlib, json, math, os, platform, random, statistics, subprocess, sys
 from pathlib import Path
 import torch
 from fastprogress.fastprogress import progress_bar
-from fastxtend_cl.timing import Lane, device_clock, interval, pairs_of, run_block
+from fastxtend_cl.timing import TimedArm, device_clock, interval, pairs_of, run_block
 
 results = Path(__file__).resolve().parent/'results'
 
 # Measuring
 
 def paired(arms, rounds, block, device='cpu', bar=False, over=lambda: False, drop=False):
-    """Name to `Lane` of each arm, with its seconds a step in each round; fewer rounds if `over()`
+    """Name to `TimedArm` of each arm, with its seconds a step in each round; fewer rounds if `over()`
 
     What an arm raises ends it all, or with `drop` this arm only, and its `failed` says why; the first must not fail."""
     clock,rng = device_clock(device),random.Random(0)
-    lanes = {n: Lane(n, lambda body, f=f: body(f)) for n,f in arms.items()}
+    lanes = {n: TimedArm(n, lambda body, f=f: body(f)) for n,f in arms.items()}
     first = next(iter(lanes.values()))
     for i in progress_bar(range(rounds), leave=False) if bar else range(rounds):
         live = [l for l in lanes.values() if not l.failed]
@@ -79,8 +79,8 @@ def run_child(script, cache=None, **values):
 def conditions():
     "Machine, versions and date"
     import fastai, fastxtend_cl
-    from fastxtend_cl.bench import _machine
-    c = _machine('cpu')
+    from fastxtend_cl.report import machine
+    c = machine('cpu')
     return dict(cpu=c['device_name'], cores=c['threads'], gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         system=platform.platform(), python=platform.python_version(), torch=c['torch'], fastai=fastai.__version__,
         fastxtend_cl=fastxtend_cl.__version__, date=c['date'])

@@ -10,7 +10,7 @@ import torch
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.kernels import kernel_count, kernel_table, tuned_kernels
-from fastxtend_cl.verify import gradient_error
+from fastxtend_cl.choose import gradient_error
 from fastxtend_cl.memory import poisoned_memory
 from fastxtend_cl.ways import Call, deadly, suspicious
 from common import save

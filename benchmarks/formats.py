@@ -6,7 +6,8 @@ network, for nbs/compatibility.ipynb."""
 import torch, torchvision
 from fastcore.script import call_parse
 from fastxtend_cl.amp import amp_dtypes, native_amp_mode
-from fastxtend_cl.format import apply_channels_last, as_channels_last
+from fastxtend_cl.convert import apply_channels_last
+from fastxtend_cl.layout import as_channels_last
 from common import Results, cell, compared, markdown, paired
 
 models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'densenet121': (8, 3, 128, 128),

@@ -201,10 +201,10 @@ def raced(name, device, tiny, compile, seconds):
     if compile or seconds<5: return res
     step = TrainingStep(model, x, y, torch.nn.functional.cross_entropy, torch.optim.AdamW(model.parameters(), lr=1e-6))
     arms = [replace(a, tuned=True) for a in arms]
-    bench = bench_formats(step, arms[1:], now=replace(arms[0], name='now'), seconds=seconds, bar=False)
+    bench = bench_formats(step, arms[1:], now=replace(arms[0], name='baseline'), seconds=seconds, bar=False)
     print(bench, flush=True)
     bench.about()
-    alone = {('now' if i==0 else a.name): a.name for i,a in enumerate(arms)}
+    alone = {('baseline' if i==0 else a.name): a.name for i,a in enumerate(arms)}
     each = {alone[r.arm]: r.seconds for r in bench.rows if r.arm in alone and r.seconds}
     best = min(each, key=each.get)
     return {**res, 'alone': each, 'best': best, 'regret': each[plan.arm]/each[best] if plan.arm in each else None, 'conditions': bench.conditions}

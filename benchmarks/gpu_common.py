@@ -3,7 +3,7 @@ import contextlib, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch, torchvision
 from torch import nn
-from fastxtend_cl.format import channels_last_formats
+from fastxtend_cl.layout import channels_last_formats
 from fastxtend_cl.kernels import tuned_kernels
 
 # Networks

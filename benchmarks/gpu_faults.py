@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from fastxtend_cl.verify import gradient_error
+from fastxtend_cl.choose import gradient_error
 from faults import aten, clearly, draw, tensors, usable
 from gpu_common import alive, cudnn, in_format, kernels, precisions
 

@@ -7,9 +7,10 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from fastxtend_cl.kernels import clear_margins
-from fastxtend_cl.verify import bench_of
-from fastxtend_cl.ways import Call, as_is, candidates, contiguous_strides, device_name, last_formats
+from fastxtend_cl.choose import clear_margins
+from fastxtend_cl.choose import bench_of
+from fastxtend_cl.layout import dense_strides, channels_last_formats
+from fastxtend_cl.ways import Call, as_is, candidates, device_name
 from common import conditions, markdown, results
 from gpu_common import network, sizes, tiny_sizes
 
@@ -39,7 +40,7 @@ def set_as(call, last, dtype, device):
     "`call` in a format and dtype on a device"
     def meta(m):
         shape = m[0]
-        return shape,torch.empty(shape, device='meta', memory_format=last_formats[len(shape)]).stride() if last else contiguous_strides(shape),dtype
+        return shape,torch.empty(shape, device='meta', memory_format=channels_last_formats[len(shape)]).stride() if last else dense_strides(shape),dtype
     return replace(call, g=meta(call.g), x=meta(call.x), w=meta(call.w), device=device_name(device))
 
 class Operator:

@@ -15,12 +15,14 @@ from fastai.vision.all import (SGD, Adam, Callback, CrossEntropyLossFlat, DataLo
     TensorMask, create_unet_model, load_learner)
 import fastxtend_cl.all
 from fastxtend_cl.amp import DeviceMixedPrecision, amp_modes
-from fastxtend_cl.channelslast import ChannelsLastCallback, less_random
+from fastxtend_cl.callbacks import ChannelsLastCallback
+from fastxtend_cl.kernels import less_random
 from fastxtend_cl.check import check_formats
 from fastxtend_cl.cli import digits_dls
-from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.plan import FormatPlan
-from fastxtend_cl.step import TrainingStep, seed_all
+from fastxtend_cl.preserve import seed_all
+from fastxtend_cl.step import TrainingStep
 from gpu_common import cudnn, in_format, kernels, precisions, relative
 
 # Optimizers across a conversion

@@ -15,7 +15,8 @@ warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision
 import torch
 import fastai.vision.all # now, for it sets torch.backends.cudnn.benchmark
 from fastcore.script import call_parse
-from fastxtend_cl.format import apply_channels_last, as_channels_last, channels_last_formats
+from fastxtend_cl.convert import apply_channels_last
+from fastxtend_cl.layout import as_channels_last, channels_last_formats
 from fastxtend_cl.kernels import kernel_count, kernel_table, tuned_kernels, tuning_line
 from fastxtend_cl.timing import device_clock, pairs_of, why_failed
 from common import cell, machine, markdown, ms_of, paired, read, results, save

@@ -9,7 +9,7 @@ from pathlib import Path
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when torchvision is imported
 import torch, torchvision
 from fastcore.script import call_parse
-from fastxtend_cl.format import apply_channels_last
+from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.kernels import tuned_kernels
 from fastxtend_cl.memory import can_keep_memory, kept_memory
 from common import Results, machine, markdown, run_child

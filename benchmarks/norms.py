@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
-from fastxtend_cl.format import apply_channels_last, as_channels_last, channels_last_formats
+from fastxtend_cl.convert import apply_channels_last
+from fastxtend_cl.layout import as_channels_last, channels_last_formats
 from fastxtend_cl.kernels import tuned_kernels
 from fastxtend_cl.memory import kept_memory
 from common import cell, compared, machine, markdown, ms_of, paired, ratio_of, results, save

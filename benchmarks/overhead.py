@@ -9,7 +9,7 @@ from torch import nn
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TensorCategory, TensorImage
 from fastcore.script import call_parse
-from fastxtend_cl.channelslast import ChannelsLastCallback
+from fastxtend_cl.callbacks import ChannelsLastCallback
 from fastxtend_cl.kernels import tuned_kernels
 from common import markdown, paired, save, spread
 

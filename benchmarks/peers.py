@@ -7,7 +7,7 @@ import gc, warnings
 import torch
 from fastai.vision.all import Callback, to_device
 from fastcore.script import call_parse
-from fastxtend_cl.format import as_channels_last
+from fastxtend_cl.layout import as_channels_last
 from fastxtend_cl.memory import kept_memory # else page faults decide
 from fastxtend_cl.timing import why_failed
 from common import Results, cell, compared, geometric, machine, markdown, paired

@@ -19,9 +19,9 @@ from torch import nn
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Learner, MixedPrecision, TensorCategory, TensorImage, TensorImageBW, TensorMask)
 from fastcore.script import call_parse
-from fastxtend_cl.all import (ChannelsLastCallback, ChannelsLastTfm, TrainingStep, apply_channels_last, apply_contiguous, check_formats, format_of,
-    trace_format, tuned_kernels)
-from fastxtend_cl.format import as_channels_last, convolutions
+from fastxtend_cl.all import ChannelsLastCallback, ChannelsLastTfm, TrainingStep, apply_channels_last, apply_contiguous, check_formats, format_of, trace_formats, tuned_kernels
+from fastxtend_cl.convert import convolutions
+from fastxtend_cl.layout import as_channels_last
 
 def tensors(o):
     if isinstance(o, torch.Tensor): yield o
@@ -67,7 +67,7 @@ def module_case(module, args, kwargs):
     if not convolutions(module) or kwargs: return
     step = TrainingStep(module, tuple(args), (), lambda out: sum(t.square().mean() for t in tensors(out)), torch.optim.SGD(module.parameters(), 1e-3), tuned=True)
     if check_formats(step).ok is False: return 'check finds it wrong'
-    trace_format(step)
+    trace_formats(step)
 
 def modules(names):
     try: from torch.testing._internal.common_modules import module_db

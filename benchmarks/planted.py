@@ -24,7 +24,7 @@ def measure(name, load, step, one, seconds, seed):
     with busy(rest=3.) if load else contextlib.nullcontext():
         res = bench_formats(step, {'5 % more': wasting(step, 0.05, one), 'the same': wasting(step, 0, one)}, seconds=seconds, seed=seed, bar=False)
     row = dict(model=name, load=load, noise=res.noise, arms={r.arm: (r.verdict, r.ratio, r.low, r.high) for r in res.rows[2:]},
-        pairs=res.now.pairs, seconds=res.seconds)
+        pairs=res.baseline.pairs, seconds=res.seconds)
     print(name, 'load' if load else 'quiet', row['arms'], 'noise', res.noise, flush=True)
     return row
 

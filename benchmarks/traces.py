@@ -13,7 +13,7 @@ from fastai.vision.models import xresnet
 from fastcore.script import call_parse
 from fastxtend_cl.amp import amp_dtypes
 from fastxtend_cl.step import TrainingStep
-from fastxtend_cl.trace import trace_format
+from fastxtend_cl.trace import trace_formats
 from common import Results, markdown
 
 supported = ['alexnet', 'mnasnet0_5', 'mnasnet0_75', 'mnasnet1_0', 'mnasnet1_3', 'mobilenet_v2', 'resnet18', 'resnet34',
@@ -66,8 +66,8 @@ def main(
     found = Results('-'.join(['trace', device, *[autocast]*bool(autocast)]), names, refresh, tiny, bs=bs, size=size, autocast=autocast)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        trace_format(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
+        trace_formats(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
         for n in found:
             gc.collect()
-            found.add(row_of(n, trace_format(step_of(n, bs, size, torch.device(device), dtype))))
+            found.add(row_of(n, trace_formats(step_of(n, bs, size, torch.device(device), dtype))))
     print(table(found.rows))

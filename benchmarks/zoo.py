@@ -127,7 +127,8 @@ def stepper(model, x, device, around=contextlib.nullcontext, low=False):
 
 def kept(model, x):
     "Share of the convolutions whose input arrives in channels last, forward, and of those whose gradient does"
-    from fastxtend_cl.format import format_of, convolutions
+    from fastxtend_cl.convert import convolutions
+    from fastxtend_cl.layout import format_of
     seen = Counter()
     def note(phase, t):
         if isinstance(t, torch.Tensor) and (f := format_of(t)): seen[phase, f in ('channels_last', 'ambiguous')] += 1
@@ -175,14 +176,15 @@ class Child:
         return self.contiguous_at()
 
     def contiguous_at(self):
-        from fastxtend_cl.format import convolutions
+        from fastxtend_cl.convert import convolutions
         model,x = self.fresh()
         self.arms['contiguous'] = stepper(model, x, self.device)
         self.arms['contiguous']()
         return dict(params=sum(p.numel() for p in model.parameters()), convolutions=len(convolutions(model)), shape=list(x.shape))
 
     def ours(self):
-        from fastxtend_cl.format import apply_channels_last, as_channels_last
+        from fastxtend_cl.convert import apply_channels_last
+        from fastxtend_cl.layout import as_channels_last
         from fastxtend_cl.kernels import kernel_table, tuned_kernels, tuning_line
         model,x = self.fresh()
         model,x = apply_channels_last(model),as_channels_last(x)
