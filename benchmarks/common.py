@@ -1,41 +1,51 @@
-"What the benchmarks share: paired, interleaved timing and the conditions that stand beside each figure"
-import contextlib, json, math, platform, random, statistics, subprocess, sys, time
+"""How the benchmarks measure, and how they keep what they find
+
+`paired` measures: in each round every arm runs one block of steps, in a new random order; the first step of a block is dropped, and the
+median of the others counts. `compared` divides round by round: how many times as fast as the first arm, the median of the rounds and its
+interval of 95 %. Clocks, blocks and intervals are those of `fastxtend_cl.timing`. `Results` keeps what was found after each network, with
+machine, versions, date and settings, and the next run goes on from there."""
+import contextlib, json, math, os, platform, random, statistics, subprocess, sys
 from pathlib import Path
 import torch
+from fastprogress.fastprogress import progress_bar
+from fastxtend_cl.timing import TimedArm, device_clock, interval, pairs_of, run_block
 
-results = Path(__file__).parent/'results'
+results = Path(__file__).resolve().parent/'results'
 
-def conditions():
-    "Machine, versions and date"
-    import fastai, fastxtend_cl
-    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')),
-        '') if Path('/proc/cpuinfo').exists() else platform.processor()
-    return dict(cpu=cpu, cores=torch.get_num_threads(),
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, system=platform.platform(),
-        python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
-        fastxtend_cl=fastxtend_cl.__version__, date=time.strftime('%Y-%m-%d'))
+# Measuring
 
-def interleave(arms, rounds=60, block=5, progress=True, clock=time.perf_counter):
-    """Seconds of each arm in each round: the median of a block's steps but for the first, arms in a new random order each round
+def paired(arms, rounds, block, device='cpu', bar=False, over=lambda: False, drop=False):
+    """Name to `TimedArm` of each arm, with its seconds a step in each round; fewer rounds if `over()`
 
-    The first step after another arm's pays for memory that the allocator has given back, so it is dropped."""
-    from fastprogress.fastprogress import progress_bar
-    rng,res = random.Random(0),{n:[] for n in arms}
-    for _ in progress_bar(range(rounds), leave=False) if progress else range(rounds):
-        for name in rng.sample(list(arms), len(arms)):
-            times = []
-            for i in range(block):
-                start = clock()
-                arms[name]()
-                times.append(clock()-start)
-            res[name].append(statistics.median(times[1:]))
-    return res
+    What an arm raises ends it all, or with `drop` this arm only, and its `failed` says why; the first must not fail."""
+    clock,rng = device_clock(device),random.Random(0)
+    lanes = {n: TimedArm(n, lambda body, f=f: body(f)) for n,f in arms.items()}
+    first = next(iter(lanes.values()))
+    for i in progress_bar(range(rounds), leave=False) if bar else range(rounds):
+        live = [l for l in lanes.values() if not l.failed]
+        for lane in rng.sample(live, len(live)):
+            run_block(lane, clock, block, i)
+            if lane.failed and not drop: raise RuntimeError(f'{lane.name}: {lane.failed}')
+        if over() or first.failed: break
+    return lanes
 
-def interval(pairs, n=2000, seed=0):
-    "Median of `pairs` and its 95 % bootstrap interval"
-    rng = random.Random(seed)
-    meds = sorted(statistics.median(rng.choices(pairs, k=len(pairs))) for _ in range(n))
-    return statistics.median(pairs), meds[int(n*0.025)], meds[int(n*0.975)]
+def spread(values):
+    "Median and its interval of 95 %, by order statistics; of less than 6 values it covers less"
+    values = [*values]
+    return interval(values, 0.05, (len(values),)) if len(values)>3 else (statistics.median(values), min(values), max(values))
+
+def ratio_of(base, lane):
+    "How many times as fast as `base`: median and interval"
+    return [*spread(pairs_of(base.seconds, lane.seconds))]
+
+def ms_of(lane): return 1e3*statistics.median(lane.seconds.values())
+
+def compared(lanes, base=None):
+    "A row for each arm: milliseconds of a step, and how many times as fast as the base it is"
+    base = base or next(iter(lanes.values()))
+    return [dict(arm=n, ms=ms_of(l), ratio=ratio_of(base, l)) for n,l in lanes.items()]
+
+def geometric(ratios): return math.exp(statistics.fmean(map(math.log, ratios)))
 
 _busy = """
 import os, sys, time
@@ -53,25 +63,73 @@ def busy(rest=0.):
     try: yield
     finally: p.kill(); p.wait()
 
-def geometric(ratios): return math.exp(statistics.fmean(map(math.log, ratios)))
+def options(**values):
+    "Arguments of a command line; True is a flag, None and False are left out"
+    return [s for k,v in values.items() if v is not None and v is not False for s in (f'--{k.replace("_", "-")}', *[str(v)]*(v is not True))]
+
+def run_child(script, cache=None, **values):
+    "What `python SCRIPT` prints last, as JSON, in a process of its own, with a folder for what it caches"
+    more = {'FASTXTEND_CL_CACHE': cache} if cache else {}
+    r = subprocess.run([sys.executable, '-W', 'ignore', script, *options(**values)], capture_output=True, text=True, env={**os.environ, **more})
+    if r.returncode: raise RuntimeError(f'{values} ended with status {r.returncode}: {r.stderr[-2000:]}')
+    return json.loads(r.stdout.splitlines()[-1])
+
+# Keeping
+
+def conditions():
+    "Machine, versions and date"
+    import fastai, fastxtend_cl
+    from fastxtend_cl.report import machine
+    c = machine('cpu')
+    return dict(cpu=c['device_name'], cores=c['threads'], gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        system=platform.platform(), python=platform.python_version(), torch=c['torch'], fastai=fastai.__version__,
+        fastxtend_cl=fastxtend_cl.__version__, date=c['date'])
 
 def read(name):
     "What `save` has written to results/NAME.json; empty if there is none"
     p = results/f'{name}.json'
     return json.loads(p.read_text()) if p.exists() else {}
 
-def kept_rows(name, asked, anew=False):
-    "The rows of results/NAME.json, if they were measured as `asked` and with this torch; else none, or if they are wanted `anew`"
-    old = {} if anew else read(name)
-    return old['rows'] if old and {k:old.get(k) for k in asked}==asked and old['conditions']['torch']==torch.__version__ else []
-
-def kept_found(name, anew=False):
-    "Network to what results/NAME.json has found of it; nothing if it is wanted `anew`"
-    return {} if anew else {f['model']: f for f in read(name).get('found', [])}
-
 def save(name, **data):
     "Write `data` with its conditions to results/NAME.json"
     results.mkdir(exist_ok=True)
-    (results/f'{name}.json').write_text(json.dumps(dict(conditions=conditions(), command=' '.join(['python', *sys.argv]),
-        **data), indent=1)+'\n')
+    command = ' '.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])
+    (results/f'{name}.json').write_text(json.dumps(dict(conditions=conditions(), command=command, **data), indent=1)+'\n')
     print(f'written: benchmarks/results/{name}.json')
+
+class Results:
+    """The rows of results/NAME.json, one or more for each model: looping gives the names that are to be measured, and `add` keeps their rows
+
+    Kept rows are those measured with the same settings and the same torch; with others the script ends, unless they are wanted anew."""
+    def __init__(self, name, names, refresh=False, tiny=False, key='rows', page=None, **settings):
+        self.name,self.tiny,self.key,self.page,self.settings = name,tiny,key,page,settings
+        self.names,old = names.split(',') if isinstance(names, str) else names,{} if tiny else read(name)
+        was = {**{k: old[k] for k in settings if k in old}, 'torch': old['conditions']['torch']} if old else {}
+        other = {k: v for k,v in was.items() if v!={**settings, 'torch': torch.__version__}[k]}
+        if other and not refresh:
+            sys.exit(f'results/{name}.json was measured with {", ".join(f"{k}={v}" for k,v in other.items())}: --refresh measures all anew')
+        self.rows = [] if other else [r for r in old.get(key, []) if not (refresh and r['model'] in self.names)]
+
+    def __iter__(self):
+        done = {r['model'] for r in self.rows}
+        yield from progress_bar([n for n in self.names if n not in done])
+
+    def add(self, *rows):
+        self.rows += rows
+        if self.tiny: return
+        save(self.name, **{self.key: self.rows}, **self.settings)
+        if self.page: (results/f'{self.name}.md').write_text(self.page(self.rows)+'\n')
+
+# Showing
+
+def machine(c=None):
+    "Processor or GPU, versions and date in a line"
+    c = c or conditions()
+    return f"{c['gpu'] or c['cpu']}, {c['cores']} thread{'s'*(c['cores']!=1)}, torch {c['torch']}, fastai {c['fastai']}, {c['date']}"
+
+def cell(ratio): return '{:.2f} ({:.2f} to {:.2f})'.format(*ratio[:3]) if ratio else ''
+
+def markdown(head, rows, left=1):
+    "A table whose first columns are to the left"
+    lines = [head, ['---']*left+['--:']*(len(head)-left), *rows]
+    return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in lines)

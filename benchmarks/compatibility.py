@@ -5,6 +5,7 @@ import json, math, re, statistics
 from collections import Counter
 from html import escape
 from pathlib import Path
+from fastcore.script import call_parse
 
 here = Path(__file__).resolve().parent
 results,page = here/'results',here.parent/'nbs/compatibility.ipynb'
@@ -197,7 +198,9 @@ def machines():
             lines.append(f"| [{name}-{device}]({repo}/{name}-{device}.json) | {text} | {c['gpu'] or c['cpu']} | {c['cores']} | {c['torch']} | {c['fastai']} | {c['date']} |")
     return '\n'.join(lines)
 
-if __name__=='__main__':
+@call_parse
+def main():
+    "Run the page and write it"
     from execnb.shell import CaptureShell
     from fastcore.nbio import read_nb, write_nb
     from nbdev.clean import clean_nb

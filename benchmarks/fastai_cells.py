@@ -1,14 +1,15 @@
-"""Runs the cells of one of fastai's own notebooks that need no GPU and no download, in a new folder: `python fastai_cells.py NOTEBOOK MODE`.
+"""Do the cells of one of fastai's own notebooks run with this package? `python fastai_cells.py NOTEBOOK MODE`, in a new folder;
 `peers_tests.py --fastai-nbs FOLDER` does that for all
 
-MODE is 'plain', 'imported' (this package is imported, too) or 'converted' (and each Learner is in channels last, tuned, in fp32). What the
+Cells that need a GPU or a download are left out. MODE is 'plain', 'imported' (this package is imported, too) or 'converted' (and each Learner is in channels last, tuned, in fp32). What the
 notebook exports is taken from the installed fastai; small data sets of random images stand in for MNIST, pets and CamVid. Prints one line
 of JSON: cell number to 'ok' or its error."""
 import contextlib, importlib, io, json, re, sys, warnings
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
-import numpy as np, torch
+import matplotlib.pyplot, numpy as np, torch
 from PIL import Image
+from fastcore.script import call_parse
 
 skipped = r'^\s*#\s*\|\s*(export|exporti|exports|slow|cuda|distributed|default_exp|eval:\s*false)|^\s*[!%]|nbdev_export\(|show_doc\(|^\s*from nbdev|urlsave|download_'
 
@@ -63,14 +64,19 @@ def namespace(path):
     m = re.search(r'default_exp ([\w.]+)', path.read_text(encoding='utf-8'))
     return {**(vars(importlib.import_module(f'fastai.{m[1]}')) if m else {}), '__name__': '__main__'}
 
-def main(path, mode):
-    import fastai.learner, fastai.vision.all, fastai.test_utils
+def prepare(mode):
+    "Data sets, and Learners as the mode says"
+    import fastai.vision.all, fastai.test_utils
     data_sets(data := Path('data').absolute())
     if mode!='plain': import fastxtend_cl.all
     if mode=='converted': convert_learners()
     untar = stand_in(data)
     for m in [m for n,m in sys.modules.items() if n.startswith('fastai')]:
         if hasattr(m, 'untar_data'): m.untar_data = untar
+
+def run_cells(path, mode):
+    "Cell number to 'ok' or its error"
+    import fastai.learner, fastai.test_utils
     ns,res = {**vars(fastai.test_utils), **namespace(path)},{}
     fastai.learner.defaults.callbacks = default_callbacks(path)
     for i,s in cells(path):
@@ -83,8 +89,13 @@ def main(path, mode):
             res[i] = 'ok'
         except (Exception, SystemExit) as e: res[i] = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
         matplotlib.pyplot.close('all')
-    print(json.dumps(res))
+    return res
 
-if __name__=='__main__':
-    import matplotlib.pyplot
-    main(Path(sys.argv[1]).resolve(), sys.argv[2])
+@call_parse
+def main(
+    notebook:str, # Path of the notebook
+    mode:str, # 'plain', 'imported' or 'converted'
+):
+    "Run the cells and print a line of JSON"
+    prepare(mode)
+    print(json.dumps(run_cells(Path(notebook).resolve(), mode)))

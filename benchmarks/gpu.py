@@ -1,13 +1,14 @@
 """What has to be seen on a GPU, in one command: `python benchmarks/gpu.py`, or some of its parts: `--parts right,faults`
 
 plan: what the race of `to_channelslast(plan='auto')` chooses, and whether that is the fastest setting
-faults: known reports, reproduced or refuted, and random operators, networks and convolutions against double precision (faults.py)
+faults: known reports, reproduced or refuted, and random operators, networks and convolutions against double precision
+    (gpu_faults.py)
 right: optimizers, checkpoints, exports, compiled models, CUDA graphs and mixed precision through `to_channelslast` (gpu_right.py)
 checks: `check_formats` of networks with grouped and depthwise convolutions (gpu_right.py)
 tests: those that depend on the device
 kernels: how fast and right each convolution of a few networks is (gpu_kernels.py)
 speed: how fast training is (gpu_speed.py)
-scripts: traces, fake tensors and the demo, which write results of their own
+scripts: traces, which write results of their own, and the demo
 
 Each part writes results/gpu-PART-DEVICE.json, after every row; what raises is a row, and the next part goes on. The exit status is 1 if a
 part failed or found something wrong. `--device cpu --tiny` tries all without a GPU and writes nothing."""
@@ -18,11 +19,11 @@ from functools import partial
 from pathlib import Path
 import torch
 from fastcore.script import call_parse
-from common import kept_rows, save
+from common import read, save
 
 here = Path(__file__).resolve().parent
 env = {'OMP_NUM_THREADS': '2', **os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [os.environ.get('PYTHONPATH'), str(here.parent), str(here)]))}
-parts = {'plan': None, 'faults': ('faults', 'operators,large,networks,random'), 'right': ('gpu_right', 'small,compile,amp'),
+parts = {'plan': None, 'faults': ('gpu_faults', 'operators,large,networks,random'), 'right': ('gpu_right', 'small,compile,amp'),
     'checks': ('gpu_right', 'pool,fp16,bf16'), 'tests': None, 'kernels': None, 'speed': None, 'scripts': None} # Shortest first
 
 def short(o):
@@ -149,7 +150,7 @@ def run_sections(part, device, tiny, seconds, only=None):
     module,names = parts[part]
     rows = Rows(part, device, tiny)
     if only: # the others' rows stay
-        rows.rows = [r for r in kept_rows(rows.name, {}) if r.get('section') not in only.split(',')]
+        rows.rows = [r for r in read(rows.name).get('rows', []) if r.get('section') not in only.split(',')]
         names = only
     with tempfile.TemporaryDirectory() as folder:
         limits = {n: min(seconds, 20) if tiny and n in endless else seconds for n in names.split(',')}
@@ -178,7 +179,7 @@ def raced(name, device, tiny, compile, seconds):
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
     from fastxtend_cl.all import TrainingStep, bench_formats
-    from gpu_speed import network, random_batch, sizes, tiny_sizes
+    from gpu_common import network, random_batch, sizes, tiny_sizes
     class Until(Callback):
         "End the fit with the race"
         order = 300
@@ -249,7 +250,7 @@ def run_speed(device, tiny, seconds): return run_script('speed', ['gpu_speed.py'
 
 def run_scripts(device, tiny, seconds):
     rows = Rows('scripts', device, tiny)
-    for command in (['traces.py'], *([['traces.py', '--autocast', 'fp16']] if device.type=='cuda' else []), ['fake.py']):
+    for command in (['traces.py'], *[['traces.py', '--autocast', 'fp16']]*(device.type=='cuda')):
         if tiny and command[0]=='traces.py': command = [*command, '--names', 'resnet18']
         run_script('scripts', command, device, tiny, 240, rows)
     size = dict(epochs=1, arch='xresnet18', size=32, bs=256, seconds=3) if tiny else dict(epochs=4, arch='resnet50', size=128, bs=64)

@@ -6,39 +6,17 @@ import json, time, warnings
 from collections import Counter, defaultdict
 from dataclasses import replace
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastxtend_cl.choose import clear_margins
 from fastxtend_cl.choose import bench_of
 from fastxtend_cl.layout import dense_strides, channels_last_formats
 from fastxtend_cl.ways import Call, as_is, candidates, device_name
-from common import conditions, results
+from common import conditions, markdown, results
+from gpu_common import network, sizes, tiny_sizes
 
-networks = {'regnetx_032': 2, 'resnest50d': 2, 'mobilenetv2_100': 2, 'efficientnet_b0': 2, 'convnext_tiny': 2, 'unet3d': 3, 'r3d_18': 3, 'regnety_032': 2,
-    'resnext50_32x4d': 2, 'resnet50': 2, 'densenet121': 2}
-batches = {'unet3d': (2, 1, 128, 128, 128), 'r3d_18': (32, 3, 8, 112, 112)} # of the others: 256 images of 224 pixels
+networks = ('regnetx_032', 'resnest50d', 'mobilenetv2_100', 'efficientnet_b0', 'convnext_tiny', 'unet3d', 'r3d_18', 'regnety_032', 'resnext50_32x4d',
+    'resnet50', 'densenet121')
 
-def block3d(i, o):
-    return nn.Sequential(*[m for c in (i, o) for m in (nn.Conv3d(c, o, 3, padding=1, bias=False), nn.BatchNorm3d(o), nn.ReLU())])
-
-class UNet3d(nn.Module):
-    "A small 3-D U-Net: two steps down, two up, with concatenations"
-    def __init__(self):
-        super().__init__()
-        self.a,self.b,self.c,self.d,self.e = (block3d(i, o) for i,o in ((1, 32), (32, 64), (64, 128), (128, 64), (64, 32)))
-        self.up1,self.up2,self.head,self.pool = nn.ConvTranspose3d(128, 64, 2, 2),nn.ConvTranspose3d(64, 32, 2, 2),nn.Conv3d(32, 2, 1),nn.MaxPool3d(2)
-    def forward(self, x):
-        a = self.a(x); b = self.b(self.pool(a))
-        d = self.d(torch.cat([b, self.up1(self.c(self.pool(b)))], 1))
-        return self.head(self.e(torch.cat([a, self.up2(d)], 1)))
-
-def network(name):
-    if name=='unet3d': return UNet3d()
-    if name=='r3d_18':
-        from torchvision.models.video import r3d_18
-        return r3d_18()
-    import timm
-    return timm.create_model(name)
 
 class Calls(TorchDispatchMode):
     "The distinct calls of `aten::convolution_backward`, and how often each is made"
@@ -51,11 +29,10 @@ class Calls(TorchDispatchMode):
 
 def convolutions_of(name, tiny):
     "The distinct convolutions of a training step of a network, from a run without values"
-    shape = batches.get(name, (256, 3, 224, 224))
-    if tiny: shape = (2, shape[1], *([32]*2 if networks[name]==2 else [8]*3))
+    shape = tiny_sizes.get(name, (2, 3, 32, 32)) if tiny else sizes[name] if name in ('unet3d', 'r3d_18') else (256, 3, 224, 224)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model = network(name).to('meta')
+        model = network(name, shape).to('meta')
         with Calls() as calls: model(torch.randn(shape, device='meta')).sum().backward()
     return calls.found
 
@@ -112,8 +89,8 @@ columns,formats = ['ms', 'call_ms', 'error'],('contiguous', 'channels last') # m
 def page(rows, head):
     "Markdown: what all convolutions of a step take, by network and precision, and by kind and kernel"
     def table(found, names):
-        lines = [f"| {' | '.join(names)} | contiguous, ms | channels last, ms | best way in channels last, ms |", '|---'*len(names)+'|--:|--:|--:|']
-        return '\n'.join(lines+[f"| {' | '.join(t[n] for n in names)} | {t['contiguous']:.2f} | {t['channels_last']:.2f} | {t['best']:.2f} |" for t in found])
+        return markdown([*names, 'contiguous, ms', 'channels last, ms', 'best way in channels last, ms'],
+            [[*(t[n] for n in names), *(f'{t[k]:.2f}' for k in ('contiguous', 'channels_last', 'best'))] for t in found], len(names))
     found = totals(rows)
     return '\n\n'.join([head, table([t for t in found if t['kind']=='all'], ['model', 'dtype']),
         table([t for t in found if t['kind'] not in ('all', '2-D ordinary')], ['model', 'dtype', 'kind', 'kernel'])])+'\n'

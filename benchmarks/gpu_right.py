@@ -1,6 +1,6 @@
 """Is training in channels last right on a GPU? The parts right and checks of `python benchmarks/gpu.py`
 
-They are made of sections that gpu.py runs side by side, each in a process of its own; those of the part faults are in faults.py."""
+They are made of sections that gpu.py runs side by side, each in a process of its own; those of the part faults are in gpu_faults.py."""
 import contextlib, itertools, tempfile, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 from copy import deepcopy
@@ -23,12 +23,7 @@ from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.plan import FormatPlan
 from fastxtend_cl.preserve import seed_all
 from fastxtend_cl.step import TrainingStep
-from faults import cudnn, in_format, kernels, native_dtypes
-
-def relative(got, want):
-    "Distance of lists of tensors, over the norm of `want`"
-    d = sum((a.double()-b.double()).square().sum().item() for a,b in zip(got, want))
-    return (d/max(sum(b.double().square().sum().item() for b in want), 1e-60))**.5
+from gpu_common import cudnn, in_format, kernels, precisions, relative
 
 # Optimizers across a conversion
 
@@ -139,7 +134,7 @@ def methods(device, tiny):
     "What the methods of a Learner say, each with a few seconds"
     limit = 2. if tiny else 5.
     for name,kwargs in dict(check={}, trace={}, bench=dict(seconds=limit, epochs=False, bar=False),
-            plan=dict(budget=limit, cache=False, bar=False)).items():
+            plan=dict(seconds=limit, cache=False, bar=False)).items():
         learn = small_learner(device).to_channelslast()
         with quiet(learn): res = getattr(learn, f'{name}_channelslast')(**kwargs)
         says = [l for l in str(res).splitlines() if l.strip()][:6]

@@ -1,32 +1,27 @@
 """Images per second of a whole training step in mixed precision on a GPU: `python benchmarks/gpu_speed.py`
 
 Each arm trains its own copy of a network on one random batch that is already on the device: zero_grad, forward under autocast, loss,
-backward (through GradScaler in fp16), SGD. Arms are paired: in each round every arm runs a block of steps in random order, and the first
-step of a block is dropped. A row's ratio is that of its speed to the contiguous arm's, the median of the rounds with their minimum and
-maximum. Passes (`--passes`), the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai sets it, whose
-search makes the first step long; compiled, fp16; bf16; small, fp16 with batches of 8, where the processor is what a step waits for; fp32,
-for the 7x7 depthwise convolutions of convnext_tiny.
-Writes results/speed-DEVICE.json and .md after each network. Run again, it goes on where it was broken off: rows of this torch and this
+backward (through GradScaler in fp16), SGD. Arms are paired. A row's ratio is that of its speed to the contiguous arm's, the median of the
+rounds with their minimum and maximum (rows of 2026-11-26 have the mean of a block's steps, later ones the median). Passes (`--passes`),
+the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai sets it, whose search makes the first step long;
+compiled, fp16; bf16; small, fp16 with batches of 8, where the processor is what a step waits for; fp32, for the 7x7 depthwise
+convolutions of convnext_tiny.
+Writes results/speed-DEVICE.json and .md after each network. Run again, it goes on where it was interrupted: rows of this torch and this
 card are kept, failures too; `--refresh` measures what is named again. `--precompile` only fills inductor's cache on disk, in processes
-side by side. Kernels are tuned anew unless FASTXTEND_CL_CACHE names a folder. `--device cpu --tiny` tries the script."""
-import gc, math, os, random, statistics, subprocess, sys, tempfile, time, warnings
+side by side. Kernels are tuned anew unless FASTXTEND_CL_CACHE names a folder."""
+import gc, math, os, statistics, subprocess, sys, tempfile, time, warnings
 from contextlib import nullcontext
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
-import torch, torchvision
-from fastai.vision.all import create_unet_model # sets torch.backends.cudnn.benchmark
+import torch
+import fastai.vision.all # now, for it sets torch.backends.cudnn.benchmark
 from fastcore.script import call_parse
-from fastxtend_cl.timing import device_clock
 from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.layout import as_channels_last, channels_last_formats
 from fastxtend_cl.kernels import kernel_count, kernel_table, tuned_kernels, tuning_line
-import gpu_kernels
-from common import conditions, kept_rows, results, save
+from fastxtend_cl.timing import device_clock, pairs_of, why_failed
+from common import cell, machine, markdown, ms_of, paired, read, results, save
+from gpu_common import network, random_batch, sizes, tiny_sizes
 
-sizes = {'resnet50': (256, 3, 224, 224), 'resnet18': (256, 3, 224, 224), 'efficientnet_b0': (256, 3, 224, 224),
-    'mobilenetv2_100': (256, 3, 224, 224), 'regnetx_032': (256, 3, 224, 224), 'regnety_032': (256, 3, 224, 224),
-    'resnest50d': (256, 3, 224, 224), 'convnext_tiny': (256, 3, 224, 224), 'densenet121': (128, 3, 224, 224),
-    'unet_resnet34': (64, 3, 224, 224), 'r3d_18': (32, 3, 8, 112, 112), 'unet3d': (2, 1, 128, 128, 128)}
-tiny_sizes = {n: (2, 3, 32, 32) for n in sizes} | {'r3d_18': (2, 3, 4, 32, 32), 'unet3d': (2, 1, 16, 16, 16)}
 base,again,plain,ours,compiled,maxed = ('contiguous', 'contiguous, again', "channels last, torch's kernels", 'ours', 'ours, compiled',
     'ours, max-autotune')
 base_compiled = 'contiguous, compiled'
@@ -37,17 +32,6 @@ settings = {'fp16': (torch.float16, False, eager), 'on': (torch.float16, True, e
     'compiled': (torch.float16, False, [base, base_compiled, ours, compiled, maxed]), 'bf16': (torch.bfloat16, False, eager),
     'small': (torch.float16, False, eager), 'fp32': (torch.float32, False, eager)}
 bytes_per_image = 478e6 # resnet50 at 224 pixels, eager training in 16 bits
-
-def network(name, size):
-    "The network of that name with random weights, made on the default device"
-    if name!='unet_resnet34': return gpu_kernels.network(name)
-    return create_unet_model(torchvision.models.resnet34, 10, size[-2:], pretrained=False)
-
-def random_batch(name, size, device):
-    gen = torch.Generator(device).manual_seed(0)
-    x = torch.randn(size, generator=gen, device=device)
-    target = (size[0], *size[2:]) if name.startswith('unet') else size[:1]
-    return x,torch.randint(2 if name=='unet3d' else 10, target, generator=gen, device=device)
 
 def stepper(arm, name, x, y, dtype):
     "A function that trains one step and returns its loss, and the model"
@@ -76,11 +60,9 @@ def begin(arm, name, x, y, dtype, warm):
     clock,since,start_bytes = device_clock(x.device),kernel_count(),0
     if x.is_cuda: start_bytes = torch.cuda.memory_allocated(x.device)-x.nbytes-y.nbytes # of the other arms
     step,model = stepper(arm, name, x, y, dtype)
-    clock.wait()
-    start = time.perf_counter()
-    loss = step().item()
-    clock.wait()
-    row = dict(first_seconds=time.perf_counter()-start, loss=loss,
+    losses = []
+    first = clock.steps(lambda: losses.append(step().item()), 1)[0, 0]
+    row = dict(first_seconds=first, loss=losses[0],
         grad_norm=torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
     if arm in mine: row['tuning'] = dict(line=tuning_line(since), seconds=kernel_table(since).seconds)
     if not warm: return step,row,None
@@ -92,9 +74,9 @@ def begin(arm, name, x, y, dtype, warm):
 def attempt(f, *args):
     "What `f` returns and None, or None and why it failed"
     try: return f(*args),None
-    except Exception as e: return None,f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'[:200]
+    except Exception as e: return None,why_failed(e)[:200]
 
-def out_of_memory(why): return why is not None and any(s in why for s in ('OutOfMemoryError', 'out of memory', 'ALLOC_FAILED'))
+def out_of_memory(why): return why is not None and any(s in why for s in ('out of memory', 'ALLOC_FAILED'))
 
 def free(device):
     gc.collect()
@@ -150,17 +132,12 @@ def start_arms(name, tries, device, dtype, arms, warm, over):
         else: steps[arm],found[arm],times[arm] = got
     return size,steps,times,found
 
-def run_rounds(steps, clock, rounds, block, found, over):
-    "Seconds of a step by the device's clock and by the wall's, of each arm in each round; fewer rounds if time is over"
-    rng,marks = random.Random(0),{a: [] for a in steps}
-    for _ in range(rounds):
-        for arm in rng.sample(list(marks), len(marks)):
-            start = time.perf_counter()
-            seconds,why = attempt(clock.steps, steps[arm], block)
-            if why: found[arm]['failed'] = why; del marks[arm]
-            else: marks[arm].append((seconds[0][1:].mean(), (time.perf_counter()-start)/block))
-        if over() or base not in marks: break
-    return marks
+def finish_row(row, base_lane, lane, size, rounds, block):
+    "Times of an arm, and its speed relative to contiguous"
+    pairs,seconds = pairs_of(base_lane.seconds, lane.seconds),ms_of(lane)/1e3
+    row.update(ms=1e3*seconds, wall_ms=1e3*statistics.median(lane.walls), images=size[0]/seconds, ratio=[statistics.median(pairs), min(pairs), max(pairs)],
+        pairs=len(pairs), block=block)
+    if len(pairs)<min(rounds, 8): row['cut'] = True
 
 def measure(section, name, tries, device, arms, rounds, block, seconds, warm, bandwidth, over):
     "Rows of one network in one pass, or None if time is over before the first round"
@@ -172,17 +149,15 @@ def measure(section, name, tries, device, arms, rounds, block, seconds, warm, ba
     size,steps,times,found = started
     want = dict(found[base])
     if times: block = max(2, min(block, int(seconds/rounds/sum(times.values())))) # slow networks: shorter blocks, not fewer rounds
-    marks = run_rounds(steps, device_clock(device), rounds, block, found, over)
+    lanes,why = attempt(lambda: paired(steps, rounds, block, device, over=over, drop=True)) if base in steps else ({}, None)
     for arm,row in found.items():
         row.update(section=section, model=name, arm=arm, batch=size[0], size=list(size), dtype=str(dtype)[6:], benchmark=benchmark)
-        if arm not in marks or base not in marks: row.setdefault('failed', 'not timed: contiguous failed'); continue
-        pairs = [b[0]/o[0] for b,o in zip(marks[base], marks[arm])]
-        device_s,wall_s = (statistics.median(t) for t in zip(*marks[arm]))
-        row.update(ms=1e3*device_s, wall_ms=1e3*wall_s, images=size[0]/device_s, ratio=[statistics.median(pairs), min(pairs), max(pairs)],
-            pairs=len(pairs), block=block)
-        if len(pairs)<min(rounds, 8): row['cut'] = True
-        row.update(differences(row, want))
-        if name=='resnet50' and arm in eager and bandwidth: row['share_of_roof'] = bytes_per_image*row['images']/bandwidth
+        if lanes and arm in lanes and lanes[arm].failed: row['failed'] = lanes[arm].failed[:200]
+        elif not lanes or lanes[base].failed: row.setdefault('failed', why or 'not timed: contiguous failed')
+        elif arm in lanes:
+            finish_row(row, lanes[base], lanes[arm], size, rounds, block)
+            row.update(differences(row, want))
+            if name=='resnet50' and arm in eager and bandwidth: row['share_of_roof'] = bytes_per_image*row['images']/bandwidth
     found[base].update(clocks=[before, clocks(device)], seconds=time.time()-start)
     return [*found.values()]
 
@@ -203,7 +178,7 @@ def said(row):
     if row is None: return ''
     if 'failed' in row: return 'failed'
     few = f", n={row['pairs']}" if row['pairs']<8 else ''
-    return '{:.2f} ({:.2f} to {:.2f})'.format(*row['ratio'])+few+', wrong'*('wrong' in row)
+    return cell(row['ratio'])+few+', wrong'*('wrong' in row)
 
 def table(rows, section):
     "Markdown: a row for each network of a pass"
@@ -211,13 +186,10 @@ def table(rows, section):
     arms = [a for a in arms if a!=base and any(k[1]==a for k in found)]
     def images(r): return f"{r['images']:,.0f}" if r and 'images' in r else ''
     dtype,more = next(iter(found.values()))['dtype'],', compiled'*(section=='compiled')
-    lines = [f"{dtype}{more}, cudnn.benchmark {'on' if benchmark else 'off'}", '',
-        f'| | batch | contiguous, images/s | {" | ".join(arms)} | ours, images/s |', f'|---|--:|--:|{"--:|"*len(arms)}--:|']
-    for n in [n for n in sizes if (n, base) in found]:
-        r = found[n, base]
-        lines.append(' | '.join([f'| {n}', str(r['batch']), images(r) or 'failed', *(said(found.get((n, a))) for a in arms),
-            images(found.get((n, ours)))])+' |')
-    return '\n'.join(lines)
+    lines = [[n, r['batch'], images(r) or 'failed', *(said(found.get((n, a))) for a in arms), images(found.get((n, ours)))]
+        for n in sizes if (r := found.get((n, base)))]
+    return (f"{dtype}{more}, cudnn.benchmark {'on' if benchmark else 'off'}\n\n"
+        + markdown(['', 'batch', 'contiguous, images/s', *arms, 'ours, images/s'], lines))
 
 def page(rows, head):
     "Markdown: a table for each pass, where ours is behind, and what failed"
@@ -231,22 +203,61 @@ def page(rows, head):
 def readme_table(rows):
     "Markdown for the README: passes without a search of cuDNN's, the faster of the eager arms in bold"
     found = {(r['section'], r['model'], r['arm']): r for r in rows if 'ratio' in r}
-    lines = ['| network, batch on a GPU | contiguous, images/s | channels last | ours | ours, images/s | ours, bf16, images/s | ours, compiled |',
-        f'|---|{"--:|"*6}']
+    head,lines = ['network, batch on a GPU', 'contiguous, images/s', 'channels last', 'ours', 'ours, images/s', 'ours, bf16, images/s', 'ours, compiled'],[]
     for n in [n for n in sizes if ('fp16', n, base) in found]:
         def images(section, arm): return f"{found[section, n, arm]['images']:,.0f}"
         def ratio(section, arm): return f"{found[section, n, arm]['ratio'][0]:.2f}" if (section, n, arm) in found else ''
         eager_two = [ratio('fp16', a) for a in (plain, ours)]
         cells = [f'**{r}**' if r==max(eager_two) and r>'1.02' else r for r in eager_two]
-        lines.append(' | '.join([f"| {n}, {'x'.join(map(str, found['fp16', n, base]['size']))}", images('fp16', base), *cells,
-            images('fp16', ours), images('bf16', ours), ratio('compiled', compiled)])+' |')
-    return '\n'.join(lines)
+        lines.append([f"{n}, {'x'.join(map(str, found['fp16', n, base]['size']))}", images('fp16', base), *cells, images('fp16', ours), images('bf16', ours),
+            ratio('compiled', compiled)])
+    return markdown(head, lines)
 
 def header():
-    c,cudnn = conditions(),torch.backends.cudnn
-    return (f"A training step: times as fast as contiguous, the median of paired rounds and their range (of 8 it "
-        f"covers the true median with 99.2 %; n tells fewer). {c['gpu'] or c['cpu']}, torch {c['torch']}, cuDNN {cudnn.version()}, "
-        f"{c['date']}, TF32 in cuDNN {'on' if cudnn.allow_tf32 else 'off'}, matmul precision {torch.get_float32_matmul_precision()}.")
+    cudnn = torch.backends.cudnn
+    return (f"A training step: times as fast as contiguous, the median of paired rounds and their range (of 8 it covers the true median with 99.2 %; "
+        f"n tells fewer). {machine()}, cuDNN {cudnn.version()}, TF32 in cuDNN {'on' if cudnn.allow_tf32 else 'off'}, "
+        f"matmul precision {torch.get_float32_matmul_precision()}.")
+
+class Sweep:
+    "Which networks and arms are measured in each pass, and the rows there are"
+    def __init__(self, names, passes, names_on, device, max_autotune, tiny):
+        self.names,self.passes,self.names_on,self.tiny,self.max_autotune = names.split(','),passes.split(','),names_on.split(','),tiny,max_autotune
+        bad = ({*self.passes}-{*settings}) | ({*self.names, *self.names_on}-{*sizes})
+        if bad: sys.exit(f'unknown pass or network: {", ".join(bad)}')
+        self.device,self.title,self.shapes = device,f'speed-{device.type}',tiny_sizes if tiny else sizes
+        self.card = torch.cuda.get_device_name(device) if device.type=='cuda' else device.type
+        old = {} if tiny else read(self.title)
+        same = old and (old['card'], old['conditions']['torch'])==(self.card, torch.__version__)
+        self.rows = old['rows'] if same else []
+
+    def arms(self, section, name):
+        return [a for a in settings[section][2] if (a!=maxed or self.max_autotune) and (a!=base_compiled or name in compiled_twice)]
+
+    def cases(self, refresh):
+        "Pass and network, but for what has been measured in full"
+        for section in self.passes:
+            some = ['resnet18'] if self.tiny and section!='fp16' else sizes
+            if section in ('on', 'small') and not self.tiny: some = self.names_on
+            if section=='fp32': some = ['convnext_tiny']
+            for name in [n for n in self.names if n in some]:
+                done = {r['arm']: r for r in self.rows if (r['section'], r['model'])==(section, name)}
+                if refresh or not all(a in done and not done[a].get('cut') for a in self.arms(section, name)): yield section,name
+
+    def tries(self, section, name):
+        "Batches: half of one that does not fit, and half of that"
+        n,*shape = self.shapes[name]
+        if section=='small': n = min(n, 8)
+        return [(m, *shape) for m in (n>>i for i in range(1 if self.tiny else 3)) if m]
+
+    def add(self, section, name, new, bandwidth):
+        self.rows = [r for r in self.rows if (r['section'], r['model'])!=(section, name)]+new
+        print(f"{section:9}{name:16}", *[f"{r['arm']}: {r.get('failed') or format(r['ratio'][0], '.2f')}" for r in new[1:]],
+            new[0].get('failed') or f"{new[0]['images']:.0f}/s contiguous, batch {new[0]['batch']}", f"{new[0]['seconds']:.0f} s", sep='  ', flush=True)
+        if self.tiny: return
+        save(self.title, rows=self.rows, card=self.card, cudnn=torch.backends.cudnn.version(), tf32=torch.backends.cudnn.allow_tf32,
+            matmul=torch.get_float32_matmul_precision(), copy_bandwidth=bandwidth, bytes_per_image=bytes_per_image)
+        (results/f'{self.title}.md').write_text(page(self.rows, header()))
 
 @call_parse
 def main(
@@ -264,45 +275,23 @@ def main(
     tiny:bool=False, # Batches of 2, small images, one round; writes nothing
 ):
     "Measure and write benchmarks/results/speed-DEVICE.json and .md"
-    device,start = torch.device(device),time.time()
+    sweep,start = Sweep(names, passes, names_on, torch.device(device), max_autotune, tiny),time.time()
+    device,(rounds,block,warm) = sweep.device,(1, 2, 1) if tiny else (rounds, block, 3)
     def over(): return time.time()-start>limit
-    asked,title,shapes = passes.split(','),f'speed-{device.type}',tiny_sizes if tiny else sizes
-    bad = ({*asked}-{*settings}) | ({*names.split(','), *names_on.split(',')}-{*sizes})
-    if bad: sys.exit(f'unknown pass or network: {", ".join(bad)}')
-    if tiny: rounds,block = 1,2
-    elif rounds<2: sys.exit('one round is for --tiny')
-    def arms_of(section, name):
-        return [a for a in settings[section][2] if (a!=maxed or max_autotune) and (a!=base_compiled or name in compiled_twice)]
-    def names_of(section):
-        some = ['resnet18'] if tiny and section!='fp16' else sizes
-        if section in ('on', 'small') and not tiny: some = names_on.split(',')
-        if section=='fp32': some = ['convnext_tiny']
-        return [n for n in names.split(',') if n in some]
-    card = torch.cuda.get_device_name(device) if device.type=='cuda' else device.type
-    rows = kept_rows(title, dict(card=card), tiny)
+    if not tiny and rounds<2: sys.exit('one round is for --tiny')
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         os.environ.setdefault('FASTXTEND_CL_CACHE', folder)
         if precompile:
-            known = {r['model']: r['size'] for r in rows if r['arm']==base and not tiny} # the batch that fitted
-            return fill_cache(names.split(','), shapes | known, device, lambda n: arms_of('compiled', n), over)
+            known = {r['model']: r['size'] for r in sweep.rows if r['arm']==base} # the batch that fitted
+            return fill_cache(sweep.names, sweep.shapes | known, device, lambda n: sweep.arms('compiled', n), over)
         bandwidth = copy_bandwidth(device) if device.type=='cuda' else None
-        for section,name in [(s, n) for s in asked for n in names_of(s)]:
-            arms,done = arms_of(section, name),{r['arm']: r for r in rows if (r['section'], r['model'])==(section, name)}
-            if not refresh and all(a in done and not done[a].get('cut') for a in arms): continue
-            first = min(shapes[name][0], 8) if section=='small' else shapes[name][0]
-            tries = [(n, *shapes[name][1:]) for n in (first>>i for i in range(1 if tiny else 3)) if n]
-            new = None if over() else measure(section, name, tries, device, arms, rounds, block, seconds, 1 if tiny else 3, bandwidth, over)
+        for section,name in [*sweep.cases(refresh)]:
+            new = None if over() else measure(section, name, sweep.tries(section, name), device, sweep.arms(section, name), rounds, block, seconds, warm,
+                bandwidth, over)
             if new is None: print(f'{limit:g} s are over before {name} ({section}); run it again to go on'); break
-            rows = [r for r in rows if (r['section'], r['model'])!=(section, name)]+new
-            print(f"{section:9}{name:16}", *[f"{r['arm']}: {r.get('failed') or format(r['ratio'][0], '.2f')}" for r in new[1:]],
-                new[0].get('failed') or f"{new[0]['images']:.0f}/s contiguous, batch {new[0]['batch']}", f"{new[0]['seconds']:.0f} s",
-                sep='  ', flush=True)
+            sweep.add(section, name, new, bandwidth)
             if section=='compiled': torch.compiler.reset() # else the limit of recompilations is met after a few networks
             free(device)
-            if not tiny:
-                save(title, rows=rows, card=card, cudnn=torch.backends.cudnn.version(), tf32=torch.backends.cudnn.allow_tf32,
-                    matmul=torch.get_float32_matmul_precision(), copy_bandwidth=bandwidth, bytes_per_image=bytes_per_image)
-                (results/f'{title}.md').write_text(page(rows, header()))
             if lost(device): sys.exit(f'CUDA cannot be used any more in this process, after {name} ({section}): run it again to go on')
-    print(page(rows, header()))
+    print(page(sweep.rows, header()))

@@ -3,8 +3,9 @@
 Prints the table, which nbs/index.ipynb shows, and writes the picture to images/ and nbs/images/: for the README, and for the site."""
 from pathlib import Path
 from xml.sax.saxutils import escape
-from common import geometric, read
-from peers import models
+from fastcore.script import call_parse
+from common import geometric, markdown, read
+from networks import models
 
 root = Path(__file__).resolve().parent.parent
 columns = {'fastai': "fastai's to_channelslast()", 'ours, fp32': 'use_amp=False', 'ours, not tuned': 'tune=False', 'ours': 'to_channelslast()'}
@@ -27,11 +28,9 @@ def table(found):
     def line(name, cols, tuning):
         best = max(f'{v:.2f}' for v in cols.values() if isinstance(v, float))
         def cell(v): return v or '' if not isinstance(v, float) else f'**{v:.2f}**' if f'{v:.2f}'==best else f'{v:.2f}'
-        return f"| {name} | {' | '.join(map(cell, cols.values()))} | {tuning} |"
-    lines = [f"| network, batch | {' | '.join(columns)} | tuning, s |", '|---|'+'--:|'*(len(columns)+1)]
-    lines += [line(f'{n}, {shape}', c, f'{t:.1f}') for n,shape,c,t in found]
-    m = means(found)
-    return '\n'.join([*lines, line('geometric mean', {k: m.get(k) for k in columns}, '')])
+        return [name, *map(cell, cols.values()), tuning]
+    lines,m = [line(f'{n}, {shape}', c, f'{t:.1f}') for n,shape,c,t in found],means(found)
+    return markdown(['network, batch', *columns, 'tuning, s'], [*lines, line('geometric mean', {k: m.get(k) for k in columns}, '')])
 
 colors = {'fastai': '#8b97a3', 'ours, fp32': '#3b78b5', 'ours': '#d9541e'}
 
@@ -69,7 +68,9 @@ def svg(found, width=400, left=134, bar=9, row=37, top=66):
                 text(f'{left+wide+4:.1f}', at+bar-0.5, say(c[k]), **halo)]
     return '\n'.join([*out, '</svg>'])+'\n'
 
-if __name__=='__main__':
+@call_parse
+def main():
+    "Write the picture and print the table"
     found = rows()
     for folder in (root/'images', root/'nbs/images'):
         folder.mkdir(exist_ok=True)

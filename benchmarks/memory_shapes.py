@@ -1,19 +1,18 @@
-"""Does memory that stays cost memory where batches have many shapes?: `OMP_NUM_THREADS=1 python benchmarks/memory_shapes.py`
+"""Does memory that stays cost memory where batches have many shapes? `OMP_NUM_THREADS=1 python benchmarks/memory_shapes.py`
 
 Training in bf16 with tuned kernels, as the allocator does by itself and with memory kept, each in a process of its own: images of one
 shape, of random sizes (96 to 224 pixels), progressive resizing, training and validation in turns, and a detector with images of random
 sizes. CPU time and page faults of a step, the largest resident set, and what is resident after the last step and after the context.
 Writes results/memory-shapes-cpu.json and .md after each kind and goes on where it was interrupted."""
-import contextlib, json, random, resource, statistics, subprocess, sys, time, warnings
+import contextlib, json, random, resource, statistics, time, warnings
 from pathlib import Path
-warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
+warnings.simplefilter('ignore', FutureWarning) # torch's own, when torchvision is imported
 import torch, torchvision
 from fastcore.script import call_parse
-from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.kernels import tuned_kernels
 from fastxtend_cl.memory import can_keep_memory, kept_memory
-from common import conditions, kept_found, results, save
+from common import Results, machine, markdown, run_child
 
 rng = random.Random(1)
 def images(n, size): return torch.randn(n, 3, size, size).contiguous(memory_format=torch.channels_last),torch.randint(1000, (n,))
@@ -38,7 +37,7 @@ def resident(): return next(int(l.split()[1]) for l in Path('/proc/self/status')
 def usage(): return resource.getrusage(resource.RUSAGE_SELF)
 
 def in_process(kind, keep, steps):
-    "Train in this process and print a line of JSON"
+    "Train in this process"
     torch.manual_seed(0)
     make,batch = kinds[kind]
     model = apply_channels_last(make().train())
@@ -56,41 +55,37 @@ def in_process(kind, keep, steps):
             times.append(time.thread_time()-start); faults.append(usage().ru_minflt-before)
         after = resident()
     counted = slice(steps//3, None)
-    print(json.dumps(dict(ms=1e3*statistics.mean(times[counted]), faults=statistics.mean(faults[counted]), peak=usage().ru_maxrss/1024,
-        after=after, end=resident())))
+    return dict(ms=1e3*statistics.mean(times[counted]), faults=statistics.mean(faults[counted]), peak=usage().ru_maxrss/1024, after=after,
+        end=resident())
+
+def measure(kind, steps):
+    "A row: as usual, and with memory kept"
+    return dict(model=kind, steps=steps, **{n: run_child(__file__, child=kind, keep=n=='kept', steps=steps) for n in ('usual', 'kept')})
 
 def table(found):
     "Markdown"
-    lines = ['| | steps | ms | kept | gain | peak, MiB | kept | after the fit, MiB | kept |', '|---|'+'--:|'*8]
-    for f in found:
-        a,b = f['usual'],f['kept']
-        lines.append(f"| {f['model']} | {f['steps']} | {a['ms']:.0f} | {b['ms']:.0f} | {a['ms']/b['ms']:.2f} | {a['peak']:,.0f} | {b['peak']:,.0f} | {a['end']:,.0f} | {b['end']:,.0f} |")
+    head = ['', 'steps', 'ms', 'kept', 'gain', 'peak, MiB', 'kept', 'after the fit, MiB', 'kept']
+    def cells(steps, a, b):
+        return [steps, f"{a['ms']:.0f}", f"{b['ms']:.0f}", f"{a['ms']/b['ms']:.2f}", *(f'{o[k]:,.0f}' for k in ('peak', 'end') for o in (a, b))]
+    rows = [[f['model'], *cells(f['steps'], f['usual'], f['kept'])] for f in found]
     worst = max(found, key=lambda f: f['kept']['peak']/f['usual']['peak'])
-    return '\n'.join([*lines, '', f"The largest resident set is at most {worst['kept']['peak']/worst['usual']['peak']:.3f} times as large with memory kept ({worst['model']})."])
+    return '\n'.join([markdown(head, rows), '', f"The largest resident set is at most {worst['kept']['peak']/worst['usual']['peak']:.3f} times "
+        f"as large with memory kept ({worst['model']})."])
+
+def page(found): return f'{machine()}; CPU time.\n\n{table(found)}'
 
 @call_parse
 def main(
     names:str=','.join(kinds), # Kinds of batches, separated by commas
     steps:int=100, # Steps of a process; the first third does not count. A third of them for the detector
-    child:str=None, # Train this kind and no more
+    child:str=None, # Train this kind in this process and write nothing
     keep:bool=False, # In a child: with memory kept
     refresh:bool=False, # Measure again what has been measured
     tiny:bool=False, # A few steps; writes nothing
 ):
     "Measure and write benchmarks/results/memory-shapes-cpu.json and .md"
-    if child: return in_process(child, keep, steps)
+    if child: return print(json.dumps(in_process(child, keep, steps)))
     if not can_keep_memory(): raise SystemExit("nothing to measure: the allocator is not glibc's, or the environment sets it")
-    found = {} if tiny else kept_found('memory-shapes-cpu', refresh)
-    for kind in progress_bar(names.split(',')):
-        if kind in found: continue
-        n,rows = 6 if tiny else steps//3 if kind=='detector' else steps,{}
-        for name,more in (('usual', []), ('kept', ['--keep'])):
-            r = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--child', kind, '--steps', str(n), *more], capture_output=True, text=True)
-            if r.returncode: raise RuntimeError(f'{kind}, {name}: {r.stderr[-2000:]}')
-            rows[name] = json.loads(r.stdout.splitlines()[-1])
-        found[kind] = dict(model=kind, steps=n, **rows)
-        if tiny: continue
-        save('memory-shapes-cpu', found=[*found.values()], steps=steps)
-        c = conditions()
-        (results/'memory-shapes-cpu.md').write_text(f"{c['cpu']}, {c['cores']} thread, torch {c['torch']}, {c['date']}; CPU time.\n\n{table([*found.values()])}\n")
-    print(table([*found.values()]))
+    found = Results('memory-shapes-cpu', names, refresh, tiny, key='found', page=page, steps=steps)
+    for kind in found: found.add(measure(kind, 6 if tiny else steps//3 if kind=='detector' else steps))
+    print(table(found.rows))

@@ -1,4 +1,4 @@
-"""What PyTorch's, Composer's, fastxtend's and fastai's own tests ask of channels last, asked of this package: `python benchmarks/peers_tests.py`
+"""Does it do what PyTorch's, Composer's, fastxtend's and fastai's own tests ask of channels last? `python benchmarks/peers_tests.py`
 
 modules: each case of PyTorch's list of modules (`torch.testing._internal.common_modules`, which needs `pip install expecttest`): converted,
 with its images and volumes in channels last, inside `tuned_kernels`, it computes the outputs and gradients that it computes contiguous in

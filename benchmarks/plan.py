@@ -1,6 +1,6 @@
-"""Does `to_channelslast(plan='auto')` choose the fastest setting, and what does it gain?: `OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/plan.py`
+"""Does `to_channelslast(plan='auto')` choose the fastest setting, and what does it gain? `OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/plan.py`
 
-The twelve networks of peers.py and six others, each in a child process with an empty cache of plans and kernels:
+The networks of networks.py, each in a child process with an empty cache of plans and kernels:
 
 1. A Learner trains with `plan='auto'` until the race is over: what was chosen, in how many steps and seconds.
 2. Each of the four settings that compete, alone, beside plain PyTorch's four (no tuned kernels) and fastai's own `to_channelslast()`:
@@ -9,23 +9,19 @@ The twelve networks of peers.py and six others, each in a child process with an 
    in quiet. Their kernels are tuned before.
 
 An epoch of 150 steps with the race in it is the race's time and the rest by the chosen setting's.
-Writes results/plan-DEVICE.json and .md after each network and goes on where it was interrupted. `--tiny` tries the script."""
-import json, os, statistics, subprocess, sys, tempfile, time, warnings
-warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
+Writes results/plan-DEVICE.json and .md after each network and goes on where it was interrupted."""
+import json, tempfile, time, warnings
+from functools import partial
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.script import call_parse
-from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.all import FormatPlan, apply_channels_last, as_channels_last
 from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.memory import kept_memory
-from fastxtend_cl.ways import deadly_layers
-from agree import Times
-from common import busy, conditions, geometric, interleave, interval, kept_found, results, save
-from kernels import others
-from peers import as_fastai, learner, mixed, models, ready
+from fastxtend_cl.timing import why_failed
+from common import Results, busy, geometric, machine, markdown, ms_of, paired, ratio_of, run_child
+from networks import Times, as_fastai, learner, mixed, models, ready, refuse_deadly, shape_of, shapes
 
-shapes = models | {n: others[n] for n in ('mobilenetv4_conv_small', 'mnasnet_100', 'regnetx_004', 'mc3_18', 'edgenext_xx_small', 'repvgg_a0')}
 fastai,epoch = "fastai's to_channelslast()",150
 
 def small(shape): return (shape[0], 3, 4, 40, 40) if len(shape)==5 else (max(2, shape[0]//4), 3, 64, 64)
@@ -42,16 +38,14 @@ class Plain(Callback):
 
 def plain(learn, channels_last, low):
     if channels_last:
-        if learn.dls.device.type=='cpu' and low is None and (layers := deadly_layers(learn.model)):
-            raise RuntimeError(f'not run: the kernels of {layers[0]} can end the process (oneDNN issue 6035)')
+        if low is None: refuse_deadly(learn)
         apply_channels_last(learn.model)
     if low and learn.dls.device.type=='cuda': mixed(learn); low = None
     learn.add_cb(Plain(channels_last, low and amp_dtypes[low]))
 
 def own(learn):
-    if learn.dls.device.type=='cpu' and (layers := deadly_layers(learn.model)):
-        raise RuntimeError(f'not run: the kernels of {layers[0]} can end the process (oneDNN issue 6035)')
-    as_fastai(learn, learn.dls.device)
+    refuse_deadly(learn)
+    as_fastai(learn)
 
 def arms(device):
     "Names and set-ups: the settings that compete, then the others"
@@ -61,7 +55,7 @@ def arms(device):
             name = f'{f.replace("_", " ")} {mode.value if mode else "fp32"}'
             plan = FormatPlan(name, f, mode and mode.value)
             res[name] = lambda learn, plan=plan: learn.to_channelslast(plan=plan)
-            more[f'plain {name}'] = lambda learn, f=f, mode=mode: plain(learn, f=='channels_last', mode)
+            more[f'plain {name}'] = partial(plain, channels_last=f=='channels_last', low=mode)
     return res,{**more, fastai: own}
 
 class Until(Callback):
@@ -86,99 +80,103 @@ def race(name, shape, device):
         rows=[{k: vars(r)[k] for k in ('arm','verdict','ratio','low','high','seconds','pairs')} for r in plan.rows])
 
 def alone(name, shape, device, setups, rounds, block):
-    "Seconds of each round of each set-up, and why others failed"
+    "A lane of each set-up, and why others failed"
     steps,failed = {},{}
     with kept_memory(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for arm,setup in setups.items():
             try:
                 setup(learn := learner(name, shape, device))
-                steps[arm] = ready(learn, device)
+                steps[arm] = ready(learn)
                 steps[arm]()
-            except Exception as e: steps.pop(arm, 0); failed[arm] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'[:200]
-        return interleave(steps, rounds, block, progress=False),failed
+            except Exception as e: steps.pop(arm, 0); failed[arm] = why_failed(e)[:200]
+        return paired(steps, rounds, block, device),failed
 
-def median(seconds): return {a: statistics.median(s) for a,s in seconds.items()}
-
-def regret(seconds, settings, chosen):
-    "Time of the chosen setting over that of the best: median and interval over the rounds"
-    best = min(settings, key=median({a: seconds[a] for a in settings}).get)
-    return dict(best=best, regret=interval([c/b for c,b in zip(seconds[chosen], seconds[best])]))
+def with_regret(raced, lanes, settings):
+    "The result of a race with the best of the settings alone, and the time of the chosen one over that of the best: median and interval"
+    best = min(settings, key=lambda a: ms_of(lanes[a]))
+    return dict(raced, best=best, regret=ratio_of(lanes[raced['arm']], lanes[best]))
 
 def in_process(name, shape, tiny, device, rounds, block, repeats):
-    "Measure one network in this process and print a line of JSON"
+    "What is found of one network"
     start,(settings,more) = time.perf_counter(),arms(device)
     quiet = race(name, shape, device)
-    seconds,failed = alone(name, shape, device, settings | more, rounds, block)
-    quiet.update(regret(seconds, settings, quiet['arm']))
-    ms = median(seconds)
-    rest = max(0, epoch-quiet['steps'])
-    quiet['epoch'] = quiet['seconds']+rest*ms[quiet['arm']]
-    again,few = [],shape if tiny else small(shape)
-    small_seconds,_ = alone(name, few, device, settings, 2*rounds, block)
-    with busy():
-        for _ in range(repeats):
-            again.append(race(name, few, device))
-            again[-1].update(regret(small_seconds, settings, again[-1]['arm']))
-    print(json.dumps(dict(model=name, shape=list(shape), quiet=quiet, ms={a: 1e3*s for a,s in ms.items()}, failed=failed, small=list(few),
-        small_ms={a: 1e3*s for a,s in median(small_seconds).items()}, busy=again, seconds=time.perf_counter()-start)))
+    lanes,failed = alone(name, shape, device, settings | more, rounds, block)
+    quiet,ms = with_regret(quiet, lanes, settings),{a: ms_of(l) for a,l in lanes.items()}
+    quiet['epoch'] = quiet['seconds']+max(0, epoch-quiet['steps'])*ms[quiet['arm']]/1e3
+    few = shape if tiny else small(shape)
+    small_lanes,_ = alone(name, few, device, settings, 2*rounds, block)
+    with busy(): again = [with_regret(race(name, few, device), small_lanes, settings) for _ in range(repeats)]
+    return dict(model=name, shape=list(shape), quiet=quiet, ms=ms, failed=failed, small=list(few),
+        small_ms={a: ms_of(l) for a,l in small_lanes.items()}, busy=again, seconds=time.perf_counter()-start)
 
-def measure(name, *more):
-    with tempfile.TemporaryDirectory() as cache:
-        r = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--child', name, *more], capture_output=True, text=True,
-            env={**os.environ, 'FASTXTEND_CL_CACHE': cache})
-    if r.returncode: raise RuntimeError(f'{name}: {r.stderr[-2000:]}')
-    return json.loads(r.stdout.splitlines()[-1])
+def measure(name, **more):
+    with tempfile.TemporaryDirectory() as cache: f = run_child(__file__, cache, child=name, **more)
+    print(f"{name}: {f['quiet']['arm']} after {f['quiet']['steps']} steps, regret {f['quiet']['regret'][0]-1:.1%}, under load "
+        f"{max(r['regret'][0] for r in f['busy'])-1:.1%}; {f['seconds']:.0f} s", flush=True)
+    return f
 
 def gains(found, of):
     "How many times as fast the chosen setting is as another, for each network that has it"
     return {f['model']: f['ms'][a]/f['ms'][f['quiet']['arm']] for f in found if (a := of(f)) in f['ms']}
 
 def of_plain(f): return {a: t for a,t in f['ms'].items() if a.startswith('plain ')}
+def best_plain(f): return min(of_plain(f), key=of_plain(f).get)
 
-def summary(found):
-    "Lines below the table"
-    def line(what, gain):
-        if not gain: return f'- {what}: not measured.'
+def compared_to(found):
+    "Lines: how many times as fast the chosen setting is as others"
+    def line(what, of):
+        if not (gain := gains(found, of)): return f'- {what}: not measured.'
         worst = min(gain, key=gain.get)
         return f'- {what}: {geometric(gain.values()):.2f} (least: {worst} {gain[worst]:.2f}; networks: {len(gain)}).'
-    names = dict.fromkeys(a for f in found for a in of_plain(f))
-    common = min((a for a in names if all(a in f['ms'] for f in found)), key=lambda a: geometric(f['ms'][a] for f in found))
-    regrets = [(r['regret'], f['model'], where, r['arm'], r['best']) for f in found for where,rs in (('quiet', [f['quiet']]), ('under load', f['busy'])) for r in rs]
-    worst = max(regrets)
-    def share(limit): return f'{sum(r[0][0]>limit for r in regrets)} of {len(regrets)}'
-    res = ['How many times as fast the chosen setting is, geometric mean:', '',
-        line('as contiguous fp32 of plain PyTorch', gains(found, lambda f: 'plain contiguous fp32')), line("as fastai's own", gains(found, lambda f: fastai)),
-        line('as the best plain setting of each network', gains(found, lambda f: min(of_plain(f), key=of_plain(f).get))),
-        line(f'as the one plain setting that is best for all ({common[6:]})', gains(found, lambda f: common)), '',
-        f'Largest regret: {worst[0][0]-1:.1%} ({worst[1]}, {worst[2]}: {worst[3]} instead of {worst[4]}); more than 2 %: {share(1.02)} races, more than 5 %: {share(1.05)}.', '',
-        *(f'- {model}, {where}: {arm} instead of {best}, {r[0]-1:.1%} slower ({r[1]-1:.1%} to {r[2]-1:.1%})' for r,model,where,arm,best in sorted(regrets)[::-1] if r[0]>1.02), '']
-    for label,some in (('twelve networks', models), ('others', {n: s for n,s in shapes.items() if n not in models})):
-        if part := [f for f in found if f['model'] in some]:
-            g = [geometric(gains(part, of).values()) for of in (lambda f: 'plain contiguous fp32', lambda f: fastai if fastai in f['ms'] else 'plain contiguous fp32',
-                lambda f: min(of_plain(f), key=of_plain(f).get))]
-            res.append(f"{label.capitalize()} ({len(part)}): {g[0]:.2f} times contiguous fp32, {g[1]:.2f} fastai's own (contiguous fp32 where it fails), {g[2]:.2f} the best plain one.")
-    return '\n'.join(res)
+    names = [a for a in dict.fromkeys(a for f in found for a in of_plain(f)) if all(a in f['ms'] for f in found)]
+    one = min(names, key=lambda a: geometric(f['ms'][a] for f in found))
+    return ['How many times as fast the chosen setting is, geometric mean:', '',
+        line('as contiguous fp32 of plain PyTorch', lambda f: 'plain contiguous fp32'), line("as fastai's own", lambda f: fastai),
+        line('as the best plain setting of each network', best_plain),
+        line(f'as the one plain setting that is best for all ({one[6:]})', lambda f: one), '']
+
+def regrets(found):
+    "Lines: what the choices cost"
+    races = [(f['model'], where, r) for f in found for where,rs in (('quiet', [f['quiet']]), ('under load', f['busy'])) for r in rs]
+    races = sorted([(r['regret'], model, where, r['arm'], r['best']) for model,where,r in races], reverse=True)
+    r,model,where,arm,best = races[0]
+    def share(limit): return f'{sum(r[0][0]>limit for r in races)} of {len(races)}'
+    return [f'Largest regret: {r[0]-1:.1%} ({model}, {where}: {arm} instead of {best}); more than 2 %: {share(1.02)} races, '
+        f'more than 5 %: {share(1.05)}.', '',
+        *(f'- {m}, {w}: {a} instead of {b}, {r[0]-1:.1%} slower ({r[1]-1:.1%} to {r[2]-1:.1%})' for r,m,w,a,b in races if r[0]>1.02), '']
+
+def groups(found):
+    "Lines: the gains of the twelve networks, and of the others"
+    for label,some in (('twelve networks', True), ('others', False)):
+        if part := [f for f in found if (f['model'] in models)==some]:
+            g = [geometric(gains(part, of).values()) for of in (lambda f: 'plain contiguous fp32',
+                lambda f: fastai if fastai in f['ms'] else 'plain contiguous fp32', best_plain)]
+            yield (f"{label.capitalize()} ({len(part)}): {g[0]:.2f} times contiguous fp32, {g[1]:.2f} fastai's own (contiguous fp32 where it fails), "
+                f'{g[2]:.2f} the best plain one.')
+
+def row(f):
+    "Cells of a network"
+    q,ms = f['quiet'],f['ms']
+    now,best,chosen = ms[q['arm']],best_plain(f),[r['arm'] for r in f['busy']]
+    def times(a): return f'{ms[a]/now:.2f}' if a in ms else ''
+    return [f['model'], q['arm'], q['steps'], f"{q['regret'][0]-1:.1%}", ', '.join(f'{chosen.count(a)} {a}' for a in dict.fromkeys(chosen)),
+        f"{max(r['regret'][0] for r in f['busy'])-1:.1%}", f"{q['epoch']:.1f}", f"{epoch*ms['contiguous fp32']/1e3:.1f}", f'{epoch*now/1e3:.1f}',
+        times('plain contiguous fp32'), times(fastai), f'{times(best)} ({best[6:]})']
 
 def table(found):
-    "Markdown: a row for each network"
-    lines = [f'| | chosen | steps | regret | under load: chosen | regret, largest | {epoch} steps with the race, s | contiguous fp32 alone | chosen alone | '
-        "times as fast as contiguous fp32 | fastai's own | best plain |", '|---|---|--:|--:|---|--:|'+'--:|'*6]
-    for f in found:
-        q,ms = f['quiet'],f['ms']
-        counts = {a: sum(r['arm']==a for r in f['busy']) for a in dict.fromkeys(r['arm'] for r in f['busy'])}
-        now,best = ms[q['arm']],min(of_plain(f), key=of_plain(f).get)
-        def times(a): return f'{ms[a]/now:.2f}' if a in ms else ''
-        lines.append(f"| {f['model']} | {q['arm']} | {q['steps']} | {q['regret'][0]-1:.1%} | {', '.join(f'{n} {a}' for a,n in counts.items())} | "
-            f"{max(r['regret'][0] for r in f['busy'])-1:.1%} | {q['epoch']:.1f} | {epoch*ms['contiguous fp32']/1e3:.1f} | {epoch*now/1e3:.1f} | "
-            f"{times('plain contiguous fp32')} | {times(fastai)} | {times(best)} ({best[6:]}) |")
+    "Markdown: a row for each network, and what they say together"
+    head = ['', 'chosen', 'steps', 'regret', 'under load: chosen', 'regret, largest', f'{epoch} steps with the race, s', 'contiguous fp32 alone',
+        'chosen alone', 'times as fast as contiguous fp32', "fastai's own", 'best plain']
     notes = [f"- {f['model']}, {a}: {why}" for f in found for a,why in f['failed'].items()]
-    return '\n'.join([*lines, '', summary(found), '', *notes])
+    return '\n'.join([markdown(head, map(row, found), 2), '', *compared_to(found), *regrets(found), *groups(found), '', *notes])
+
+def page(found): return f'{machine()}. Milliseconds are medians of steps alone, memory kept for all.\n\n{table(found)}'
 
 @call_parse
 def main(
     names:str=','.join(shapes), # Networks, separated by commas
-    device:str='cuda' if torch.cuda.is_available() else 'cpu',
+    device:str='cuda' if torch.cuda.is_available() else 'cpu', # Where to run
     rounds:int=4, # Rounds of settings alone; twice as many at the small shape
     block:int=3, # Steps a block; the first is dropped
     repeats:int=5, # Races under load
@@ -187,20 +185,8 @@ def main(
     tiny:bool=False, # Batches of 2 and images of 32 pixels; writes nothing
 ):
     "Measure and write benchmarks/results/plan-DEVICE.json and .md"
-    device = torch.device(device)
-    if child:
-        shape = (2, 3, *((4, 32, 32) if len(shapes[child])==5 else (32, 32))) if tiny else shapes[child]
-        return in_process(child, shape, tiny, device, rounds, block, repeats)
-    found = {} if tiny else kept_found(f'plan-{device.type}', refresh)
-    more = ['--device', str(device), '--rounds', str(rounds), '--block', str(block), '--repeats', str(repeats), *['--tiny']*tiny]
-    for name in progress_bar(names.split(',')):
-        if name in found: continue
-        found[name] = f = measure(name, *more)
-        print(f"{name}: {f['quiet']['arm']} after {f['quiet']['steps']} steps, regret {f['quiet']['regret'][0]-1:.1%}, under load "
-            f"{max(r['regret'][0] for r in f['busy'])-1:.1%}; {f['seconds']:.0f} s", flush=True)
-        if tiny: continue
-        save(f'plan-{device.type}', found=[*found.values()], rounds=rounds, block=block, repeats=repeats)
-        c = conditions()
-        (results/f'plan-{device.type}.md').write_text(f"{c['gpu'] or c['cpu']}, {c['cores']} threads, torch {c['torch']}, fastai {c['fastai']}, "
-            f"{c['date']}. Milliseconds are medians of steps alone, memory kept for all.\n\n{table([*found.values()])}\n")
-    print(table([*found.values()]))
+    asked = dict(rounds=rounds, block=block, repeats=repeats)
+    if child: return print(json.dumps(in_process(child, shape_of(child, tiny), tiny, torch.device(device), **asked)))
+    found = Results(f'plan-{device}', names, refresh, tiny, key='found', page=page, **asked)
+    for name in found: found.add(measure(name, device=device, tiny=tiny, **asked))
+    print(table(found.rows))

@@ -1,20 +1,20 @@
-"""What really is kept, forward and backward: traces of the 28 torchvision models that PyTorch's channels-last tutorial
-lists as fully supported, and of fastai's unets
+"""Which networks keep the format, forward and backward? `python benchmarks/traces.py`
 
-Writes results/trace-DEVICE.json after each model, and goes on where it was broken off. The formats are facts; of the
-times only the share of the step is kept."""
+Traces of the 28 torchvision models that PyTorch's channels-last tutorial lists as fully supported, and of fastai's unets. The formats are
+facts; of the times only the share of the step is kept.
+Writes results/trace-DEVICE.json after each model and goes on where it was interrupted."""
 import gc, os, warnings
+warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch, torchvision
 from fastai.layers import NormType
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.learner import create_unet_model
 from fastai.vision.models import xresnet
 from fastcore.script import call_parse
-from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.amp import amp_dtypes
 from fastxtend_cl.step import TrainingStep
 from fastxtend_cl.trace import trace_formats
-from common import kept_rows, save
+from common import Results, markdown
 
 supported = ['alexnet', 'mnasnet0_5', 'mnasnet0_75', 'mnasnet1_0', 'mnasnet1_3', 'mobilenet_v2', 'resnet18', 'resnet34',
     'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'shufflenet_v2_x0_5', 'shufflenet_v2_x1_0',
@@ -40,37 +40,34 @@ def row_of(name, t):
             share=round(r.share, 5), where=r.where and os.sep.join(r.where.split(os.sep)[-2:]), back=r.back[:3])
     return dict(model=name, kept={k:round(v, 4) for k,v in t.kept.items()},
         places={p:sum(r.phase==p for r in t.rows) for p in ('forward','backward')}, mb=t.bytes/1e6, share=round(t.share, 5),
-        head_share=round(sum(r.share for r in t.left), 5), reason=t.reason,
+        head_share=round(sum(r.share for r in t.by_design), 5), reason=t.reason,
         cost_of_trace=round(t.seconds/t.step_seconds, 1), rows=[place(r) for r in t.rows])
 
-def show(rows):
-    print('| model | kept forward | kept backward | places, forward | backward | MB | of the step | head | cost of the '
-        'trace, steps |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|')
-    for r in rows:
-        print(f"| {r['model']} | {100*r['kept']['forward']:.1f} % | {100*r['kept']['backward']:.1f} % | "
-            f"{r['places']['forward']} | {r['places']['backward']} | {r['mb']:.1f} | {100*r['share']:.1f} % | "
-            f"{100*r['head_share']:.1f} % | {r['cost_of_trace']} |")
+def table(rows):
+    "Markdown"
+    def percent(share): return f'{100*share:.1f} %'
+    head = ['model', 'kept forward', 'kept backward', 'places, forward', 'backward', 'MB', 'of the step', 'head', 'cost of the trace, steps']
+    return markdown(head, [[r['model'], *map(percent, r['kept'].values()), *r['places'].values(), f"{r['mb']:.1f}", percent(r['share']),
+        percent(r['head_share']), r['cost_of_trace']] for r in rows])
 
 @call_parse
 def main(
     names:str=','.join([*supported, *unets]), # Models, separated by commas
-    device:str='cuda' if torch.cuda.is_available() else 'cpu',
-    bs:int=8, size:int=128,
+    device:str='cuda' if torch.cuda.is_available() else 'cpu', # Where to run
+    bs:int=8, # Images a batch
+    size:int=128, # Pixels
     autocast:str='', # 'fp16', 'bf16' or none
-    tiny:bool=False, # A batch of two small images, nothing is written
+    refresh:bool=False, # Measure again what has been measured
+    tiny:bool=False, # A batch of two small images; writes nothing
 ):
     "Trace and write benchmarks/results/trace-DEVICE.json"
     if tiny: bs,size = 2,64
-    name = '-'.join(['trace', device, *([autocast] if autocast else [])])
-    asked = dict(bs=bs, size=size, autocast=autocast)
-    rows = kept_rows(name, asked, tiny)
-    todo = [n for n in names.split(',') if n not in {r['model'] for r in rows}]
-    if todo: trace_formats(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
-    for n in progress_bar(todo):
-        gc.collect()
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            rows.append(row_of(n, trace_formats(
-                step_of(n, bs, size, torch.device(device), {k.value:v for k,v in amp_dtypes.items()}.get(autocast)))))
-        if not tiny: save(name, rows=rows, **asked)
-    show(rows)
+    dtype = {k.value: v for k,v in amp_dtypes.items()}.get(autocast)
+    found = Results('-'.join(['trace', device, *[autocast]*bool(autocast)]), names, refresh, tiny, bs=bs, size=size, autocast=autocast)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        trace_formats(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
+        for n in found:
+            gc.collect()
+            found.add(row_of(n, trace_formats(step_of(n, bs, size, torch.device(device), dtype))))
+    print(table(found.rows))

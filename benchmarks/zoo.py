@@ -1,17 +1,20 @@
-"""Every family of timm and torchvision below 60 million parameters, fastai's own networks, 5-D ones, and networks of other packages
-(segmentation_models_pytorch, MONAI, nnU-Net's architectures, torchvision's detectors): what a training step does in channels last
+"""What does a training step do in channels last, in how many networks? `python benchmarks/zoo.py`
 
-Each model runs in a child process of its own, contiguous, converted naively by `model.to(memory_format=...)`, and
-converted by this package.
-Rows go to results/zoo-DEVICE.jsonl as they come; a second run goes on where the first stopped.
-`python benchmarks/zoo.py` measures and prints the summary; `--tiny` tries the script on three models."""
+Every family of timm and torchvision below 60 million parameters, fastai's own networks, 5-D ones, and networks of other packages
+(segmentation_models_pytorch, MONAI, nnU-Net's architectures, torchvision's detectors). Each in child processes, contiguous, converted
+naively by `model.to(memory_format=...)`, and converted by this package: whether it dies, hangs, raises or computes wrong results, where the
+format is lost, and CPU time. `--tuned` does what `to_channelslast()` does, in bf16 and tuned.
+Rows go to results/zoo-DEVICE.jsonl as they come, a summary to zoo-DEVICE.json; the next run goes on where it was interrupted."""
 import contextlib, json, multiprocessing, statistics, time, warnings
 from collections import Counter
+from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from fastcore.script import call_parse
-from fastxtend_cl.layout import tensors_in
-from common import conditions, interleave, results
+from fastprogress.fastprogress import progress_bar
+from fastxtend_cl.timing import pairs_of
+from torch.utils._pytree import tree_leaves
+from common import conditions, paired, results
 
 classes,batch,image = 10,2,128
 small = dict(image=64, batch=4) # for the check, whose double precision is slow
@@ -62,7 +65,6 @@ def elsewhere(source, n, image, batch):
 def timm_names(per_family=2, below=60e6):
     "Up to `per_family` sizes of each of timm's families: the smallest, the largest, and what is between"
     import timm
-    from fastprogress.fastprogress import progress_bar
     path,names = results/'zoo-timm.json',[]
     if path.exists() and (kept := json.loads(path.read_text()))['timm']==timm.__version__: return kept['names']
     for family in progress_bar(timm.list_modules(), leave=False):
@@ -108,7 +110,7 @@ def build(name, image=image, batch=batch, own_size=False):
     return model.train(),torch.randn(shape)
 
 def loss_func(out, y):
-    outs = [o for o in tensors_in(out) if o.is_floating_point()]
+    outs = [o for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point()]
     return sum(F.cross_entropy(o, y) if o.ndim==2 and len(o)==len(y) else o.pow(2).mean() for o in outs)
 
 def naive(model, x):
@@ -121,7 +123,6 @@ def stepper(model, x, device, around=contextlib.nullcontext, low=False):
         with around():
             with torch.autocast(device.type, torch.bfloat16, enabled=low): loss = loss_func(model(x), y)
             loss.backward(); opt.step(); opt.zero_grad()
-        if device.type=='cuda': torch.cuda.synchronize(device)
     return step
 
 def kept(model, x):
@@ -142,96 +143,121 @@ def kept(model, x):
 
 def failed(res): return bool({'died', 'hung', 'raised'} & res.keys())
 
-def child(conn, name, device, rounds, block, known, tuned, no_check):
-    "Send what is found, phase by phase, so that a death leaves what was known before it"
-    from fastxtend_cl import check as check_module
-    from fastxtend_cl.check import check_formats
-    from fastxtend_cl.convert import apply_channels_last, convolutions
-    from fastxtend_cl.layout import as_channels_last
-    from fastxtend_cl.kernels import kernel_table, tuned_kernels, tuning_line
-    from fastxtend_cl.step import TrainingStep
-    warnings.simplefilter('ignore')
-    torch.set_num_threads(1)
-    device = torch.device(device)
-    arms = {}
-    def phase(n, func):
-        if n in known: return
-        conn.send(dict(phase=n))
-        try: known[n] = func()
-        except Exception as e: known[n] = dict(raised=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])
-        conn.send({n: known[n]})
-    class Shared(check_module._Runs):
-        "Contiguous runs, those in double precision among them, serve the check of the naive conversion too"
+class Child:
+    "The phases of one model in a process; what is found is sent phase by phase, so that a death leaves what was known before it"
+    def __init__(self, conn, name, device, rounds, block, known, tuned):
+        self.conn,self.name,self.device,self.rounds,self.block,self.known,self.tuned = conn,name,torch.device(device),rounds,block,known,tuned
+        self.arms,self.own = {},{}
+
+    def phase(self, n, func):
+        if n in self.known: return
+        self.conn.send(dict(phase=n))
+        try: self.known[n] = func()
+        except Exception as e: self.known[n] = dict(raised=f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'[:300])
+        self.conn.send({n: self.known[n]})
+
+    def fresh(self, **size):
+        model,x = build(self.name, **size, **self.own)
+        return model.to(self.device),x.to(self.device)
+
+    def run(self, no_check):
+        self.phase('contiguous', self.contiguous)
+        if 'contiguous' not in self.arms or not self.known['contiguous']['convolutions']: return
+        self.phase('ours', self.ours)
+        if not no_check and not failed(self.known['ours']): self.phase('check', self.check)
+        if self.tuned: return
+        self.phase('naive', self.naive)
+        if not failed(self.known['naive']): self.phase('naive_check', self.naive_check)
+        self.phase('times', self.times)
+
+    def contiguous(self):
+        try: return self.contiguous_at()
+        except Exception: self.own['own_size'] = True # it takes no other
+        return self.contiguous_at()
+
+    def contiguous_at(self):
+        from fastxtend_cl.convert import convolutions
+        model,x = self.fresh()
+        self.arms['contiguous'] = stepper(model, x, self.device)
+        self.arms['contiguous']()
+        return dict(params=sum(p.numel() for p in model.parameters()), convolutions=len(convolutions(model)), shape=list(x.shape))
+
+    def ours(self):
+        from fastxtend_cl.convert import apply_channels_last
+        from fastxtend_cl.layout import as_channels_last
+        from fastxtend_cl.kernels import kernel_table, tuned_kernels, tuning_line
+        model,x = self.fresh()
+        model,x = apply_channels_last(model),as_channels_last(x)
+        self.arms['ours'] = stepper(model, x, self.device, tuned_kernels, self.tuned)
+        if 'ours' in self.known: return
+        with tuned_kernels(): res = dict(kept=kept(model, x))
+        for _ in range(2): self.arms['ours']()
+        return dict(res, tuning=kernel_table().seconds, line=tuning_line(), finite=all(p.isfinite().all().item() for p in model.parameters()),
+            corrected=[f'{c.kernel} {k}' for k,c in kernel_table().rows if c.corrected])
+
+    def naive(self):
+        model,x = naive(*self.fresh())
+        self.arms['naive'] = stepper(model, x, self.device)
+        self.arms['naive']()
+        return {}
+
+    def checked(self):
+        "A check, as small as it can be"
+        try: res = self.check_at(**small)
+        except Exception: return self.check_at() # too small for it
+        return res if res.ok is not None else self.check_at(image=96, batch=8) # BatchNorm on few numbers amplifies rounding
+
+    def check_at(self, **size):
+        from fastxtend_cl.check import check_formats
+        from fastxtend_cl.step import TrainingStep
+        if size!=small: shared_runs().kept.clear()
+        model,x = self.fresh(**size)
+        return check_formats(TrainingStep(model, x, torch.arange(len(x), device=self.device)%classes, loss_func,
+            torch.optim.SGD(model.parameters(), lr=0.01), autocast=torch.bfloat16 if self.tuned else None, tuned=True))
+
+    def check(self):
+        start,res = time.process_time(),self.checked()
+        return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first, seconds=round(time.process_time()-start, 1))
+
+    def naive_check(self):
+        "The same check with the conversion replaced by the naive one"
+        from fastxtend_cl import step
+        real,fmt = step.convert_format,torch.channels_last_3d if self.name.startswith('video/') else torch.channels_last
+        step.convert_format = lambda m, f, *a, **kw: m.to(memory_format=fmt) if f=='channels_last' else real(m, f, *a, **kw)
+        try: res = self.checked()
+        finally: step.convert_format = real
+        return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first)
+
+    def times(self):
+        "Seconds of each arm, CPU seconds on a CPU, and speed relative to contiguous"
+        for n,f in dict(ours=self.ours, naive=self.naive).items():
+            lost = failed(self.known[n]) or n=='naive' and failed(self.known.get('naive_check', {}))
+            if lost: self.arms.pop(n, None)
+            elif n not in self.arms: f()
+        lanes = paired(self.arms, self.rounds, self.block, self.device)
+        secs = {n: l.seconds if self.device.type=='cuda' else l.cpu for n,l in lanes.items()}
+        return dict(seconds={n: statistics.median(v.values()) for n,v in secs.items()},
+            ratio={n: statistics.median(pairs_of(secs['contiguous'], v)) for n,v in secs.items() if n!='contiguous'})
+
+@cache
+def shared_runs():
+    "Contiguous runs of a check, those in double precision among them, serve the check of the naive conversion too"
+    from fastxtend_cl import check
+    class Shared(check._Runs):
         kept = {}
         def watched(self, memory_format, dtype, *watches):
             k = (self.shift, memory_format, dtype, *(w.seed for w in watches))
             if memory_format=='channels_last': return super().watched(memory_format, dtype, *watches)
             if k not in self.kept: self.kept[k] = super().watched(memory_format, dtype, *watches)
             return self.kept[k]
-    check_module._Runs = Shared
-    own = {}
-    def fresh(**size):
-        model,x = build(name, **size, **own)
-        return model.to(device),x.to(device)
-    def check():
-        try: res = check_at(**small)
-        except Exception: return check_at() # too small for it
-        return res if res.ok is not None else check_at(image=96, batch=8) # BatchNorm on few numbers amplifies rounding
-    def check_at(**size):
-        if size!=small: Shared.kept.clear()
-        model,x = fresh(**size)
-        return check_formats(TrainingStep(model, x, torch.arange(len(x), device=device)%classes, loss_func,
-            torch.optim.SGD(model.parameters(), lr=0.01), autocast=torch.bfloat16 if tuned else None, tuned=True))
-    def contiguous():
-        try: return contiguous_at()
-        except Exception: own['own_size'] = True # it takes no other
-        return contiguous_at()
-    def contiguous_at():
-        model,x = fresh()
-        arms['contiguous'] = stepper(model, x, device)
-        arms['contiguous']()
-        return dict(params=sum(p.numel() for p in model.parameters()), convolutions=len(convolutions(model)), shape=list(x.shape))
-    def ours():
-        model,x = fresh()
-        model,x = apply_channels_last(model),as_channels_last(x)
-        arms['ours'] = stepper(model, x, device, tuned_kernels, tuned)
-        if 'ours' in known: return
-        with tuned_kernels(): res = dict(kept=kept(model, x))
-        for _ in range(2): arms['ours']()
-        return dict(res, tuning=kernel_table().seconds, line=tuning_line(), finite=all(p.isfinite().all().item() for p in model.parameters()),
-            corrected=[f'{c.kernel} {k}' for k,c in kernel_table().rows if c.corrected])
-    def right():
-        start,res = time.process_time(),check()
-        return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first, seconds=round(time.process_time()-start, 1))
-    def naively():
-        model,x = naive(*fresh())
-        arms['naive'] = stepper(model, x, device)
-        arms['naive']()
-        return {}
-    def naive_right():
-        "The same check with the conversion replaced by the naive one"
-        from fastxtend_cl import step as step_module
-        real,fmt = step_module.convert_format,torch.channels_last_3d if name.startswith('video/') else torch.channels_last
-        step_module.convert_format = lambda m, f, *a, **kw: m.to(memory_format=fmt) if f=='channels_last' else real(m, f, *a, **kw)
-        try: res = check()
-        finally: step_module.convert_format = real
-        return dict(ok=res.ok, reason=res.reason, wrong=res.wrong[:5], first=res.first)
-    def times():
-        for n,f in dict(ours=ours, naive=naively).items():
-            lost = failed(known[n]) or n=='naive' and failed(known.get('naive_check', {}))
-            if lost: arms.pop(n, None)
-            elif n not in arms: f()
-        # CPU seconds on a CPU
-        secs = interleave(arms, rounds, block, progress=False,
-            clock=time.perf_counter if torch.cuda.is_available() else time.process_time)
-        return dict(seconds={k: statistics.median(v) for k,v in secs.items()},
-            ratio={k: statistics.median(b/a for a,b in zip(v, secs['contiguous'])) for k,v in secs.items() if k!='contiguous'})
-    def go_on(n): return not (n=='naive_check' and failed(known['naive']) or n=='check' and failed(known['ours']))
-    phase('contiguous', contiguous)
-    if 'contiguous' in arms and known['contiguous']['convolutions']:
-        phases = dict(ours=ours, **({} if no_check else dict(check=right))) if tuned else dict(ours=ours, check=right, naive=naively, naive_check=naive_right, times=times)
-        for n,f in phases.items():
-            if go_on(n): phase(n, f)
+    check._Runs = Shared
+    return Shared
+
+def child(conn, *args, no_check):
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    shared_runs()
+    Child(conn, *args).run(no_check)
     conn.close()
 
 def one(ctx, name, device, rounds, block, limit, tuned, no_check):
@@ -239,9 +265,8 @@ def one(ctx, name, device, rounds, block, limit, tuned, no_check):
     row,start = dict(name=name),time.time()
     while True:
         here,there = ctx.Pipe(duplex=False)
-        p = ctx.Process(target=child,
-            args=(there, name, device, rounds, block, {k:v for k,v in row.items() if k not in ('name', 'contiguous')}, tuned, no_check),
-            daemon=True)
+        known = {k: v for k,v in row.items() if k not in ('name', 'contiguous')}
+        p = ctx.Process(target=partial(child, no_check=no_check), args=(there, name, device, rounds, block, known, tuned), daemon=True)
         p.start(); there.close()
         doing,hung = None,False
         while not hung:
@@ -266,63 +291,54 @@ def verdict(row, arm):
             if word in r: return word
     return {True: 'right', False: 'wrong', None: 'cannot tell'}[chk['ok']] if 'ok' in chk else 'unknown'
 
+def of_arm(usable, arm):
+    "What became of an arm, as counts, and its speed relative to contiguous"
+    ratios = sorted(r['times']['ratio'][arm] for r in usable if arm in r.get('times', {}).get('ratio', {}))
+    words = {r['name']: verdict(r, arm) for r in usable}
+    return {**Counter(words.values()), 'timed': len(ratios), 'median_ratio': statistics.median(ratios) if ratios else None,
+        'faster_by_5_percent': sum(r>1.05 for r in ratios), 'slower_by_3_percent': sum(r<0.97 for r in ratios),
+        'not right': {n: w for n,w in words.items() if w!='right'}}
+
 def summary(rows):
-    "What the rows say, as a dict and as lines"
+    "What the rows say"
     usable = [r for r in rows if not failed(r['contiguous']) and r['contiguous']['convolutions']]
     out = dict(models=len(rows), with_convolutions=len(usable))
-    for arm in ('naive', 'ours') if any('naive' in r for r in rows) else ('ours',):
-        ratios = sorted(r['times']['ratio'][arm] for r in usable if arm in r.get('times', {}).get('ratio', {}))
-        out[arm] = dict(Counter(verdict(r, arm) for r in usable)) | dict(timed=len(ratios),
-            median_ratio=statistics.median(ratios) if ratios else None, faster_by_5_percent=sum(r>1.05 for r in ratios),
-            slower_by_3_percent=sum(r<0.97 for r in ratios))
-        out[arm]['not right'] = {r['name']: verdict(r, arm) for r in usable if verdict(r, arm)!='right'}
-    if any('tuning' in r.get('ours', {}) for r in usable):
-        mine = [r['ours'] for r in usable if 'tuning' in r.get('ours', {})]
+    for arm in ('naive', 'ours') if any('naive' in r for r in rows) else ('ours',): out[arm] = of_arm(usable, arm)
+    if mine := [r['ours'] for r in usable if 'tuning' in r.get('ours', {})]:
         out['tuning'] = dict(median_seconds=statistics.median(o['tuning'] for o in mine), most_seconds=max(o['tuning'] for o in mine),
             not_finite=[r['name'] for r in usable if not r.get('ours', {}).get('finite', True)],
             corrected_in={r['name']: len(r['ours']['corrected']) for r in usable if r.get('ours', {}).get('corrected')})
-    out['format lost in'] = sum(r['ours'].get('kept', {}).get('forward', 1)<1
-        or r['ours'].get('kept', {}).get('backward', 1)<1 for r in usable if 'ours' in r)
+    out['format lost in'] = sum(min(r['ours'].get('kept', {}).get(p, 1) for p in ('forward', 'backward'))<1 for r in usable if 'ours' in r)
     return out
+
+def all_names():
+    return [f'{source}/{n}' for source,names in dict(torchvision=torchvision_models, video=video_models, fastai=fastai_models, timm=timm_names()).items()
+        for n in names]
 
 @call_parse
 def main(
     names:str='', # Models as source/name, separated by commas; none: all
-    device:str='cuda' if torch.cuda.is_available() else 'cpu',
+    device:str='cuda' if torch.cuda.is_available() else 'cpu', # Where to run
     rounds:int=3, # Rounds of timing
     block:int=3, # Steps a block; the first is dropped
     limit:int=300, # Seconds that a phase may take
-    # What `to_channelslast()` does, tuned and in bf16, and no more: two steps and a check; writes zoo-tuned-DEVICE.jsonl and .json
-    tuned:bool=False,
+    tuned:bool=False, # What `to_channelslast()` does: two steps and a check; writes zoo-tuned-DEVICE.jsonl and .json
     no_check:bool=False, # With `tuned`: two steps alone, which tell whether it dies, raises or is not finite
-    tiny:bool=False, # Three models, nothing is kept
+    tiny:bool=False, # Three models; writes nothing
     report:bool=False, # Only summarise what is there
 ):
-    "Measure, row by row, and write results/zoo-DEVICE.jsonl and zoo-DEVICE.json"
-    from fastprogress.fastprogress import progress_bar
+    "Measure, row by row, and write benchmarks/results/zoo-DEVICE.jsonl and .json"
     path = results/f'zoo-{"tuned-" if tuned else ""}{device}.jsonl'
     rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() and not tiny else []
+    if tiny: rounds,block,names = 1,2,names or 'timm/test_resnet,torchvision/squeezenet1_1,video/r3d_18'
     if not report:
-        todo = names.split(',') if names else [
-            'timm/test_resnet.r160_in1k'.split('.')[0], 'torchvision/squeezenet1_1', 'video/r3d_18'] if tiny else [
-            *('torchvision/'+n for n in torchvision_models), *('video/'+n for n in video_models),
-            *('fastai/'+n for n in fastai_models), *('timm/'+n for n in timm_names())]
-        done = {r['name'] for r in rows}
-        todo = [n for n in todo if n not in done]
-        ctx = multiprocessing.get_context('spawn' if device.startswith('cuda') else 'forkserver')
-        if not device.startswith('cuda'):
-            ctx.set_forkserver_preload(['torch', 'torchvision', 'timm', 'fastai.vision.all', 'fastxtend_cl.check'])
-        bar = progress_bar(todo)
-        for name in bar:
-            bar.comment = name
-            row = one(ctx, name, device, 1 if tiny else rounds, 2 if tiny else block, limit, tuned, no_check)
-            rows.append(row)
+        done,ctx = {r['name'] for r in rows},multiprocessing.get_context('spawn' if device.startswith('cuda') else 'forkserver')
+        if not device.startswith('cuda'): ctx.set_forkserver_preload(['torch', 'torchvision', 'timm', 'fastai.vision.all', 'fastxtend_cl.check'])
+        for name in progress_bar([n for n in (names.split(',') if names else all_names()) if n not in done]):
+            rows.append(row := one(ctx, name, device, rounds, block, limit, tuned, no_check))
             if tiny: print(row, verdict(row, 'naive'), verdict(row, 'ours'))
             else:
-                results.mkdir(exist_ok=True)
                 with path.open('a') as f: f.write(json.dumps(row)+'\n')
-    res = summary(rows)
-    print(json.dumps(res, indent=1))
-    if not tiny:
-        path.with_suffix('.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch,
-            image=image, check=small, rounds=rounds, block=block, **res), indent=1)+'\n')
+    print(json.dumps(res := summary(rows), indent=1))
+    if not tiny: path.with_suffix('.json').write_text(json.dumps(dict(conditions={**conditions(), 'cores': 1}, batch=batch,
+        image=image, check=small, rounds=rounds, block=block, **res), indent=1)+'\n')
