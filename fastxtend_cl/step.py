@@ -18,11 +18,11 @@ from torch import nn, Tensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from .convert import check_model, convert_format
+from .convert import check_model, convert_format, list_optimizers
 from .internals import storage_id, unscale_gradients
 from .kernels import tuned_kernels
-from .layout import as_channels_last, as_contiguous, format_of, has_storage, map_tensors, tensors_in
-from .precision import autocast_to, check_autocast, low_precision
+from .layout import as_channels_last, as_contiguous, format_of, has_storage, map_tensors, tensors_in, with_strides
+from .precision import autocast_to, check_autocast, dtype_name, low_precision
 from .preserve import Preserved, memory_spans, plain_torch, reachable, seed_all
 
 # %% ../nbs/12_step.ipynb #e87c9909
@@ -30,23 +30,23 @@ from .preserve import Preserved, memory_spans, plain_torch, reachable, seed_all
 class TrainingStep:
     "A model, a batch, a loss, an optimizer and a precision: all that one step of training needs"
     model:nn.Module # The model itself, not a copy
-    inputs:tuple # Arguments of `model`; what is no tuple is the only one
-    targets:tuple # Further arguments of `loss_func`; what is no tuple is the only one
-    loss_func:callable # Called with the output of `model` and `targets`; returns one number
+    inputs:tuple # Arguments of `model`; anything but a tuple is a single argument
+    targets:tuple # Further arguments of `loss_func`; anything but a tuple is a single argument
+    loss_func:callable # Called with the output of `model` and `targets`; returns a tensor with one element
     optimizer:object=None # torch's, fastai's, or None: a step without an update
     autocast:torch.dtype|None=None # `torch.float16`, `torch.bfloat16`, or None for the precision of the weights
-    loss_scale:float=1024. # Factor of the loss in fp16, where small gradients would vanish; gradients are divided by it
+    loss_scale:float=1024. # Factor of the loss in fp16, so that small gradients do not underflow; gradients are divided by it
     batch_strides:list|None=None # Shape and strides of each tensor of the batch in channels last; None: by their rank
-    # Compute with `tuned_kernels`, as a Learner's training does; or a mode of `tuned_kernels`. False: as torch does
+    # Whether to compute with `tuned_kernels`, as training a Learner does; or a mode of `tuned_kernels`
     tuned:bool|str=False
 
     def __post_init__(self):
         check_model(self.model)
         self.inputs,self.targets = (o if isinstance(o, tuple) else (o,) for o in (self.inputs, self.targets))
         if not callable(self.loss_func):
-            raise TypeError(f'loss_func is a function of the output and the targets, received {type(self.loss_func).__name__}')
+            raise TypeError(f'loss_func must be a function of the output and the targets, got {type(self.loss_func).__name__}')
         if self.optimizer is not None and not callable(getattr(self.optimizer, 'step', None)):
-            raise TypeError(f'optimizer is an object with a `step`, or None, received {type(self.optimizer).__name__}')
+            raise TypeError(f'optimizer must have a method `step` or be None, got {type(self.optimizer).__name__}')
         check_autocast('autocast', self.autocast)
         if self.tuned not in (True, False, 'tuned', 'correct', 'survive'):
             raise ValueError(f"tuned must be True, False, 'tuned', 'correct' or 'survive', got {self.tuned!r}")
@@ -64,31 +64,22 @@ def kernels(self:TrainingStep) -> str:
 
 # %% ../nbs/12_step.ipynb #45f1e24a
 def _describe(o):
-    if not isinstance(o, Tensor): return type(o).__name__
-    words = [str(tuple(o.shape)), str(o.dtype).removeprefix('torch.')]
-    if fmt := format_of(o): words.append(fmt)
-    return ' '.join(words)
+    return ' '.join(filter(None, [str(tuple(o.shape)), dtype_name(o.dtype), format_of(o)])) if isinstance(o, Tensor) else type(o).__name__
 
 @patch
 def __repr__(self:TrainingStep):
-    def name(f): return getattr(f, '__qualname__', None) or type(f).__name__
     opt = getattr(self.optimizer, 'opt', self.optimizer)
     return (f'TrainingStep({type(self.model).__name__} on {self.device}, inputs {", ".join(map(_describe, self.inputs))}, '
-            f'targets {", ".join(map(_describe, self.targets)) or None}, {name(self.loss_func)}, '
-            f'{f"{type(opt).__name__}" if opt is not None else "no optimizer"}, '
-            f'{f"autocast {self.autocast}".replace("torch.", "") if self.autocast else "no autocast"}'
-            f'{"" if self.kernels=="survive" else f", {self.kernels} kernels"})')
+        f'targets {", ".join(map(_describe, self.targets)) or None}, '
+        f'{getattr(self.loss_func, "__qualname__", type(self.loss_func).__name__)}, '
+        f'{"no optimizer" if opt is None else type(opt).__name__}, '
+        f'{f"autocast {dtype_name(self.autocast)}" if self.autocast else "no autocast"}'
+        f'{"" if self.kernels=="survive" else f", {self.kernels} kernels"})')
 
 # %% ../nbs/12_step.ipynb #f9e8b205
-def _optimizers(opt):
-    "An optimizer and what it wraps; fastai's `OptimWrapper` keeps no state itself"
-    while opt is not None:
-        yield opt
-        opt = vars(opt).get('opt')
-
 def _state_tensors(opt):
-    "Tensors of floating point that `opt` keeps for its parameters; torch wants `step` to stay in float32"
-    for o in _optimizers(opt):
+    "Tensors of floating point that `opt` keeps for its parameters; torch needs `step` in float32"
+    for o in list_optimizers(opt):
         for s in o.state.values(): yield from tensors_in({k:v for k,v in s.items() if k!='step'})
         for ss in getattr(o, 'slow_weights', None) or (): yield from ss
 
@@ -96,7 +87,7 @@ def _state_tensors(opt):
 def _double(t): return torch.promote_types(t.dtype, torch.float64)
 
 def _to_double(ts):
-    "Give each tensor of floating point the values it has, in double precision; those that share memory go on sharing it"
+    "Convert tensors of floating point to double precision in place; those that share memory still share it"
     by_storage = {}
     for t in {id(t):t for t in ts if (t.is_floating_point() or t.is_complex()) and t.is_leaf and t.dtype!=_double(t)}.values():
         by_storage.setdefault(storage_id(t) if has_storage(t) else id(t), []).append(t)
@@ -109,7 +100,7 @@ def _to_double(ts):
 
 # %% ../nbs/12_step.ipynb #0ad4d30c
 class _AsDouble(TorchFunctionMode):
-    "Read every float, half and bfloat16 in the code that runs as double"
+    "A context in which torch reads float, half and bfloat16 as double"
     _narrow,_casts = (torch.float32, torch.float16, torch.bfloat16),(Tensor.float, Tensor.half, Tensor.bfloat16)
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self._casts: return args[0].double()
@@ -129,9 +120,8 @@ def convert(self:TrainingStep,
     memory_format:str|None=None, # 'channels_last', 'contiguous', or None to leave it
     double:bool=False, # To double precision
 ):
-    """Bring model and optimizer state, in place, and the batch to a memory format and to double precision; what is so
-    already is not touched"""
-    if memory_format is not None: convert_format(self.model, memory_format, [*_optimizers(self.optimizer)])
+    "Convert model and optimizer state in place, and replace the batch if it is in another format"
+    if memory_format is not None: convert_format(self.model, memory_format, self.optimizer)
     self.change_batch({'channels_last': self._batch_to_channels_last(), 'contiguous': as_contiguous}.get(memory_format))
     if not double: return
     self.change_batch(lambda t: t.to(_double(t)) if t.is_floating_point() or t.is_complex() else t)
@@ -143,27 +133,34 @@ def convert(self:TrainingStep,
 # %% ../nbs/12_step.ipynb #20e1a55d
 @patch
 def _batch_to_channels_last(self:TrainingStep):
-    "A function that lays out the tensors of the batch, one after the other, as training in channels last has them"
-    laid_out = iter(self.batch_strides or ())
+    "A function that converts the tensors of the batch, called with one after the other, as training in channels last does"
+    layouts = iter(self.batch_strides or ())
     def f(t):
-        shape,stride = next(laid_out, (None,None))
-        if shape!=t.shape: return as_channels_last(t)
-        return t if t.stride()==stride else torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+        shape,stride = next(layouts, (None,None))
+        return with_strides(t, stride) if shape==t.shape else as_channels_last(t)
     return f
 
 @patch
 @torch.no_grad()
-def change_batch(self:TrainingStep, f):
-    "Put `f` of its tensors in place of the batch, whose own tensors may be part of a data set"
+def change_batch(self:TrainingStep,
+    f, # Function of a tensor; None: nothing is changed
+):
+    "Replace each tensor `t` of the batch by `f(t)`; the tensors themselves, which may belong to a data set, are not changed"
     def g(t):
         new = f(t)
         return t if new is t else new.requires_grad_(t.requires_grad)
     if f: self.inputs,self.targets = map_tensors(g, self.inputs),map_tensors(g, self.targets)
 
+@patch
+def zero_grad(self:TrainingStep):
+    "Set all gradients of the model, of the loss and of the parameters of the optimizer to None"
+    groups = getattr(self.optimizer, 'param_groups', ())
+    for p in (*self.params().values(), *(p for g in groups for p in g['params'])): p.grad = None
+
 # %% ../nbs/12_step.ipynb #0d8b2e39
 @patch
 def params(self:TrainingStep) -> dict: # Name to parameter, a tied one once
-    "Parameters of the model; those of the loss are named `loss_func.`"
+    "Parameters of the model, and those of the loss, whose names start with `loss_func.`"
     loss = self.loss_func.named_parameters(prefix='loss_func') if isinstance(self.loss_func, nn.Module) else ()
     return dict([*self.model.named_parameters(), *loss])
 
@@ -175,7 +172,7 @@ def _plain_copy(t):
     return t.to(torch.float32 if t.is_floating_point() else t.dtype, memory_format=torch.contiguous_format, copy=True)
 
 class SameRandom(TorchDispatchMode):
-    "Draw the same random numbers in every memory format and dtype"
+    "A context that draws the same random numbers in every memory format and dtype"
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},func.overloadpacket.__name__
         if name in _in_place: return args[0].copy_(func(_plain_copy(args[0]), *args[1:], **kwargs))
@@ -196,61 +193,59 @@ class SameRandom(TorchDispatchMode):
 @dataclass(repr=False)
 class StepResult:
     "What one step computed"
-    loss:Tensor # One number, without the scale of fp16
+    loss:Tensor # One element, without the loss scale
     outputs:object=None # What the model returned, detached
-    grads:dict|None=None # Name to gradient, in the dtype of its parameter; without those that got none
+    grads:dict|None=None # Name to gradient, in the dtype of its parameter, where there is one
     weights:dict|None=None # Name to parameter after the step
     buffers:dict|None=None # Name to buffer after the step, such as running statistics
-    skipped:bool=False # A gradient overflowed in fp16, and the optimizer made no step
+    skipped:bool=False # Whether a gradient overflowed in fp16, so that the optimizer step was skipped
 
     def __repr__(self):
         return (f'StepResult(loss {self.loss.item():.4g}, '
-            f'{len(self.grads or ())} gradients{", no optimizer step: a gradient overflowed" if self.skipped else ""})')
-
-# %% ../nbs/12_step.ipynb #383134e8
-def _as_float(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+            f'{len(self.grads or ())} gradients{", optimizer step skipped: a gradient overflowed" if self.skipped else ""})')
 
 # %% ../nbs/12_step.ipynb #1c212b0d
 def _check_loss(loss, finite=True):
     "Raise a `TypeError` or a `ValueError` if no step can be made with `loss`"
-    if not isinstance(loss, Tensor): raise TypeError(f'the loss is a tensor with one number, received {type(loss).__name__}')
+    if not isinstance(loss, Tensor): raise TypeError(f'the loss must be a tensor with one element, got {type(loss).__name__}')
     if loss.numel()!=1:
-        raise ValueError(f'the loss is a tensor with one number, received the shape {tuple(loss.shape)}: '
+        raise ValueError(f'the loss must be a tensor with one element, got the shape {tuple(loss.shape)}: '
             'reduce it, such as by its mean')
     if not loss.requires_grad:
         raise ValueError('the loss has no gradient: no parameter that it depends on requires one, '
             'or it was cut off by `detach`, `no_grad`, or an operation such as `argmax`')
     if finite and not loss.isfinite().all():
-        raise ValueError(f'the loss is {loss.item()}: check learning rate, data and precision; no step can be made with it')
+        raise ValueError(f'the loss is {loss.item()}: check learning rate, data and precision')
 
 # %% ../nbs/12_step.ipynb #63c1774d
-_precisions = ('as is', None, torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 @patch
 def _check_run(self:TrainingStep, memory_format, dtype, keep):
+    "Check the batch and the arguments of `run`; returns the dtype to compute in: None, `torch.float64`, or one for autocast"
     if (shapes := [tuple(t.shape) for t in tensors_in(self.inputs)]) and not any(map(math.prod, shapes)):
         raise ValueError(f'the batch is empty (inputs of shape {", ".join(map(str, shapes))}): a step needs at least one item')
     if memory_format not in (None, 'contiguous', 'channels_last'):
-        raise ValueError(f"memory_format is 'contiguous', 'channels_last' or None, received {memory_format!r}")
-    if not any(dtype is o or dtype==o for o in _precisions):
-        raise ValueError(f"dtype is 'as is', None, torch.float16, torch.bfloat16 or torch.float64, received {dtype!r}")
-    if keep not in ('loss', 'grads', 'state'): raise ValueError(f"keep is 'loss', 'grads' or 'state', received {keep!r}")
+        raise ValueError(f"memory_format must be 'contiguous', 'channels_last' or None, got {memory_format!r}")
+    check_autocast('dtype', dtype, 'as is', torch.float32, torch.float64)
+    if keep not in ('loss', 'grads', 'state'): raise ValueError(f"keep must be 'loss', 'grads' or 'state', got {keep!r}")
     dtype = self.autocast if isinstance(dtype, str) else None if dtype==torch.float32 else dtype
-    if dtype in (torch.float16, torch.bfloat16) and not torch.amp.is_autocast_available(self.device.type):
+    if dtype in low_precision and not torch.amp.is_autocast_available(self.device.type):
         raise ValueError(f'{dtype} is not available on {self.device}, which has no autocast: use None')
     return dtype
 
 # %% ../nbs/12_step.ipynb #9cae8409
 @patch
-def forward(self:TrainingStep, dtype):
-    "Output and loss"
-    torch.clear_autocast_cache() # An outer autocast may hold casts of weights that have changed since
+def forward(self:TrainingStep,
+    dtype:torch.dtype|None, # Of autocast; None or `torch.float64`: without autocast
+) -> tuple: # Outputs of the model and loss
+    "Forward pass and loss, in the current mode, format and precision of model and batch"
+    torch.clear_autocast_cache() # an outer autocast may hold casts of weights that have changed since
+    def as_float(t): return t.float() if t.dtype in low_precision else t
     with autocast_to(self.device, dtype if dtype in low_precision else None):
         out = self.model(*self.inputs)
-        return out,self.loss_func(map_tensors(_as_float, out), *self.targets)
+        return out,self.loss_func(map_tensors(as_float, out), *self.targets)
 
 def _unscale(grads, scale):
-    "Divide `grads` by `scale`; returns whether one is infinite or not a number"
+    "Divide `grads` by `scale`; returns whether a gradient is not finite"
     by_kind = {}
     for g in grads: by_kind.setdefault((g.device,g.dtype), []).append(g)
     bad = False
@@ -263,27 +258,24 @@ def _unscale(grads, scale):
 # %% ../nbs/12_step.ipynb #754b83f2
 @patch
 def run(self:TrainingStep,
-    memory_format:str|None=None, # 'contiguous', 'channels_last', or None for the one it has
-    # 'as is': its own autocast. None: no autocast. `torch.float16`, `torch.bfloat16`: by autocast.
-    # `torch.float64`: everything in double precision
+    memory_format:str|None=None, # 'contiguous', 'channels_last', or None for the current one
+    # 'as is': `autocast`. None: no autocast. `torch.float16`, `torch.bfloat16`: by autocast. `torch.float64`: all in double precision
     dtype:torch.dtype|str|None='as is',
     optimizer_step:bool=True, # Update the weights, if there is an optimizer
-    # Seed every random generator before the forward pass, and draw the same numbers in every format and precision
+    # Seed all random generators before the forward pass, and draw the same numbers in every format and precision
     seed:int|None=None,
-    # Result holds: 'loss', without a test that it is finite; 'grads', also outputs and gradients;
-    # 'state', also updated weights and buffers
+    # What the result has: 'loss', not checked to be finite; 'grads', also outputs and gradients; 'state', also updated weights and buffers
     keep:str='grads',
-    zero_grad:bool=True, # Remove all gradients first; False: new ones are added to those that are there
+    zero_grad:bool=True, # Remove all gradients first; False: add new ones to them
 ) -> StepResult:
     """One step of training: forward, loss, backward, update
 
-    Changes what a step of training changes, and with `memory_format` or `torch.float64` also model, optimizer and
-    batch: run it inside `preserved` to have all that undone.
-    It computes with `tuned_kernels` if it is `tuned`; without, as torch does, except that kernels known to end the
-    process are avoided.
-    A model in evaluation mode is put in training mode; one in training mode keeps the modes of its parts, such as a
+    Changes what a training step changes, and with `memory_format` or `torch.float64` also model, optimizer and
+    batch: run it inside `preserved` to restore all of that.
+    Computes with `tuned_kernels` if it is `tuned`, and otherwise as torch does, but avoids kernels known to crash the process.
+    A model in evaluation mode is set to training mode; one in training mode keeps the modes of its parts, such as a
     frozen BatchNorm.
-    Raises a `ValueError` for a loss that is not one finite number or has no gradient."""
+    Raises a `ValueError` for a loss that is not finite, has several elements or has no gradient."""
     dtype = self._check_run(memory_format, dtype, keep)
     self.convert(memory_format, double=dtype==torch.float64)
     if not self.model.training: self.model.train()
@@ -298,15 +290,8 @@ def run(self:TrainingStep,
 
 # %% ../nbs/12_step.ipynb #83490d84
 @patch
-def zero_grad(self:TrainingStep):
-    "Remove all gradients"
-    for p in self.params().values(): p.grad = None
-    for g in getattr(self.optimizer, 'param_groups', ()):
-        for p in g['params']: p.grad = None
-
-@patch
 def _finish(self:TrainingStep, out, loss, scaled, update, keep):
-    "What follows the backward pass"
+    "Unscale gradients, update the weights, and build the result"
     grads = {n:p.grad for n,p in self.params().items() if p.grad is not None}
     skipped = scaled and _unscale(list(grads.values()), self.loss_scale)
     res = StepResult(loss.detach(), skipped=skipped)
@@ -322,22 +307,22 @@ def _finish(self:TrainingStep, out, loss, scaled, update, keep):
 # %% ../nbs/12_step.ipynb #10fd6174
 @patch
 def preserved(self:TrainingStep,
-    offload_to:str|torch.device|None=None, # Where the copy is kept, such as 'cpu' for a model on a GPU; None: where the originals are
+    offload_to:str|torch.device|None=None, # Device of the copy, such as 'cpu' for a model on a GPU; None: that of the originals
 ) -> Preserved: # A context
-    """A context that gives everything back as it was, bit for bit and in the same objects, also if the body raises, runs
+    """A context that restores everything on exit, bit for bit and in the same objects, also if the body raises, runs
     out of memory or is interrupted
 
     That is: weights, buffers, gradients, optimizer state and hyper-parameters, the batch; strides, dtypes and
     devices; training modes, hooks, `requires_grad`, lazy and plain attributes; the random generators of Python,
     NumPy, torch and its devices; settings of cuDNN, precision, determinism, autocast and autograd.
-    It costs `preserved_bytes` of memory on top. Each change of format or dtype inside costs one more copy of what it
-    changes, until the end, on the device."""
+    It needs `preserved_bytes` of additional memory. Each change of format or dtype inside needs another copy of the
+    tensors it changes, on their device, until the context ends."""
     return Preserved(self, offload_to=offload_to)
 
 @patch
 @contextmanager
 def initialized(self:TrainingStep):
-    "A context in which lazy layers have their weights, from one forward pass; afterwards they are lazy again"
+    "A context in which lazy layers are initialized, by one forward pass; afterwards they are lazy again"
     if not any(map(is_lazy, (*self.model.parameters(), *self.model.buffers()))):
         yield self
         return
@@ -348,7 +333,7 @@ def initialized(self:TrainingStep):
 
 @patch
 def preserved_bytes(self:TrainingStep) -> int: # Bytes
-    """Size of the copy that `preserved` keeps: weights, buffers, gradients, optimizer state, batch, and activations that
+    """Size of the copy that `preserved` makes: weights, buffers, gradients, optimizer state, batch, and activations that
     hooks hold"""
     with plain_torch():
         found = [*reachable([self])]
