@@ -215,19 +215,18 @@ class FormatCheck(Result):
 # %% ../nbs/14_check.ipynb #dc47a53b
 def _summary(rows, first):
     "`ok` and `reason` of a `FormatCheck`"
-    def of(verdict): return [r for r in rows if r.verdict==verdict]
-    def worst(rows):
-        r = max(rows, key=lambda r: r.ratio)
-        return f'the worst, {r}, has {f"{r.ratio:.2g} times the allowed error" if math.isfinite(r.ratio) else "values that are not finite"}'
-    good,wrong,unclear = map(of, ('OK', 'wrong', 'inconclusive'))
-    if wrong:
+    def largest(verdict):
+        r = max((r for r in rows if r.verdict==verdict), key=lambda r: r.ratio)
+        return f'the largest error is {f"{r.ratio:.2g} times the allowed one" if math.isfinite(r.ratio) else "not finite"} ({r})'
+    n = Counter(r.verdict for r in rows)
+    if n['wrong']:
         start = f'; it starts in the {first["phase"]} pass of `{first["module"]}`, in {first["precision"]}' if first['module'] is not None else ''
-        return False,f'{len(wrong)} of {len(rows)} results are further from double precision than rounding explains; {worst(wrong)}{start}'
-    if len(unclear)>len(rows)/2: return None,f'{len(unclear)} of {len(rows)} results are too sensitive to rounding to judge: try a larger batch'
-    more = (f'; {len(unclear)} {"is" if len(unclear)==1 else "are"} too sensitive to rounding to judge, which is normal for small batches'
-        if unclear else '')
+        return False,f'{n["wrong"]} of {len(rows)} results are further from double precision than rounding explains; {largest("wrong")}{start}'
+    unclear = n['inconclusive']
+    if unclear>len(rows)/2: return None,f'{unclear} of {len(rows)} results are too sensitive to rounding to judge: try a larger batch'
+    more = f'; {unclear} {"is" if unclear==1 else "are"} too sensitive to rounding to judge, which is normal for small batches' if unclear else ''
     names = ' and '.join(dict.fromkeys(r.precision for r in rows))
-    return True,f'{len(good)} results in {names} are as near to double precision as rounding explains; {worst(good)}{more}'
+    return True,f'{n["OK"]} results in {names} are as near to double precision as rounding explains; {largest("OK")}{more}'
 
 # %% ../nbs/14_check.ipynb #4d64ec7f
 def _running_mean_rounding(model, key, exact):
@@ -387,17 +386,15 @@ def _repeat_difference(rows, runs):
     return _largest_difference(again, once, step.device)
 
 # %% ../nbs/14_check.ipynb #a1c0de04
-def _conditions(step, memory_format):
-    x = next(tensors_in(step.inputs), None)
-    return dict(**machine(step.device), shape=None if x is None else list(x.shape), autocast=dtype_name(step.autocast), memory_format=memory_format)
-
 def _check(step, memory_format, memory, budget):
     def all_runs(step): return [_RecordedRuns(step, memory_format, shift, budget) for shift in (0., 0.01, 0.02, 0.03)]
     runs = all_runs(step)
     runs[0]('contiguous', step.autocast)
     if fewer := _fewer_items(step, budget): step,runs = fewer,all_runs(fewer)
-    conditions,elements = _conditions(step, memory_format),runs[0]('contiguous', step.autocast)[1].elements
-    need,have = _double_bytes(step, elements),_free_bytes(step.device) if memory is None else memory
+    conditions = dict(**machine(step.device), shape=next((list(t.shape) for t in tensors_in(step.inputs)), None),
+        autocast=dtype_name(step.autocast), memory_format=memory_format)
+    need = _double_bytes(step, runs[0]('contiguous', step.autocast)[1].elements)
+    have = _free_bytes(step.device) if memory is None else memory
     if need>have:
         return FormatCheck(None, f'the comparison with double precision needs about {_gib(need)} of memory, '
             f'{_gib(have)} are free: use a smaller batch', conditions=conditions)

@@ -23,7 +23,7 @@ from .internals import (autocast_devices, get_fp32_precision, set_fp32_precision
 from .layout import has_storage
 
 # %% ../nbs/11_preserve.ipynb #d024dc45
-def _followed(module_name):
+def _may_hold_state(module_name):
     "Whether objects of classes in `module_name` may hold state of a training step"
     name = module_name or ''
     top = name.partition('.')[0]
@@ -34,14 +34,14 @@ def _attrs(o):
     "The `__dict__` of `o`, or None if its attributes are not visited"
     if isinstance(o, (type, types.ModuleType)): return None
     name = o.__module__ if isinstance(o, types.FunctionType) else type(o).__module__
-    if not isinstance(o, (nn.Module, Tensor, partial)) and not _followed(name): return None
+    if not isinstance(o, (nn.Module, Tensor, partial)) and not _may_hold_state(name): return None
     d = getattr(o, '__dict__', None)
     return d if isinstance(d, dict) else None
 
 # %% ../nbs/11_preserve.ipynb #4edd88b1
 def _slots(o):
     "Names of the attributes of `o` that are in `__slots__` and have a value"
-    if isinstance(o, Tensor) or not _followed(type(o).__module__): return []
+    if isinstance(o, Tensor) or not _may_hold_state(type(o).__module__): return []
     slots = [c.__dict__.get('__slots__', ()) for c in type(o).__mro__]
     return [n for s in slots for n in ([s] if isinstance(s, str) else s) if not n.startswith('__') and hasattr(o, n)]
 
@@ -81,12 +81,12 @@ def _parts(o):
     if isinstance(o, torch.jit.ScriptModule): return [*o.parameters(recurse=False), *o.buffers(recurse=False), *o.children()]
     if isinstance(o, types.MethodType): return [o.__self__, o.__func__]
     if isinstance(o, partial): return [o.func, o.args, o.keywords]
-    if isinstance(o, types.FunctionType) and _followed(o.__module__):
+    if isinstance(o, types.FunctionType) and _may_hold_state(o.__module__):
         return [*(o.__closure__ or ()), o.__defaults__, o.__kwdefaults__]
-    if isinstance(o, types.CellType): return _cell(o)
+    if isinstance(o, types.CellType): return _cell_contents(o)
     return [getattr(o, n) for n in _slots(o)]
 
-def _cell(c):
+def _cell_contents(c):
     try: return [c.cell_contents]
     except ValueError: return [] # still empty
 
@@ -218,12 +218,12 @@ def _undo(o, values):
     if isinstance(o, (list, set, deque)): return _list_undo(o)
     if isinstance(o, np.ndarray): return _array_undo(o) if values and o.flags.writeable else None
     if isinstance(o, types.CellType):
-        return partial(setattr, o, 'cell_contents', o.cell_contents) if _cell(o) else partial(_empty, o)
+        return partial(setattr, o, 'cell_contents', o.cell_contents) if _cell_contents(o) else partial(_clear_cell, o)
     if gen := _generator_undo(o): return gen
     return _object_undo(o) if _attrs(o) is not None or _slots(o) else None
 
-def _empty(cell):
-    if _cell(cell): del cell.cell_contents
+def _clear_cell(cell):
+    if _cell_contents(cell): del cell.cell_contents
 
 # %% ../nbs/11_preserve.ipynb #37f5eb91
 def generators() -> list: # Pairs of functions that get and set a state
@@ -265,8 +265,8 @@ def _autocast_flags(): return [f for d in autocast_devices() for f in (
 def _flags():
     "Pairs of functions that get and set one setting of torch"
     b = torch.backends
-    return [*other_settings, *_autocast_flags(), (_autocast_nesting, _set_autocast_nesting), (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-        (torch.is_grad_enabled, torch.set_grad_enabled),
+    return [*other_settings, *_autocast_flags(), (_autocast_nesting, _set_autocast_nesting),
+        (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled), (torch.is_grad_enabled, torch.set_grad_enabled),
         (torch.is_anomaly_enabled, lambda v: torch.set_anomaly_enabled(v, torch.is_anomaly_check_nan_enabled())),
         (torch.is_anomaly_check_nan_enabled, lambda v: torch.set_anomaly_enabled(torch.is_anomaly_enabled(), v)),
         (torch.get_default_dtype, torch.set_default_dtype), (torch.get_num_threads, torch.set_num_threads),
@@ -302,7 +302,7 @@ class Preserved:
 
     Also if the body raises, runs out of memory or is interrupted."""
     def __init__(self,
-        *objects, # Models, optimizers, batches, or whatever holds them
+        *objects, # Models, optimizers, batches, or objects that hold them
         offload_to:str|torch.device|None=None, # Device of the copy of the values; None: the device of each tensor
         values:bool=True, # Restore the values of tensors and arrays; False: only which tensors and arrays there are
     ):

@@ -350,11 +350,11 @@ def test_without_time_randomness_is_still_seen():
         def forward(self, x): return x*(1 + (time.perf_counter_ns()%1000)/1000)
     assert 'two runs of the same step from the same seed differ' in check_formats(step_of(network(Clock())), seconds=1e-6).reason
 
-def test_one_sentence_names_the_worst_result_and_the_table_has_all():
+def test_the_sentence_has_the_largest_error_and_the_table_all():
     right,wrong = check_formats(step_of(network())),check_formats(step_of(network(Faulty())))
     for res in (right, wrong):
         worst = max((r for r in res.rows if r.verdict==res.verdict), key=lambda r: r.channels_last/r.allowed)
-        assert '\n' not in str(res) and f'the worst, {worst}, has {worst.channels_last/worst.allowed:.2g} times the allowed error' in res.reason
+        assert '\n' not in str(res) and f'the largest error is {worst.channels_last/worst.allowed:.2g} times the allowed one ({worst})' in res.reason
         lines = res.table().splitlines()
         assert len(lines)==len(res.rows)+1 and lines[0].split('  ')[0]=='verdict' and lines[1].startswith(res.verdict)
     kinds = [str(check.CheckRow(k, 'a', 'fp32', 0, 0, 1, 'OK')) for k in ('loss', 'output', 'gradient', 'weight', 'buffer')]
@@ -368,7 +368,7 @@ def test_a_result_that_is_not_finite_is_wrong():
         def __init__(self): super().__init__(); self.net,self.fault = network(),Infinite()
         def forward(self, x): return self.net(x),self.fault(self.net[0][0](x))
     res = check_formats(TrainingStep(Side(), torch.randn(8, 3, 24, 24), torch.randint(0, 4, (8,)), lambda out,y: F.cross_entropy(out[0], y)))
-    assert res.ok is False and res.wrong==['output 1'] and 'the worst, output 1 in fp32, has values that are not finite' in res.reason
+    assert res.ok is False and res.wrong==['output 1'] and 'the largest error is not finite (output 1 in fp32)' in res.reason
 
 def test_the_bar_shows_after_two_seconds(monkeypatch):
     shown = []

@@ -323,7 +323,7 @@ def test_freed_memory():
     step = make('conv2d', 'adam', warm=1)
     with unchanged_values(step), step.preserved(): step.model[0].weight.untyped_storage().resize_(0)
 
-def test_no_grad_where_there_was_none():
+def test_gradients_that_were_none_are_none_again():
     step = make()
     with unchanged(step), step.preserved(): step.run(optimizer_step=False)
     assert all(p.grad is None for p in step.model.parameters()) and not step.optimizer.state
@@ -494,7 +494,7 @@ def test_contexts_of_kernels_that_an_interrupt_left_open_are_closed():
         assert open_contexts()==([('correct', 10)], [])
     assert open_contexts()==([], [])
 
-def test_one_failure_stops_no_other(monkeypatch):
+def test_one_failure_does_not_stop_the_others(monkeypatch):
     step = make('conv2d', 'adam', warm=1)
     keep,weight = [],step.model[0].weight
     before,restore = fingerprint(step, keep=keep),preserve._TensorState.restore
@@ -511,7 +511,7 @@ def test_one_failure_stops_no_other(monkeypatch):
         raise ValueError('mine')
     assert fingerprint(step, keep=keep)==before
 
-def test_running_out_of_memory_on_the_way_in(monkeypatch):
+def test_running_out_of_memory_on_entry(monkeypatch):
     step = make('conv2d', 'adam', warm=1)
     calls = []
     def copy(t, on):
@@ -546,7 +546,7 @@ def test_values_can_be_left_out():
     with Preserved(step, values=False): step.model[0].weight.data.zero_(); step.model.more = 1
     assert step.model[0].weight.sum()==0 and not hasattr(step.model, 'more')
 
-def test_learner_and_locks_are_not_entered():
+def test_learners_and_locks_are_not_visited():
     import threading, logging
     step = make()
     class Fake: pass
@@ -746,11 +746,11 @@ def test_seed_draws_what_torch_draws():
     with step.preserved(): torch.manual_seed(5); b = step.run()
     assert torch.equal(a.outputs, b.outputs)
 
-@pytest.mark.parametrize('what', ['_array_undo','_generator_undo','_list_undo','_object_undo','_dict_undo','_restore_bytes','_empty'])
+@pytest.mark.parametrize('what', ['_array_undo','_generator_undo','_list_undo','_object_undo','_dict_undo','_restore_bytes','_clear_cell'])
 def test_sabotage_of_odd_places_is_seen(what, monkeypatch):
     "The model that keeps state everywhere"
     step,keep = make('odd', 'fastai_adam', warm=1),[]
-    if what=='_empty':
+    if what=='_clear_cell':
         def f(): return later
         step.model.f = f
         act = lambda: setattr(f.__closure__[0], 'cell_contents', 1)
@@ -763,7 +763,7 @@ def test_sabotage_of_odd_places_is_seen(what, monkeypatch):
             m.setattr(preserve, what, lambda *a: None)
             with step.preserved(): act()
         assert fingerprint(step, keep=keep)!=before
-    if what=='_empty': later = 0
+    if what=='_clear_cell': later = 0
 
 @pytest.mark.parametrize('wrap', [torch.jit.script, partial(torch.compile, backend='aot_eager')], ids=['scripted','compiled'])
 def test_scripted_and_compiled(wrap):
@@ -922,7 +922,7 @@ kinds = dict(plain=partial(get_dls, tfms=False), augmented=get_dls, workers=part
 
 @pytest.mark.parametrize('kind', kinds)
 @pytest.mark.parametrize('past', ['fresh','exhausted','in the middle'])
-def test_next_epoch_sees_what_it_would_have_seen(kind, past):
+def test_the_next_epoch_has_the_same_batches(kind, past):
     def batches(take):
         dls = kinds[kind]()
         learn = get_learner(dls)
@@ -1119,7 +1119,7 @@ def test_a_learners_batch_is_laid_out_as_in_training():
         @ChannelsLastTfm
         def encodes(self, x:Slabs): return x
 
-def test_learners_that_have_no_step():
+def test_learners_without_a_step():
     class Targetless(TorchData):
         def __getitem__(self, i): return (torch.zeros(3,8,8),)
     dl = lambda ds: torch.utils.data.DataLoader(ds, 4)
