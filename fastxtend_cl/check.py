@@ -25,7 +25,7 @@ from .layout import map_tensors, tensors_in
 from .precision import dtype_name, tf32_allowed
 from .preserve import seed_all
 from .report import Result, machine
-from .step import SameRandom, StepResult, TrainingStep
+from .step import SameRandom, StepResult, TrainingStep, double_dtype
 
 # %% ../nbs/14_check.ipynb #8394fe92
 safety_factor = 4. # An error may be this many times as large as the measured rounding
@@ -43,16 +43,12 @@ def rounding_unit(
     return relative_rounding['tf32' if tf32 else dtype_name(dtype)]
 
 # %% ../nbs/14_check.ipynb #2f25f7a9
-def _to_double(t):
-    "`t` in double precision; complex numbers keep both parts"
-    return t.detach().to(torch.promote_types(t.dtype, torch.float64))
-
 def relative_error(
     a:Tensor, # Of any dtype
     exact:Tensor, # The same in double precision
 ) -> float: # Infinite if only `a` has values that are not finite
     "Norm of the difference, relative to the norm of `exact`"
-    a,exact = _to_double(a),_to_double(exact)
+    a,exact = (t.detach().to(double_dtype(t)) for t in (a, exact))
     if a.shape!=exact.shape: return math.inf
     error = ((a-exact).norm()/exact.norm().clamp_min(1e-30)).item() if exact.norm()>0 else a.norm().item()
     return error if math.isfinite(error) else math.inf
@@ -64,7 +60,7 @@ def _compared(res):
     outputs = {f'output {i}':t for i,t in enumerate(tensors_in(res.outputs)) if inexact(t)}
     buffers = {n:b for n,b in res.buffers.items() if inexact(b)}
     parts = {'loss': {'loss': res.loss}, 'output': outputs, 'gradient': res.grads, 'weight': res.weights, 'buffer': buffers}
-    return {(kind,n):_to_double(t).to('cpu', copy=True) for kind,ts in parts.items() for n,t in ts.items()}
+    return {(kind,n):t.detach().to('cpu', double_dtype(t), copy=True) for kind,ts in parts.items() for n,t in ts.items()}
 
 def _run(step, memory_format, dtype, *hooks):
     "The results of `step` in a memory format and precision, with `hooks` on its layers"
