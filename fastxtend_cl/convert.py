@@ -6,8 +6,8 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/convert.html.md"""
 
 # %% auto #0
 __all__ = ['FormatWarning', 'NoEffectWarning', 'NoConvolutionWarning', 'convolutions', 'conv_params', 'scripted_modules',
-           'check_has_convolution', 'check_model', 'format_warnings', 'convert_format', 'apply_channels_last',
-           'apply_contiguous', 'temporarily_contiguous', 'align_optimizer_state']
+           'check_has_convolution', 'list_optimizers', 'check_model', 'format_warnings', 'convert_format',
+           'apply_channels_last', 'apply_contiguous', 'temporarily_contiguous', 'align_optimizer_state']
 
 # %% ../nbs/10_convert.ipynb #632058bc
 import warnings
@@ -21,19 +21,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .internals import storage_id
-from .layout import channels_last_formats, dense_strides, format_of, is_expanded, restride, tensors_in
+from .layout import channels_last_formats, dense_strides, format_of, has_storage, is_expanded, restride, tensors_in
+from .report import some_of
 from .ways import deadly_layers
 
 # %% ../nbs/10_convert.ipynb #a4512421
-class FormatWarning(UserWarning): "Something stays as it is, and the message says what and why"
+class FormatWarning(UserWarning): "Something was not converted or may not work; the message says what and why"
 class NoEffectWarning(FormatWarning): "A call or an argument that has no effect"
 class NoConvolutionWarning(NoEffectWarning): "A model without a convolution has nothing to convert"
 
 # %% ../nbs/10_convert.ipynb #a6df7c0e
 def convolutions(
-    model:nn.Module, # Any model, compiled or parametrized too
+    model:nn.Module, # Any model, also compiled or parametrized
 ) -> dict: # Dotted path to module
-    "Convolutions of `model` of two and three dimensions, transposed and lazy ones too"
+    "The 2-D and 3-D convolutions of `model`, including transposed and lazy ones"
     return {n:m for n,m in model.named_modules() if isinstance(m, _ConvNd) and len(m.kernel_size)>=2}
 
 # %% ../nbs/10_convert.ipynb #46fc7f34
@@ -52,57 +53,53 @@ def conv_params(
 def scripted_modules(
     model:nn.Module,
 ) -> list:
-    "The parts of `model` that are scripted, whose class tells nothing"
+    "The scripted parts of `model`, whose class does not tell what they are"
     return [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
 
 def check_has_convolution(
     model:nn.Module,
-    verb:str, # What is asked of it, such as 'check'
+    verb:str, # For the message, such as 'check'
 ):
-    "Raise a `ValueError` for a model that has no memory format: none with a convolution of two or three dimensions"
+    "Raise a `ValueError` for a model without a 2-D or 3-D convolution, which has no memory format"
     scripted = scripted_modules(model)
     if convolutions(model) or any('Conv' in m.original_name and any(p.ndim in channels_last_formats for p in m.parameters(recurse=False))
             for m in scripted): return
     raise ValueError(f'there is nothing to {verb}: {type(model).__name__} has no convolution of two or three dimensions'
         f'{" (scripted modules cannot be seen into)" if scripted else ""}')
 
-# %% ../nbs/10_convert.ipynb #ef5a82f8
-def _same_place(a, b): return (a.storage_offset(),a.shape,a.stride(),a.dtype)==(b.storage_offset(),b.shape,b.stride(),b.dtype)
-
 # %% ../nbs/10_convert.ipynb #c92b16b6
 def _sharers(model):
-    "For each tensor of `model`, by id: the different tensors of `model` that live in the same storage, itself among them"
-    ts = {id(t):t for t in (*model.parameters(), *model.buffers())
-          if not is_lazy(t) and not t.is_nested and t.layout==torch.strided and not t.is_meta
-          and not is_traceable_wrapper_subclass(t)}
+    "For each tensor of `model`, by id: the different tensors of `model` in the same storage, including itself"
     by_storage = defaultdict(list)
-    for t in ts.values(): by_storage[storage_id(t)].append(t)
-    return {id(t):g for g in by_storage.values() for t in g}
+    for t in {id(t):t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t) and has_storage(t)}.values():
+        by_storage[storage_id(t)].append(t)
+    return {id(t):group for group in by_storage.values() for t in group}
 
 # %% ../nbs/10_convert.ipynb #1f280b99
 def _obstacle(p, sharers):
-    "Why `p` cannot be given other strides, or None"
+    "Why `p` cannot be converted, or None"
     if p.is_nested: return 'it is a nested tensor'
     if p.layout!=torch.strided: return f'its layout is {p.layout}'
     if p.is_quantized: return 'it is quantized'
     if p.device.type=='cpu' and p.is_shared(): return 'it is shared with other processes'
     if p.is_meta: return 'it is on the meta device and has no values: convert again once it has'
     if is_traceable_wrapper_subclass(p): return f'it is a {type(p).__name__}, which keeps its own layout'
-    others = sharers.get(id(p), [p])
-    if not all(_same_place(p, o) for o in others): return 'it shares memory with another tensor of the model'
+    def place(t): return t.storage_offset(),t.shape,t.stride(),t.dtype
+    if any(place(o)!=place(p) for o in sharers.get(id(p), [])): return 'it shares memory with another tensor of the model'
     if p.untyped_storage().nbytes()>p.numel()*p.element_size(): return 'it is a slice of a larger buffer'
 
 # %% ../nbs/10_convert.ipynb #88244db5
-def _listify(optimizers):
-    "Check and list `optimizers`: one, several or None"
+def list_optimizers(
+    optimizers, # An optimizer, a list of them, or None
+) -> list: # Also the optimizers that wrappers keep, such as fastai's `OptimWrapper`
+    "Check and list optimizers"
     opts = [] if optimizers is None else list(optimizers) if isinstance(optimizers, (list,tuple)) else [optimizers]
-    for o in opts: # a wrapper keeps some state itself, and what it wraps keeps the rest
+    for o in opts: # a wrapper keeps some state, and the optimizer in it the rest
         opts += [inner for n in ('opt', 'optimizer') if (inner := getattr(o, '__dict__', {}).get(n)) is not None
             and not any(inner is q for q in opts)]
     for o in opts:
         if not isinstance(getattr(o, 'state', None), Mapping):
-            raise TypeError(f'optimizers takes an optimizer or a list of them, received {type(o).__name__}, '
-                'which has no `state` by parameter')
+            raise TypeError(f'optimizers must be an optimizer or a list of them, got {type(o).__name__}, which has no `state` by parameter')
     return opts
 
 def _check_lbfgs(opts):
@@ -118,34 +115,29 @@ def _followers(p, opts):
         kept += tensors_in(o.state.get(p, {}))
         slow = getattr(o, 'slow_weights', None) # fastai's Lookahead keeps these in the order of its parameters
         if slow: kept += [s for ss,ps in zip(slow, o.param_lists) for s,q in zip(ss, ps) if q is p]
-    return [t for t in {id(t):t for t in kept}.values() if t is not None and t is not p and t.shape==p.shape
-            and t.layout==torch.strided and not t.is_quantized and not is_traceable_wrapper_subclass(t)]
-
-# %% ../nbs/10_convert.ipynb #c76d97b6
-def _set_data(ts, new):
-    for t in ts: t.data = new
-
-def _set_strides(ts, stride):
-    "Give the tensors `ts`, which are one piece of memory, a new one with `stride`"
-    _set_data(ts, restride(ts[0], stride))
+    return [t for t in {id(t):t for t in kept if t is not None and t is not p}.values()
+        if has_storage(t) and not t.is_quantized and t.shape==p.shape]
 
 # %% ../nbs/10_convert.ipynb #b2061728
+def _set_memory(ts, memory):
+    for t in ts: t.data = memory
+
 def _change(changes):
-    "Make `changes`, pairs of tensors that are one and their new strides; take all back if one fails"
+    "Make `changes`, pairs of tensors that share one memory and their new strides; undo all if one fails"
     done = []
     try:
         for ts,stride in changes:
             done.append((ts, ts[0].stride(), ts[0].data if is_expanded(ts[0]) else None))
-            _set_strides(ts, stride)
+            _set_memory(ts, restride(ts[0], stride))
     except BaseException:
-        for ts,stride,old in reversed(done):
-            if old is not None: _set_data(ts, old)
-            elif any(t.stride()!=stride for t in ts): _set_strides(ts, stride)
+        for ts,stride,expanded in reversed(done):
+            if expanded is not None: _set_memory(ts, expanded)
+            elif any(t.stride()!=stride for t in ts): _set_memory(ts, restride(ts[0], stride))
         raise
 
 # %% ../nbs/10_convert.ipynb #1159f533
 def _changes(targets, opts, sharers):
-    "The changes that bring `targets`, pairs of parameter and strides, and all that follows them to their strides"
+    "The changes that give `targets`, pairs of parameter and strides, and their gradients and optimizer state these strides"
     res,seen = [],set()
     for p,stride in targets:
         aliases = sharers.get(id(p), [p])
@@ -155,123 +147,110 @@ def _changes(targets, opts, sharers):
     return res
 
 # %% ../nbs/10_convert.ipynb #a19af3d0
-def check_model(model):
+def check_model(
+    model, # Anything
+):
+    "Raise a `TypeError` for anything but a module"
     if not isinstance(model, nn.Module):
-        raise TypeError(f'a torch.nn.Module is needed, received {type(model).__name__}'
+        raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}'
             + (': pass its model, or call its own method' if hasattr(model, 'model') else ''))
 
-# %% ../nbs/10_convert.ipynb #02ceae37
 def _check_unwrapped(model, changes):
     if changes and any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise ValueError('the model is wrapped in DistributedDataParallel, whose gradient buckets keep the strides '
             'they were made with: convert it first, then wrap it')
 
 # %% ../nbs/10_convert.ipynb #5e333594
-class _ConvertOnceShaped:
-    "Forward pre-hook of a lazy convolution, gone after its first use"
-    def __call__(self, module, args):
-        self.remove(module)
-        convert_format(module, 'channels_last')
+def _convert_lazy(module, args):
+    "Forward pre-hook of a lazy convolution, removed when it is called"
+    _set_pending(module, False)
+    convert_format(module, 'channels_last')
 
-    @classmethod
-    def add(cls, module):
-        cls.remove(module)
-        module.register_forward_pre_hook(cls())
+def _is_pending(module): return _convert_lazy in module._forward_pre_hooks.values()
 
-    @classmethod
-    def on(cls, module): return any(isinstance(h, cls) for h in module._forward_pre_hooks.values())
+def _set_pending(module, pending):
+    "Convert the lazy convolution `module` in its first forward pass, or not"
+    for k,h in list(module._forward_pre_hooks.items()):
+        if h is _convert_lazy: del module._forward_pre_hooks[k]
+    if pending: module.register_forward_pre_hook(_convert_lazy)
 
-    @classmethod
-    def remove(cls, module):
-        for k,h in list(module._forward_pre_hooks.items()):
-            if isinstance(h, cls): del module._forward_pre_hooks[k]
-
-# %% ../nbs/10_convert.ipynb #541b1156
 def _lazy_convolutions(model): return [m for m in convolutions(model).values() if any(map(is_lazy, m.parameters(recurse=False)))]
-
-def _tensors(model): return list({id(t):t for t in (*model.parameters(), *model.buffers()) if format_of(t)}.values())
 
 # %% ../nbs/10_convert.ipynb #800830fe
 def format_warnings(
     model:nn.Module, # Any model; not changed
-) -> list: # Of `FormatWarning`, not yet given
-    "What `apply_channels_last` would warn of"
+) -> list: # Of `FormatWarning`
+    "The warnings of a conversion of `model` to channels last: what has no effect, and what cannot be converted"
     owned,sharers = conv_params(model),_sharers(model)
     if not owned and not _lazy_convolutions(model):
         return [NoConvolutionWarning('channels last has no effect: '
             f'{type(model).__name__} has no convolution of two or three dimensions')]
     stays = [f'{n}, because {why}' for n,p in owned.items() if (why := _obstacle(p, sharers))]
     more = f'; and {len(stays)-3} more' if len(stays)>3 else ''
-    return [FormatWarning(f'{len(stays)} of {len(owned)} convolution parameters stay as they are: '
+    return [FormatWarning(f'{len(stays)} of {len(owned)} convolution parameters cannot be converted: '
         f'{"; ".join(stays[:3])}{more}')] if stays else []
 
 # %% ../nbs/10_convert.ipynb #4bfe5c78
-def _channels_last_targets(model, sharers):
-    owned = {id(p) for p in conv_params(model).values() if not _obstacle(p, sharers)}
-    return [(p, dense_strides(p.shape, channels_last_formats[p.ndim]) if id(p) in owned else p.stride()) for p in _tensors(model)]
+def _tensors(model): return list({id(t):t for t in (*model.parameters(), *model.buffers()) if format_of(t)}.values())
 
-def _contiguous_targets(model, sharers):
+def _targets(model, to, sharers):
+    "Each tensor of `model` that has a format, with its strides in the format `to`"
     owned = {id(p) for p in conv_params(model).values()}
-    def undo(t):
-        return (id(t) in owned or t.stride()==dense_strides(t.shape, channels_last_formats[t.ndim])) and not _obstacle(t, sharers)
-    return [(t, dense_strides(t.shape) if undo(t) else t.stride()) for t in _tensors(model)]
+    def stride(t):
+        channels_last = dense_strides(t.shape, channels_last_formats[t.ndim])
+        if not (id(t) in owned or to=='contiguous' and t.stride()==channels_last) or _obstacle(t, sharers): return t.stride()
+        return channels_last if to=='channels_last' else dense_strides(t.shape)
+    return [(t, stride(t)) for t in _tensors(model)]
 
 # %% ../nbs/10_convert.ipynb #6fbf2ebf
 def convert_format(
     model:nn.Module, # Changed in place
     to:str, # 'channels_last' or 'contiguous'
-    optimizers=None, # Optimizer, or list of them, that have made steps with the parameters of `model`
+    optimizers=None, # Optimizer, or list of them, with state for the parameters of `model`
 ):
-    "What `apply_channels_last` and `apply_contiguous` do, without a warning"
-    if to not in _targets: raise ValueError(f'a model is converted to {" or ".join(map(repr, _targets))}, received {to!r}')
+    "`apply_channels_last` or `apply_contiguous`, without warnings"
+    if to not in ('channels_last', 'contiguous'): raise ValueError(f"to must be 'channels_last' or 'contiguous', got {to!r}")
     check_model(model)
-    opts,sharers = _listify(optimizers),_sharers(model)
+    opts,sharers = list_optimizers(optimizers),_sharers(model)
     if to=='channels_last': _check_lbfgs(opts)
-    changes = _changes(_targets[to](model, sharers), opts, sharers)
+    changes = _changes(_targets(model, to, sharers), opts, sharers)
     _check_unwrapped(model, changes)
     _change(changes)
-    if to=='contiguous':
-        for m in convolutions(model).values(): _ConvertOnceShaped.remove(m)
-    else:
-        for m in _lazy_convolutions(model): _ConvertOnceShaped.add(m)
-
-_targets = {'channels_last': _channels_last_targets, 'contiguous': _contiguous_targets}
+    for m in convolutions(model).values() if to=='contiguous' else _lazy_convolutions(model): _set_pending(m, to=='channels_last')
 
 # %% ../nbs/10_convert.ipynb #2105fa56
-def _deadly_warnings(model):
-    "A plain training loop on a CPU can be ended by a few kernels; a Learner's training avoids them by itself"
+def _kernel_warnings(model):
+    "Warnings of layers whose kernels can end the process in a training loop on a CPU, unless `tuned_kernels` avoids them"
     names = [n or type(model).__name__ for n in deadly_layers(model)] if any(p.device.type=='cpu' for p in model.parameters()) else []
-    if not names: return []
-    more = f' and {len(names)-3} more' if len(names)>3 else ''
-    return [FormatWarning(f'the gradient kernels of {", ".join(names[:3])}{more} can end the process in channels last on a CPU: '
-        'train inside `with tuned_kernels():`, which avoids them')]
+    return [FormatWarning(f'the gradient kernels of {some_of(names)} can end the process in channels last on a CPU: '
+        'train inside `with tuned_kernels():`, which avoids them')] if names else []
 
 # %% ../nbs/10_convert.ipynb #069d3623
 def apply_channels_last(
     model:nn.Module, # Changed in place
-    optimizers=None, # Optimizer, or list of them, that have made steps with the parameters of `model`
+    optimizers=None, # Optimizer, or list of them, with state for the parameters of `model`
 ) -> nn.Module: # The same `model`
-    """Convert what the convolutions of `model` own to channels last: 4-D parameters to `torch.channels_last`, 5-D ones
+    """Convert the parameters of the convolutions of `model` to channels last: 4-D ones to `torch.channels_last`, 5-D ones
     to `torch.channels_last_3d`
 
-    Gradients and optimizer state go along. Calling it again changes nothing, and puts right state that a checkpoint
-    brought in another format.
-    Warns with `NoConvolutionWarning` if there is nothing to convert, and with `FormatWarning` of parameters that
-    cannot be converted and of layers that need `tuned_kernels` on a CPU. Raises a `TypeError` for what is no module or optimizer, a `ValueError` for `LBFGS` and for a model
-    already inside `DistributedDataParallel`; then nothing has changed."""
+    Gradients and optimizer state are converted with them. A second call only converts state that a checkpoint has loaded
+    in another format.
+    Warns with `NoConvolutionWarning` if there is nothing to convert, and with `FormatWarning` about parameters that
+    cannot be converted and layers that need `tuned_kernels` on a CPU. Raises a `TypeError` for anything but a module and
+    optimizers, and a `ValueError` for `LBFGS` and for a model in `DistributedDataParallel`; then nothing has changed."""
     convert_format(model, 'channels_last', optimizers)
-    for w in format_warnings(model) + _deadly_warnings(model): warnings.warn(w, stacklevel=2)
+    for w in format_warnings(model) + _kernel_warnings(model): warnings.warn(w, stacklevel=2)
     return model
 
 # %% ../nbs/10_convert.ipynb #c65b8b3f
 def apply_contiguous(
     model:nn.Module, # Changed in place
-    optimizers=None, # Optimizer, or list of them, that have made steps with the parameters of `model`
+    optimizers=None, # Optimizer, or list of them, with state for the parameters of `model`
 ) -> nn.Module: # The same `model`
-    """Undo `apply_channels_last`: every parameter and buffer of `model` that is channels last becomes contiguous
+    """Undo `apply_channels_last`: convert all channels-last parameters and buffers of `model` to contiguous
 
-    That includes what `model.to(memory_format=...)` had converted. Gradients and optimizer state go along. Raises as
-    `apply_channels_last` does, except for `LBFGS`."""
+    That includes what `model.to(memory_format=...)` has converted. Gradients and optimizer state are converted with them.
+    Raises the errors of `apply_channels_last`, except for `LBFGS`."""
     convert_format(model, 'contiguous', optimizers)
     return model
 
@@ -279,25 +258,25 @@ def apply_contiguous(
 @contextmanager
 def temporarily_contiguous(
     models, # A model, or a list of them
-    optimizers=lambda: None, # Called on the way in and on the way out; returns what `apply_contiguous` takes
+    optimizers=lambda: None, # Called on entry and on exit; returns what `apply_contiguous` takes
 ):
-    "A context in which `models` and what `optimizers()` keep are contiguous"
+    "A context in which `models` and the state of `optimizers()` are contiguous"
     models = [models] if isinstance(models, nn.Module) else list(models)
-    had = [[(t,t.stride()) for t in _tensors(m)] for m in models]
-    lazy = [c for m in models for c in _lazy_convolutions(m) if _ConvertOnceShaped.on(c)]
+    before = [[(t,t.stride()) for t in _tensors(m)] for m in models]
+    pending = [c for m in models for c in _lazy_convolutions(m) if _is_pending(c)]
     try:
         for m in models: convert_format(m, 'contiguous', optimizers())
         yield
     finally:
-        for m,strides in zip(models, had): _change(_changes(strides, _listify(optimizers()), _sharers(m)))
-        for c in lazy: _ConvertOnceShaped.add(c)
+        for m,strides in zip(models, before): _change(_changes(strides, list_optimizers(optimizers()), _sharers(m)))
+        for c in pending: _set_pending(c, True)
 
 # %% ../nbs/10_convert.ipynb #f82645ef
 def align_optimizer_state(
     model:nn.Module, # Not changed
-    optimizers, # Optimizer, or list of them, that hold state for the parameters of `model`
+    optimizers, # Optimizer, or list of them, with state for the parameters of `model`
 ):
     """Give gradients and optimizer state the strides of their parameters, as after loading a checkpoint that was saved
     in another format"""
     check_model(model)
-    _change(_changes([(p, p.stride()) for p in _tensors(model)], _listify(optimizers), {}))
+    _change(_changes([(p, p.stride()) for p in _tensors(model)], list_optimizers(optimizers), {}))

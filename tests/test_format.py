@@ -1,3 +1,4 @@
+"Models, gradients and optimizer state change their format together, all or nothing, and formats are what torch says they are"
 import pickle
 import warnings
 from copy import deepcopy
@@ -13,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from helpers import (all_tensors, assert_same_snapshot, furthest, images, mixed, naive_channels_last, naive_contiguous,
     process_group, snapshot, state_follows, strides)
-from fastxtend_cl import convert as fmt
+from fastxtend_cl import convert
 from fastxtend_cl.convert import FormatWarning, NoConvolutionWarning, align_optimizer_state, apply_channels_last, apply_contiguous, temporarily_contiguous, convert_format
-from fastxtend_cl.layout import format_of
+from fastxtend_cl.layout import (as_channels_last, as_contiguous, channels_last_formats, dense_like, dense_strides, format_of, is_channels_last,
+    is_expanded, layout_of, restride, torch_format, with_strides)
 
 def formats(model): return {n:format_of(p) for n,p in model.named_parameters() if p.ndim>3}
 
@@ -123,18 +125,18 @@ def tied_by_data():
 
 def test_tied_by_data_moves_together():
     model = tied_by_data()
-    for convert,expected in ((apply_channels_last, 'channels_last'), (apply_contiguous, 'contiguous')):
-        convert(model)
+    for to,expected in ((apply_channels_last, 'channels_last'), (apply_contiguous, 'contiguous')):
+        to(model)
         assert [format_of(m.weight) for m in model]==[expected]*2
         assert model[0].weight.data_ptr()==model[1].weight.data_ptr()
         with torch.no_grad(): model[0].weight += 1
         assert torch.equal(model[0].weight, model[1].weight)
 
-def test_slices_of_a_flat_buffer_are_left_alone_and_said():
+def test_slices_of_a_flat_buffer_are_left_alone_with_a_warning():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     flat = torch.cat([m.weight.detach().flatten() for m in model[:2]])
     model[0].weight.data,model[1].weight.data = flat[:108].view(4, 3, 3, 3),flat[108:].view(4, 4, 3, 3)
-    with pytest.warns(FormatWarning, match=r'2 of 3 convolution parameters stay as they are: '
+    with pytest.warns(FormatWarning, match=r'2 of 3 convolution parameters cannot be converted: '
             r'0\.weight, because it .*memory|slice') as caught:
         apply_channels_last(model)
     assert len(caught)==1
@@ -142,14 +144,14 @@ def test_slices_of_a_flat_buffer_are_left_alone_and_said():
     flat.zero_()
     assert not model[0].weight.any() and not model[1].weight.any()
 
-def test_tied_by_a_transposed_view_is_left_alone_and_said():
+def test_tied_by_a_transposed_view_is_left_alone_with_a_warning():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3))
     model[1].weight.data = model[0].weight.data.transpose(0, 1)
     with pytest.warns(FormatWarning, match='0.weight, because it shares memory with another tensor of the model; 1.weight'):
         apply_channels_last(model)
     assert model[0].weight.data_ptr()==model[1].weight.data_ptr()
 
-def test_shared_with_other_processes_is_left_alone_and_said():
+def test_shared_with_other_processes_is_left_alone_with_a_warning():
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).share_memory()
     with pytest.warns(FormatWarning, match='0.weight, because .*shared'): apply_channels_last(model)
     assert model[0].weight.is_shared()
@@ -176,12 +178,12 @@ def left_alone(make):
     (lambda t: t.to_mkldnn(), 'its layout is torch._mkldnn'),
     (lambda t: torch.nested.nested_tensor(list(t.unbind())), 'nested'),
 ], ids=['quantized', 'sparse', 'meta', 'mkldnn', 'nested'])
-def test_weights_without_strides_to_set_are_left_alone_and_said(make, why):
+def test_weights_without_strides_to_set_are_left_alone_with_a_warning(make, why):
     model = left_alone(make)
     weight = model[0].weight
     with pytest.warns(FormatWarning) as caught: apply_channels_last(model)
     assert model[0].weight is weight and format_of(model[1].weight)=='channels_last'
-    assert [f'1 of 2 convolution parameters stay as they are: 0.weight, because' in str(w.message)
+    assert [f'1 of 2 convolution parameters cannot be converted: 0.weight, because' in str(w.message)
         and why in str(w.message) for w in caught]==[True]
     assert format_of(apply_contiguous(model)[1].weight)=='contiguous'
 
@@ -195,7 +197,7 @@ def test_a_model_with_values_after_meta_is_converted():
     model.to_empty(device='cpu')
     assert format_of(apply_channels_last(model)[0].weight)=='channels_last'
 
-def test_quantized_module_is_said_to_have_nothing_to_convert():
+def test_quantized_module_has_nothing_to_convert():
     with pytest.warns(NoConvolutionWarning): apply_channels_last(torch.ao.nn.quantized.Conv2d(3, 4, 3))
 
 # Lazy layers
@@ -229,7 +231,7 @@ def test_lazy_layers_copied_while_pending(copy):
     model(images(dtype=torch.float32))
     assert lazy_formats(model)==['channels_last']*2
 
-def test_contiguous_meanwhile_keeps_the_pending_conversion():
+def test_temporarily_contiguous_keeps_the_pending_conversion():
     model = apply_channels_last(lazy())
     with temporarily_contiguous(model): assert b'fastxtend_cl' not in pickle.dumps(model)
     model(images(dtype=torch.float32))
@@ -248,21 +250,21 @@ def test_model_without_convolution():
 
 @pytest.mark.parametrize('f', [apply_channels_last, apply_contiguous, lambda m: align_optimizer_state(m, [])])
 def test_wrong_model(f):
-    with pytest.raises(TypeError, match='a torch.nn.Module is needed, received Tensor$'): f(torch.zeros(1))
+    with pytest.raises(TypeError, match='model must be a torch.nn.Module, got Tensor$'): f(torch.zeros(1))
     holder = type('Holder', (), {'model': nn.Linear(1, 1)})()
-    with pytest.raises(TypeError, match='received Holder: pass its model, or call its own method'): f(holder)
+    with pytest.raises(TypeError, match='got Holder: pass its model, or call its own method'): f(holder)
 
 @pytest.mark.parametrize('wrong', [3, 'adam', [torch.optim.SGD([torch.zeros(1)], lr=1), 3], lambda ps: ps])
 def test_wrong_optimizer(wrong):
     model = mixed()
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r'optimizers takes an optimizer or a list of them, received (int|str|function), '
+    with pytest.raises(TypeError, match=r'optimizers must be an optimizer or a list of them, got (int|str|function), '
             r'which has no `state` by parameter'):
         apply_channels_last(model, wrong)
     assert_same_snapshot(before, snapshot(model))
 
 def test_wrong_format():
-    with pytest.raises(ValueError, match="a model is converted to 'channels_last' or 'contiguous', received 'nhwc'"):
+    with pytest.raises(ValueError, match="to must be 'channels_last' or 'contiguous', got 'nhwc'"):
         convert_format(mixed(), 'nhwc')
 
 @pytest.mark.parametrize('wrap', [lambda o: o, lambda o: OptimWrapper(opt=o)], ids=['torch', 'OptimWrapper'])
@@ -280,7 +282,7 @@ def test_lbfgs(wrap):
 def one_process_group(tmp_path):
     with process_group(init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1): yield
 
-def test_ddp_wrapped_model_is_refused_and_unchanged(one_process_group):
+def test_ddp_wrapped_model_raises_and_is_unchanged(one_process_group):
     for inner,f in ((mixed(), apply_channels_last), (apply_channels_last(mixed()), apply_contiguous)):
         model = DistributedDataParallel(inner, find_unused_parameters=True)
         before = snapshot(model)
@@ -404,10 +406,10 @@ def test_accelerates_wrapper():
 @pytest.mark.parametrize('wrap', [lambda o: o, lambda o: OptimWrapper(opt=o), lambda o: Accelerator(cpu=True).prepare(o)],
     ids=['torch', 'OptimWrapper', 'accelerate'])
 def test_each_tensor_is_moved_once(wrap, monkeypatch):
-    model,moved,restride = nn.Sequential(nn.Conv2d(3, 4, 3)),[],fmt.restride
+    model,moved,restride = nn.Sequential(nn.Conv2d(3, 4, 3)),[],convert.restride
     opt = wrap(torch.optim.AdamW(model.parameters()))
     model(images(dtype=torch.float32)).sum().backward(); opt.step()
-    monkeypatch.setattr(fmt, 'restride', lambda t,stride: (moved.append(id(t)), restride(t, stride))[1])
+    monkeypatch.setattr(convert, 'restride', lambda t,stride: (moved.append(id(t)), restride(t, stride))[1])
     apply_channels_last(model, opt)
     assert len(moved)==len(set(moved))==4
 
@@ -439,7 +441,7 @@ def trained():
 def test_a_failure_at_any_tensor_leaves_all_as_it_was(there, back, error, monkeypatch):
     model,opt = trained()
     back(model, opt)
-    before,restride,calls = snapshot(model, opt),fmt.restride,[]
+    before,restride,calls = snapshot(model, opt),convert.restride,[]
     def failing(at):
         def f(*args):
             calls.append(1)
@@ -448,7 +450,7 @@ def test_a_failure_at_any_tensor_leaves_all_as_it_was(there, back, error, monkey
         return f
     for k in range(1, 100):
         calls.clear()
-        monkeypatch.setattr(fmt, 'restride', failing(k))
+        monkeypatch.setattr(convert, 'restride', failing(k))
         try: there(model, opt)
         except error: assert_same_snapshot(before, snapshot(model, opt))
         else: break
@@ -482,12 +484,12 @@ def test_an_interrupt_between_two_tied_tensors():
 def test_a_failure_takes_back_a_gradient_that_is_expanded(buffer, monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     for m in model: m.weight.grad = buffer.expand_as(m.weight)
-    before,restride,calls = [t.stride() for t in all_tensors(model)],fmt.restride,[]
+    before,restride,calls = [t.stride() for t in all_tensors(model)],convert.restride,[]
     def fourth(*args):
         calls.append(1)
         if len(calls)==4: raise MemoryError('planted')
         return restride(*args)
-    monkeypatch.setattr(fmt, 'restride', fourth)
+    monkeypatch.setattr(convert, 'restride', fourth)
     with pytest.raises(MemoryError, match='planted'): apply_channels_last(model)
     assert [t.stride() for t in all_tensors(model)]==before
 
@@ -575,4 +577,67 @@ def strided(draw):
 def test_format_of_agrees_with_its_definition(t): assert format_of(t)==brute_format(t)
 
 def test_format_of_takes_only_tensors():
-    with pytest.raises(TypeError, match='format_of takes a torch.Tensor, received list'): format_of([1])
+    with pytest.raises(TypeError, match='t must be a torch.Tensor, got list'): format_of([1])
+
+# Layouts, compared with torch's own answers
+
+@st.composite
+def permuted(draw, min_size=1):
+    "A dense tensor of random numbers with its dimensions in any order"
+    ndim = draw(st.integers(2, 5))
+    t = torch.randn([draw(st.integers(min_size, 4)) for _ in range(ndim)])
+    return t.permute(draw(st.permutations(range(ndim))))
+
+@settings(max_examples=200, deadline=None)
+@given(permuted(min_size=0))
+def test_strides_are_those_that_torch_gives(t):
+    for memory_format in (torch.contiguous_format, *(f for n,f in channels_last_formats.items() if n==t.ndim)):
+        assert dense_strides(t.shape, memory_format)==torch.empty(t.shape, memory_format=memory_format).stride()
+    def used(stride): return [s for s,n in zip(stride, t.shape) if n>1]
+    if t.numel(): assert used(dense_like(t.shape, t.stride()))==used(torch.empty_like(t).stride())
+
+@settings(max_examples=200, deadline=None)
+@given(permuted(), st.randoms())
+def test_copies_with_other_strides(t, rng):
+    order = rng.sample(range(t.ndim), t.ndim)
+    stride = torch.empty([t.shape[d] for d in order]).permute([order.index(d) for d in range(t.ndim)]).stride()
+    for a in (restride(t, stride), with_strides(t, stride)):
+        assert torch.equal(a, t) and a.stride()==stride and a.dtype==t.dtype and not a.requires_grad
+    assert restride(t, t.stride()).data_ptr()!=t.data_ptr() and with_strides(t, t.stride()) is t
+    half = with_strides(t, stride, torch.bfloat16)
+    assert half.dtype==torch.bfloat16 and half.stride()==stride and torch.equal(half, t.bfloat16())
+
+@settings(max_examples=200, deadline=None)
+@given(permuted())
+def test_there_and_back(t):
+    there = as_channels_last(t)
+    assert torch.equal(there, t)
+    if t.ndim not in channels_last_formats: assert there is t
+    else:
+        assert format_of(there) in ('channels_last', 'ambiguous') and there.stride()==t.to(memory_format=channels_last_formats[t.ndim]).stride()
+        back = as_contiguous(there)
+        assert torch.equal(back, t) and back.stride()==dense_strides(t.shape)
+        assert as_contiguous(back) is back and (as_channels_last(there) is there or format_of(there)=='ambiguous') # of which `to` makes a copy
+
+@settings(max_examples=200, deadline=None)
+@given(strided())
+def test_order_of_any_tensor(t):
+    "A tensor with gaps is in the order in which its dense copy is; channels last beyond doubt is what torch says, with several channels"
+    dense = torch.empty_like(t)
+    assert layout_of(dense)==format_of(dense) or format_of(dense)=='neither'
+    layout = layout_of(t)
+    assert (layout is None)==(t.ndim not in (4, 5)) and (layout=='sliced')<=(format_of(t)=='neither')
+    if layout=='sliced': assert format_of(dense) in ('channels_last', 'ambiguous')
+    if layout=='contiguous': assert dense.is_contiguous()
+    several = t.ndim in (4, 5) and t.shape[1]>1 and t.stride(1)==1
+    assert is_channels_last(t)==(several and t.is_contiguous(memory_format=channels_last_formats[t.ndim]))
+    assert torch_format(t)==(channels_last_formats[t.ndim] if several else torch.contiguous_format)
+
+@settings(max_examples=200, deadline=None)
+@given(permuted(), st.data())
+def test_expanded_is_what_torch_does_not_write_to(t, data):
+    t = t[tuple(slice(0, 1) if data.draw(st.booleans()) else slice(None) for _ in t.shape)]
+    t = t.expand([n if n>1 else data.draw(st.integers(1, 3)) for n in t.shape])
+    try: t.add_(0)
+    except RuntimeError as e: assert is_expanded(t) and 'single memory location' in str(e)
+    else: assert not is_expanded(t)

@@ -1,4 +1,4 @@
-"A step runs in any format and precision, and `preserved` gives everything back, whatever happens"
+"A step runs in any format and precision, and `preserved` restores everything, whatever happens"
 import random, signal, subprocess, sys, time, types
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -75,7 +75,7 @@ def process():
         torch.get_default_dtype(), torch.get_deterministic_debug_mode(),
         torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads(), torch.is_autocast_enabled('cpu'),
         torch.get_autocast_dtype('cpu'), torch.is_autocast_enabled('cuda'),
-        torch.get_autocast_dtype('cuda'), torch.is_autocast_cache_enabled(), preserve._nesting(), b.cudnn.enabled,
+        torch.get_autocast_dtype('cuda'), torch.is_autocast_cache_enabled(), preserve._autocast_nesting(), b.cudnn.enabled,
         b.cudnn.benchmark, b.cudnn.deterministic, b.mkldnn.enabled,
         b.cuda.flash_sdp_enabled(),
         *[torch._C._get_fp32_precision_getter(d, o) for d in ('cuda','mkldnn') for o in ('matmul','conv','rnn','all')],
@@ -294,7 +294,7 @@ def test_restored(name):
     after = fingerprint(step, keep=keep)
     assert after[0]==before[0] and after==before
 
-sabotage = {'_put_back': ('weights','weights_by_data','buffers','grad_values','optimizer_state','inputs','targets'),
+sabotage = {'_restore_bytes': ('weights','weights_by_data','buffers','grad_values','optimizer_state','inputs','targets'),
     '_dict_undo': ('mode','added_buffer','plain_attribute','forward_hook','optimizer_cleared','hyper',
         'step_fields','loss','global_hook'),
     '_list_undo': ('groups',), '_TensorState.restore_memory': ('strides','dtype','new_memory'),
@@ -323,7 +323,7 @@ def test_freed_memory():
     step = make('conv2d', 'adam', warm=1)
     with unchanged_values(step), step.preserved(): step.model[0].weight.untyped_storage().resize_(0)
 
-def test_no_grad_where_there_was_none():
+def test_gradients_that_were_none_are_none_again():
     step = make()
     with unchanged(step), step.preserved(): step.run(optimizer_step=False)
     assert all(p.grad is None for p in step.model.parameters()) and not step.optimizer.state
@@ -436,29 +436,29 @@ def test_second_interrupt_waits():
             if not seen: seen.append(1); signal.raise_signal(signal.SIGINT)
             return f(*args)
         return g
-    put_back = preserve._put_back
-    preserve._put_back = interrupted(put_back)
+    restore_bytes = preserve._restore_bytes
+    preserve._restore_bytes = interrupted(restore_bytes)
     try:
         with unchanged(step), pytest.raises(KeyboardInterrupt), step.preserved(): step.run('channels_last')
         assert seen
         seen.clear()
         with unchanged(step), pytest.raises(KeyboardInterrupt) as e, step.preserved(): step.run(); raise ValueError('first')
         assert isinstance(e.value.__context__, ValueError)
-    finally: preserve._put_back = put_back
+    finally: preserve._restore_bytes = restore_bytes
 
 def test_interrupt_in_nested_exit_reaches_the_body_of_the_outer():
     step = make()
-    put_back,calls = preserve._put_back,[]
+    restore_bytes,calls = preserve._restore_bytes,[]
     def once(*a):
         if not calls: calls.append(1); signal.raise_signal(signal.SIGINT)
-        put_back(*a)
-    preserve._put_back = once
+        restore_bytes(*a)
+    preserve._restore_bytes = once
     try:
         with unchanged(step), step.preserved():
             with pytest.raises(KeyboardInterrupt), step.preserved(): step.run()
             calls.append('outer body goes on')
         assert calls==[1,'outer body goes on']
-    finally: preserve._put_back = put_back
+    finally: preserve._restore_bytes = restore_bytes
 
 @pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='needs interval timers')
 def test_interrupt_at_any_instant():
@@ -494,7 +494,7 @@ def test_contexts_of_kernels_that_an_interrupt_left_open_are_closed():
         assert open_contexts()==([('correct', 10)], [])
     assert open_contexts()==([], [])
 
-def test_one_failure_stops_no_other(monkeypatch):
+def test_one_failure_does_not_stop_the_others(monkeypatch):
     step = make('conv2d', 'adam', warm=1)
     keep,weight = [],step.model[0].weight
     before,restore = fingerprint(step, keep=keep),preserve._TensorState.restore
@@ -502,16 +502,16 @@ def test_one_failure_stops_no_other(monkeypatch):
         restore(self)
         if self.t is weight: raise RuntimeError('this one')
     monkeypatch.setattr(preserve._TensorState, 'restore', fails)
-    with pytest.raises(RuntimeError, match='1 things could not be put back as they were, the first: '
+    with pytest.raises(RuntimeError, match='1 of the saved states could not be restored; the first error: '
             'RuntimeError: this one'), step.preserved():
         step.run('channels_last')
     assert fingerprint(step, keep=keep)==before
-    with pytest.warns(RuntimeWarning, match='could not be put back'), pytest.raises(ValueError, match='mine'), step.preserved():
+    with pytest.warns(RuntimeWarning, match='could not be restored'), pytest.raises(ValueError, match='mine'), step.preserved():
         step.run()
         raise ValueError('mine')
     assert fingerprint(step, keep=keep)==before
 
-def test_running_out_of_memory_on_the_way_in(monkeypatch):
+def test_running_out_of_memory_on_entry(monkeypatch):
     step = make('conv2d', 'adam', warm=1)
     calls = []
     def copy(t, on):
@@ -546,7 +546,7 @@ def test_values_can_be_left_out():
     with Preserved(step, values=False): step.model[0].weight.data.zero_(); step.model.more = 1
     assert step.model[0].weight.sum()==0 and not hasattr(step.model, 'more')
 
-def test_learner_and_locks_are_not_entered():
+def test_learners_and_locks_are_not_visited():
     import threading, logging
     step = make()
     class Fake: pass
@@ -746,11 +746,11 @@ def test_seed_draws_what_torch_draws():
     with step.preserved(): torch.manual_seed(5); b = step.run()
     assert torch.equal(a.outputs, b.outputs)
 
-@pytest.mark.parametrize('what', ['_array_undo','_generator_undo','_list_undo','_object_undo','_dict_undo','_put_back','_empty'])
+@pytest.mark.parametrize('what', ['_array_undo','_generator_undo','_list_undo','_object_undo','_dict_undo','_restore_bytes','_clear_cell'])
 def test_sabotage_of_odd_places_is_seen(what, monkeypatch):
     "The model that keeps state everywhere"
     step,keep = make('odd', 'fastai_adam', warm=1),[]
-    if what=='_empty':
+    if what=='_clear_cell':
         def f(): return later
         step.model.f = f
         act = lambda: setattr(f.__closure__[0], 'cell_contents', 1)
@@ -763,7 +763,7 @@ def test_sabotage_of_odd_places_is_seen(what, monkeypatch):
             m.setattr(preserve, what, lambda *a: None)
             with step.preserved(): act()
         assert fingerprint(step, keep=keep)!=before
-    if what=='_empty': later = 0
+    if what=='_clear_cell': later = 0
 
 @pytest.mark.parametrize('wrap', [torch.jit.script, partial(torch.compile, backend='aot_eager')], ids=['scripted','compiled'])
 def test_scripted_and_compiled(wrap):
@@ -800,8 +800,8 @@ def test_keep():
 # ---- bad input ----
 
 @pytest.mark.parametrize('loss,error,text', [
-    (lambda o,t: 3., TypeError, 'the loss is a tensor with one number, received float'),
-    (lambda o,t: o, ValueError, r'received the shape \(4, 4\): reduce it'),
+    (lambda o,t: 3., TypeError, 'the loss must be a tensor with one element, got float'),
+    (lambda o,t: o, ValueError, r'got the shape \(4, 4\): reduce it'),
     (lambda o,t: o.sum()*float('inf'), ValueError, 'the loss is (inf|-inf): check learning rate, data and precision'),
     (lambda o,t: o.detach().sum(), ValueError, 'the loss has no gradient'),
     (lambda o,t: (o.sum()*0).log()-float('inf')+float('nan'), ValueError, 'the loss is nan')])
@@ -811,22 +811,22 @@ def test_bad_loss(loss, error, text):
     with unchanged(step), pytest.raises(error, match=text), step.preserved(): step.run()
 
 @pytest.mark.parametrize('kwargs,error,text',
-    [(dict(memory_format='nhwc'), ValueError, "memory_format is 'contiguous', 'channels_last' or None, received 'nhwc'"),
-        (dict(dtype='fp16'), ValueError, "dtype is 'as is', None, .* received 'fp16'"),
-    (dict(dtype=torch.int8), ValueError, 'received torch.int8'),
-    (dict(keep='all'), ValueError, "keep is 'loss', 'grads' or 'state', received 'all'")])
+    [(dict(memory_format='nhwc'), ValueError, "memory_format must be 'contiguous', 'channels_last' or None, got 'nhwc'"),
+        (dict(dtype='fp16'), ValueError, "dtype must be 'as is', .* got 'fp16'"),
+    (dict(dtype=torch.int8), ValueError, 'got torch.int8'),
+    (dict(keep='all'), ValueError, "keep must be 'loss', 'grads' or 'state', got 'all'")])
 def test_bad_arguments(kwargs, error, text):
     step = make(warm=1)
     with unchanged(step), pytest.raises(error, match=text): step.run(**kwargs)
 
 def test_bad_parts():
     net,x,y = nn.Conv2d(3, 4, 3),torch.zeros(1, 3, 4, 4),torch.zeros(1)
-    with pytest.raises(TypeError, match='a torch.nn.Module is needed, received function'): TrainingStep(conv2d, x, y, nn.MSELoss())
-    with pytest.raises(TypeError, match='loss_func is a function of the output and the targets, received NoneType'):
+    with pytest.raises(TypeError, match='model must be a torch.nn.Module, got function'): TrainingStep(conv2d, x, y, nn.MSELoss())
+    with pytest.raises(TypeError, match='loss_func must be a function of the output and the targets, got NoneType'):
         TrainingStep(net, x, y, None)
-    with pytest.raises(TypeError, match='optimizer is an object with a `step`, or None, received str'):
+    with pytest.raises(TypeError, match='optimizer must have a method `step` or be None, got str'):
         TrainingStep(net, x, y, nn.MSELoss(), 'adam')
-    with pytest.raises(ValueError, match="autocast is torch.float16, torch.bfloat16 or None, received 'bf16'"):
+    with pytest.raises(ValueError, match="autocast must be None, torch.float16 or torch.bfloat16, got 'bf16'"):
         TrainingStep(net, x, y, nn.MSELoss(), autocast='bf16')
     assert TrainingStep(net, x, y, nn.MSELoss()).inputs==(x,) and TrainingStep(net, [x], (y,), nn.MSELoss()).inputs==([x],)
 
@@ -836,11 +836,11 @@ def test_no_autocast_on_this_device():
 
 def test_repr():
     step = plain(torch.bfloat16)
-    assert (repr(step)==str(step)=='TrainingStep(Sequential on cpu, inputs (4, 3, 8, 8) float32 contiguous, '
-        'targets (4,) int64, CrossEntropyLoss, SGD, autocast bfloat16)')
+    assert (repr(step)==str(step)=='TrainingStep(Sequential on cpu, inputs (4, 3, 8, 8) fp32 contiguous, '
+        'targets (4,) int64, CrossEntropyLoss, SGD, autocast bf16)')
     step = TrainingStep(step.model, (torch.zeros(1, 3, 4, 5).to(memory_format=torch.channels_last), None), (),
         lambda o: o.sum(), fo.Adam(step.model.parameters(), 1.))
-    assert (repr(step)=='TrainingStep(Sequential on cpu, inputs (1, 3, 4, 5) float32 channels_last, NoneType, '
+    assert (repr(step)=='TrainingStep(Sequential on cpu, inputs (1, 3, 4, 5) fp32 channels_last, NoneType, '
         'targets None, test_repr.<locals>.<lambda>, Optimizer, no autocast)')
 
 def test_needs_no_fastai(root):
@@ -850,8 +850,8 @@ def test_needs_no_fastai(root):
 # ---- on a GPU ----
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('on', [None,'cpu'])
-def test_on_a_gpu(on):
+@pytest.mark.parametrize('offload_to', [None,'cpu'])
+def test_on_a_gpu(offload_to):
     torch.manual_seed(0)
     net = conv2d().cuda()
     step = TrainingStep(net, torch.randn(4, 3, 8, 8, device='cuda'), torch.randint(4, (4,), device='cuda'),
@@ -864,8 +864,8 @@ def test_on_a_gpu(on):
         return ([o.cpu()] if isinstance(o, Tensor) else
             [x for v in (o.values() if isinstance(o, dict) else o) for x in flat(v)] if isinstance(o, (dict, list)) else [o])
     before = flat(state())
-    with pytest.raises(torch.OutOfMemoryError), step.preserved(offload_to=on) as p:
-        assert all(c.device.type==(on or 'cuda') for (s,_,_),c in p._copies if s.device.type=='cuda')
+    with pytest.raises(torch.OutOfMemoryError), step.preserved(offload_to=offload_to) as p:
+        assert all(c.device.type==(offload_to or 'cuda') for (s,_,_),c in p._copies if s.device.type=='cuda')
         for fmt in ('contiguous','channels_last'):
             for dtype in ('as is', None, torch.bfloat16): step.run(fmt, dtype, seed=0)
         b.cuda.matmul.allow_tf32,b.cudnn.benchmark = not b.cuda.matmul.allow_tf32,not b.cudnn.benchmark
@@ -922,7 +922,7 @@ kinds = dict(plain=partial(get_dls, tfms=False), augmented=get_dls, workers=part
 
 @pytest.mark.parametrize('kind', kinds)
 @pytest.mark.parametrize('past', ['fresh','exhausted','in the middle'])
-def test_next_epoch_sees_what_it_would_have_seen(kind, past):
+def test_the_next_epoch_has_the_same_batches(kind, past):
     def batches(take):
         dls = kinds[kind]()
         learn = get_learner(dls)
@@ -1119,7 +1119,7 @@ def test_a_learners_batch_is_laid_out_as_in_training():
         @ChannelsLastTfm
         def encodes(self, x:Slabs): return x
 
-def test_learners_that_have_no_step():
+def test_learners_without_a_step():
     class Targetless(TorchData):
         def __getitem__(self, i): return (torch.zeros(3,8,8),)
     dl = lambda ds: torch.utils.data.DataLoader(ds, 4)
@@ -1137,7 +1137,7 @@ def test_learners_that_have_no_step():
         with unchanged(learn), pytest.raises(ValueError, match=text): TrainingStep.from_learner(learn)
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-def test_gradients_of_another_dtype_are_put_back(dtype):
+def test_gradients_of_another_dtype_are_restored(dtype):
     "The user's own body may change the dtype of the model"
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4*36, 2))
     step = TrainingStep(model, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), nn.functional.cross_entropy)
