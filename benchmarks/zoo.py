@@ -243,14 +243,14 @@ class Child:
 def shared_runs():
     "Contiguous runs of a check, those in double precision among them, serve the check of the naive conversion too"
     from fastxtend_cl import check
-    class Shared(check._Runs):
+    class Shared(check._RecordedRuns):
         kept = {}
-        def watched(self, memory_format, dtype, *watches):
+        def record(self, memory_format, dtype, *watches):
             k = (self.shift, memory_format, dtype, *(w.seed for w in watches))
-            if memory_format=='channels_last': return super().watched(memory_format, dtype, *watches)
-            if k not in self.kept: self.kept[k] = super().watched(memory_format, dtype, *watches)
+            if memory_format=='channels_last': return super().record(memory_format, dtype, *watches)
+            if k not in self.kept: self.kept[k] = super().record(memory_format, dtype, *watches)
             return self.kept[k]
-    check._Runs = Shared
+    check._RecordedRuns = Shared
     return Shared
 
 def child(conn, *args, no_check):

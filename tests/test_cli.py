@@ -85,7 +85,7 @@ def test_bench_check_leaves_out_the_wrong(own, capsys):
 def test_slow_commands_print_nothing_but_json(own, capsys, monkeypatch, command):
     "As if all took longer than the two seconds after which a bar is shown"
     from fastxtend_cl import check, trace
-    monkeypatch.setattr(check._Pace, 'wall', lambda self: 3.)
+    monkeypatch.setattr(check._TimeBudget, 'wall', lambda self: 3.)
     make = trace._Costs.__init__
     monkeypatch.setattr(trace._Costs, '__init__', lambda self, device, budget: make(self, device, 3.))
     assert main([command[0], 'own_models:right', *command[1:], '--json', *tiny])==0
