@@ -49,9 +49,7 @@ class Arm:
         if self.setup is not None and not callable(self.setup):
             raise TypeError(f'the arm {self.name!r} must be a function of the step, got {type(self.setup).__name__}')
 
-    def autocast(self,
-        step:TrainingStep,
-    ) -> torch.dtype|None:
+    def autocast(self, step:TrainingStep) -> torch.dtype|None:
         "The dtype for autocast in which `step` computes in this arm"
         return step.autocast if isinstance(self.dtype, str) else self.dtype
 
@@ -69,17 +67,13 @@ def _format(step, arm):
     found = {format_of(t) for t in (*conv_params(step.model).values(), *tensors_in(step.inputs))} - {None, 'ambiguous'}
     return found.pop() if len(found)==1 else 'mixed' if found else 'contiguous'
 
-def setting_of(
-    step:TrainingStep, arm:Arm,
-) -> tuple: # Memory format ('mixed' if there are both), dtype for autocast, with tuned kernels?, compiled?
-    "What `step` computes in with `arm`"
+def setting_of(step:TrainingStep, arm:Arm) -> tuple:
+    "What `step` computes in with `arm`: memory format ('mixed' if there are both), dtype for autocast, whether tuned, whether compiled"
     tuned = step.kernels=='tuned' if arm.tuned is None else arm.tuned
     return _format(step, arm),arm.autocast(step),bool(tuned and can_tune(step.model, step.device)),arm.compile
 
-def baseline_name(
-    step:TrainingStep, baseline:Arm,
-) -> str: # As `setting_name`
-    "Name of the setting that `step` has"
+def baseline_name(step:TrainingStep, baseline:Arm) -> str:
+    "Name of the setting that `step` has, as `setting_name` makes it"
     memory_format,dtype,*more = setting_of(step, baseline)
     return setting_name(memory_format, precision_name(step.model, dtype), *more)
 
@@ -123,14 +117,8 @@ def _as_arm(o, known):
 
 def _promise(a): return a.compile,a.memory_format!='channels_last',a.dtype is None,not a.tuned
 
-def chosen_arms(
-    step:TrainingStep,
-    arms, # As of `bench_formats`
-    compile:bool, # As of `usual_arms`
-    baseline:Arm,
-    keep_memory:bool|None=None, # Of arms that leave it open
-) -> list: # `Arm`s
-    "The arms that are compared with the baseline; by default the most promising first"
+def chosen_arms(step:TrainingStep, arms, compile:bool, baseline:Arm, keep_memory:bool|None=None) -> list:
+    "The `Arm`s that are compared with the baseline, of arguments of `bench_formats`; by default the most promising first"
     if arms is None:
         own = setting_of(step, baseline)
         res = sorted((a for a in usual_arms(step, compile, baseline) if setting_of(step, a)!=own), key=_promise)
@@ -161,12 +149,8 @@ def _train(step, dtype):
     if zero: zero()
     return step.run(dtype=dtype, keep='loss', zero_grad=zero is None)
 
-def timed_step(
-    step:TrainingStep,
-    dtype:torch.dtype|None, # For autocast
-    inference:bool, # The forward pass alone
-): # A function without arguments
-    "What is timed"
+def timed_step(step:TrainingStep, dtype:torch.dtype|None, inference:bool):
+    "What is timed: a function without arguments that makes a training step, or computes the forward pass alone"
     return partial(_infer if inference else _train, step, dtype)
 
 @dataclass
@@ -232,7 +216,7 @@ def _first(step, kept, f):
     kept.outcome = _outcome(step, _scaled_step(step, kept, f))
     _check_finite(kept.outcome)
 
-# %% ../nbs/18_arms.ipynb #b7c424cd
+# %% ../nbs/18_arms.ipynb #0b84ff6c
 @contextmanager
 def _memory(keep, kept):
     "The allocator as in a process that always keeps memory, or always gives it back; None: as it is"
@@ -254,12 +238,8 @@ class StepArm(TimedArm):
         "The same arm once more"
         return StepArm(f'{self.name} (repeat)', self.run, arm=self.arm, kept=self.kept)
 
-def step_arm(
-    step:TrainingStep, arm:Arm,
-    inference:bool, # The forward pass alone
-    offload_to:str|torch.device|None=None, # As of `TrainingStep.preserved`
-) -> StepArm:
-    "`arm`, ready to be measured"
+def step_arm(step:TrainingStep, arm:Arm, inference:bool, offload_to:str|torch.device|None=None) -> StepArm:
+    "`arm`, ready to be measured; `offload_to` is that of `TrainingStep.preserved`"
     kept = Kept()
     def run(body):
         with _memory(arm.keep_memory, kept), step.preserved(offload_to=offload_to):
@@ -286,11 +266,10 @@ def _rounding(step, arm):
 class _OutOfTime(Exception): pass
 
 class Judge:
-    "Fails an arm that differs from the baseline by more than rounding explains; leaves it out if its time is over before that is known"
-    def __init__(self,
-        step:TrainingStep,
-        base:StepArm, # After its first step
-    ): self.step,self.base,self.at_point,self.moved,self.over = step,base,{0: base.kept.outcome},{},None
+    """Fails an arm that differs from the baseline by more than rounding explains, and leaves it out if its time is over before that is known
+
+    Both have made their first step."""
+    def __init__(self, step:TrainingStep, base:StepArm): self.step,self.base,self.at_point,self.moved,self.over = step,base,{0: base.kept.outcome},{},None
 
     def at(self, arm, point, unit=0., seed=0):
         "Outcome of an arm at a point, with planted errors of size `unit`; None if it fails there"
@@ -316,11 +295,8 @@ class Judge:
             self.moved[key] = {n: max(o.get(n, math.inf) for o in found) for n in out}
         return out,self.moved.get(key)
 
-    def __call__(self,
-        arm:StepArm, # After its first step
-        over:Callable=lambda: False, # Whether its time is over
-    ):
-        self.over = over
+    def __call__(self, arm:StepArm, over:Callable=lambda: False):
+        self.over = over # whether its time is over
         try: off = self.differing(arm)
         except _OutOfTime: arm.left_out = True; return
         try: attempt(self.reject, arm.kept.outcome, off)

@@ -96,7 +96,7 @@ def reason(self:FormatBench) -> str:
     if not others: return f'there is no other arm to compare {baseline} with'
     if all(r.verdict=='failed' for r in others): return 'all other arms failed'
     left,seconds = sum(r.left_out for r in others),self.conditions.get('enough')
-    found = f'not enough time for {left} of {plural(len(others), "arm")}' if left else _needed(min(r.pairs for r in self.rows if r.verdict!='failed'))
+    found = f'not enough time for {plural(left, "arm")}' if left else _needed(min(r.pairs for r in self.rows if r.verdict!='failed'))
     return found + (f': try seconds={seconds}' if seconds and not self.interrupted else '')
 
 @patch
@@ -151,7 +151,7 @@ def conditions_line(self:FormatBench) -> str:
     words = [c.get('device_name'),
         plural(c['threads'], 'thread') if 'threads' in c and 'cuda' not in c.get('device', '') else None,
         f"torch {c['torch']}" if 'torch' in c else None, 'x'.join(map(str, c.get('shape') or ())), c.get('optimizer'),
-        f"{plural(self.baseline.pairs, 'round')} of {c['block']} steps, the first dropped" if 'block' in c else None,
+        f"{plural(self.baseline.pairs, 'round')} of {c['block']} steps, the first dropped" if c.get('block') else None,
         f'measured in {self.seconds:.0f} s']
     return ', '.join(filter(None, words))
 
@@ -224,7 +224,7 @@ def _drift_notes(base, before, after):
 def _result(arms, conditions, before, deadline, interrupted):
     (rows,noise),enough,after = _rows(arms),seconds_for_all(arms, deadline),state_of(conditions['device'])
     notes = _noise_notes(noise) + _drift_notes(arms[0], before, after)
-    if left := [r.arm for r in rows if r.left_out]: notes.append(f'Not enough time for {", ".join(left)}: try seconds={enough}.')
+    if left := [r.arm for r in rows if r.left_out]: notes.append(f'Left out for lack of time: {"; ".join(left)} (seconds={enough} is enough for all).')
     conditions |= dict(**settings_of(conditions['device']), ranks=world_size(), before=before, after=after, seconds=deadline.seconds, enough=enough)
     return FormatBench(rows, noise, conditions, deadline.spent, interrupted, notes=notes)
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .layout import as_channels_last, as_contiguous
-from .timing import Clock, device_clock
+from .timing import device_clock
 
 # %% ../nbs/17_limits.ipynb #bffb0765
 @contextmanager
@@ -52,8 +52,8 @@ def peak_memory(
     return _peak_on_cpu(f) if device.type=='cpu' else None
 
 # %% ../nbs/17_limits.ipynb #2f1aa719
-def _conv_backward_flops(grad_shape, x_shape, w_shape, bias, stride, padding, dilation, transposed, output_padding,
-        groups, output_mask, out_shape=None, **kwargs):
+def _conv_backward_flops(grad_shape, x_shape, w_shape, *args, **kwargs):
+    _,_,_,_,transposed,_,_,output_mask = args # bias, stride, padding, dilation, transposed, output_padding, groups, output_mask
     spatial = (x_shape if transposed else grad_shape)[2:]
     return 2*x_shape[0]*math.prod(w_shape)*math.prod(spatial)*(int(output_mask[0])+int(output_mask[1]))
 
@@ -90,14 +90,11 @@ def count_bytes(
 @torch.no_grad()
 def peak_bandwidth(
     device:str|torch.device,
-    mib:int|None=None, # Of the tensor, larger than any cache; None: 64 on a CPU, else 512
-    clock:Clock|None=None,
 ) -> float: # Bytes per second, read and written
-    "What `device` reaches when it copies a tensor, best of several tries"
-    clock,mib = clock or device_clock(device),mib or (64 if torch.device(device).type=='cpu' else 512)
-    x = torch.zeros(mib<<18, device=device)
+    "What `device` reaches when it copies a tensor that is larger than any cache, best of several tries"
+    x = torch.zeros((64 if torch.device(device).type=='cpu' else 512)<<18, device=device)
     y = torch.empty_like(x)
-    times = [t for t in clock.steps(lambda: y.copy_(x), 8)[0][1:] if t>0]
+    times = [t for t in device_clock(device).steps(lambda: y.copy_(x), 8)[0][1:] if t>0]
     return float(2*x.nbytes/min(times)) if times else 0.
 
 @torch.no_grad()
@@ -105,10 +102,9 @@ def peak_flops(
     device:str|torch.device,
     dtype:torch.dtype=torch.float32,
     seconds:float=0.5, # About
-    clock:Clock|None=None,
 ) -> float: # FLOP/s
     "What `device` reaches on a 3x3 convolution of 256 channels in `dtype`, in its better format and best of several tries"
-    clock,best,n = clock or device_clock(device),0.,4
+    clock,best,n = device_clock(device),0.,4
     gen = torch.Generator(device).manual_seed(0) # the global generator is not touched
     w = torch.randn(256, 256, 3, 3, device=device, generator=gen).to(dtype)
     start = clock.now()

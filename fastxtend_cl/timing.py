@@ -30,12 +30,12 @@ class Clock:
     def cpu(self): return time.process_time()
 
     def wait(self):
-        "Until the device has done what it was told to"
+        "Wait until the device has finished"
         if self.device.type!='cpu': torch.accelerator.synchronize(self.device)
 
     def steps(self,
-        f, # What is timed
-        n:int, # How often
+        f, # A function without arguments
+        n:int, # Calls
         until:float|None=None, # Time of this clock after which no further call is made
     ) -> np.ndarray: # Seconds, and CPU seconds, of each call: two rows
         "Time `n` calls of `f`"
@@ -49,7 +49,7 @@ class Clock:
 
 # %% ../nbs/13_timing.ipynb #dba6a143
 class CudaClock(Clock):
-    "Events of a GPU; the processor need not wait between steps"
+    "Events of a GPU, so that the processor need not wait between steps"
     def steps(self, f, n, until=None):
         with torch.cuda.device(self.device):
             self.wait()
@@ -83,10 +83,8 @@ def _error(n, k):
 @cache
 def _kth(n, error=3e-4): return max(k for k in range(1, n//2) if k==1 or _error(n, k)<=error)
 
-def next_look(
-    n:int, # Rounds
-) -> float: # Infinite after the last
-    "The number of rounds after `n` at which something is decided next"
+def next_look(n:int) -> float:
+    "The number of rounds after `n` at which something is decided next; infinite after the last"
     return next((o for o in looks if o>n), math.inf)
 
 def interval(
@@ -100,10 +98,8 @@ def interval(
     pairs,k = np.sort(np.asarray(pairs[:n], float)),_kth(n, error)
     return float(np.median(pairs)),float(pairs[k-1]),float(pairs[-k])
 
-def noise_of(
-    pairs, # Ratios of two identical arms
-) -> tuple|None: # Low, high; None before the first look
-    "How far apart two identical arms are: an interval of 95 % at each look"
+def noise_of(pairs) -> tuple|None: # Low, high; None before the first look
+    "How far apart two identical arms are, by their ratios: an interval of 95 % at each look"
     return interval(pairs, 0.05)[1:] if len(pairs)>=least_pairs else None
 
 # %% ../nbs/13_timing.ipynb #ffdee879
@@ -118,9 +114,7 @@ def verdict_of(
 # %% ../nbs/13_timing.ipynb #60d854f7
 class ArmFailed(Exception): "An arm cannot be measured; the message says why"
 
-def why_failed(
-    e:Exception,
-) -> str:
+def why_failed(e:Exception) -> str:
     "An exception in one line"
     if isinstance(e, ArmFailed): return str(e)
     text = (str(e).strip().splitlines() or [''])[0]
@@ -148,9 +142,7 @@ def attempt(f, *args):
         raise ArmFailed(failed[0])
     return res
 
-def slowest(
-    times:np.ndarray,
-) -> np.ndarray:
+def slowest(times:np.ndarray) -> np.ndarray:
     "The largest of each of `times` over the ranks; a clock that went backwards on any rank shows"
     ts = np.stack(all_ranks(times))
     return np.where((ts<=0).any(0), ts.min(0), ts.max(0))
@@ -176,10 +168,7 @@ class Schedule:
 
 class Deadline:
     "`seconds` from now on; the slowest rank decides for all"
-    def __init__(self,
-        seconds:float,
-        clock:Clock,
-    ): self.seconds,self.clock,self.start,self._spent = seconds,clock,clock.now(),0.
+    def __init__(self, seconds:float, clock:Clock): self.seconds,self.clock,self.start,self._spent = seconds,clock,clock.now(),0.
 
     @property
     def spent(self):
@@ -227,13 +216,8 @@ class TimedArm:
         return block*float(np.mean(self.walls[-2:])) if self.walls else 1.2*(block*max(0., self.step) + self.extra)
 
 # %% ../nbs/13_timing.ipynb #1492c14a
-def warm_up(
-    arm:TimedArm, deadline:Deadline,
-    seconds:float=10., # At most
-    reserve:float=0., # Seconds that it leaves of the deadline
-    most:int=10, # Steps
-):
-    "Run the first steps of an arm"
+def warm_up(arm:TimedArm, deadline:Deadline, seconds:float=10., reserve:float=0., most:int=10):
+    "Run the first steps of an arm: at most `most`, for at most `seconds`, and until `reserve` seconds are left"
     clock = deadline.clock
     def body(f):
         def step(g): return float(slowest(attempt(clock.steps, g, 1))[0,0])
@@ -252,12 +236,8 @@ def warm_up(
     arm.prepared = deadline.spent-begun
 
 # %% ../nbs/13_timing.ipynb #7da40944
-def run_block(
-    arm:TimedArm, deadline:Deadline,
-    n:int, # Steps, of which the first does not count
-    i:int, # Round
-):
-    "Measure a block of an arm"
+def run_block(arm:TimedArm, deadline:Deadline, n:int, i:int):
+    "Round `i` of an arm: `n` steps, of which the first does not count"
     start = deadline.clock.now()
     times = arm.attempt(lambda f: slowest(attempt(deadline.clock.steps, f, n, deadline.until)))
     wall = max(0., *all_ranks(deadline.clock.now()-start))
@@ -267,27 +247,18 @@ def run_block(
     if (times[0]<=0).any(): arm.backwards += 1; return
     arm.seconds[i],arm.cpu[i] = (float(np.median(t[1:])) for t in times)
 
-def pairs_of(
-    base:dict, other:dict, # Round to seconds
-) -> list:
-    "Ratios of the rounds that both have"
+def pairs_of(base:dict, other:dict) -> list:
+    "Ratios of the rounds that both have, each a dict of round to seconds"
     return [s/other[i] for i,s in base.items() if i in other]
 
-def is_converged(
-    base:TimedArm, arm:TimedArm,
-    rel_tol:float,
-    error:float=3e-4, # Of a look after the first
-) -> bool:
+def is_converged(base:TimedArm, arm:TimedArm, rel_tol:float, error:float=3e-4) -> bool:
     "Whether more rounds would not change the verdict on an arm: its interval is narrow, or far below 1"
     mid,low,high = interval(pairs_of(base.seconds, arm.seconds) or [1.], error)
     return high-low<=rel_tol*mid or high<0.9
 
 # %% ../nbs/13_timing.ipynb #3420126a
-def block_size(
-    arms:list,
-    seconds:float, # For all rounds
-) -> int:
-    "Steps of a block of each of `arms`"
+def block_size(arms:list, seconds:float) -> int:
+    "Steps of a block of each of `arms`, with `seconds` for all rounds"
     arms = [a for a in arms if a.live]
     step,extra,most = sum(a.step for a in arms),sum(a.extra for a in arms),max(5, 0.2//max(*(a.step for a in arms), 1e-9))
     fits = {n: int(min((seconds/(1.2*n)-extra)/max(step, 1e-9), most, 50)) for n in looks[:5]} # more rounds come by themselves
@@ -298,9 +269,7 @@ def block_size(
 # %% ../nbs/13_timing.ipynb #6c7c198b
 class Progress:
     "A progress bar in percent; the first rank shows it"
-    def __init__(self,
-        show:bool,
-    ):
+    def __init__(self, show:bool):
         self.bar = progress_bar(range(100), leave=False) if show and not (world_size()>1 and dist.get_rank()) else None
         if self.bar: self.bar.update(0)
     def at(self, share):
@@ -309,22 +278,12 @@ class Progress:
         if self.bar: self.bar.update(100)
 
 # %% ../nbs/13_timing.ipynb #bbe0b2a6
-def leave_out(
-    arms:list, # The baseline and its repeat first; they stay
-    rounds:int, block:int,
-    seconds:float,
-    least:int=0, # Arms that stay besides
-):
-    "Leave out the slowest arms, until `rounds` of the others fit into `seconds`"
+def leave_out(arms:list, rounds:int, block:int, seconds:float, least:int=0):
+    "Leave out the slowest arms, until `rounds` of the others fit into `seconds`; the baseline, its repeat, and `least` others stay"
     while len(live := [a for a in arms[2:] if a.live])>least and rounds*sum(a.cost(block) for a in arms if a.live)>seconds:
         max(live, key=lambda a: a.step).left_out = True
 
-def race(
-    arms:list, # The baseline and its repeat first
-    deadline:Deadline,
-    schedule:Schedule, # With a `block`
-    progress:Progress,
-):
+def race(arms:list, deadline:Deadline, schedule:Schedule, progress:Progress):
     "Measure round after round, until all arms have converged, the rounds are done, or no further look fits"
     rng,base,block = random.Random(schedule.seed),arms[0],schedule.block
     for i in range(schedule.rounds):
@@ -343,13 +302,8 @@ def race(
         elif (next_look(i+1)-i-1)*block*cost>left-schedule.reserve: return
 
 # %% ../nbs/13_timing.ipynb #1d193c4f
-def prepare(
-    arms:list, # The baseline and its repeat first; the repeat needs no preparation
-    deadline:Deadline,
-    block:int=2, # Steps of the blocks to come
-    judge_of:Callable|None=None, # As of `measure`
-):
-    "Warm up as many of `arms` as eight rounds fit for"
+def prepare(arms:list, deadline:Deadline, block:int=2, judge_of:Callable|None=None):
+    "Warm up as many of `arms` as eight rounds fit for, in blocks of `block` steps; `judge_of` is that of `measure`"
     base,repeat,*others = arms
     most = deadline.seconds/(4*len(arms))
     warm_up(base, deadline, most)
@@ -369,15 +323,13 @@ def prepare(
         if arm.live: ready.append(arm)
     leave_out(ready, least_pairs, block, deadline.left)
 
-def seconds_for_all(
-    arms:list, deadline:Deadline,
-) -> int:
+def seconds_for_all(arms:list, deadline:Deadline) -> int:
     "About what a verdict on all of `arms` takes, and half as much again"
     base = arms[0]
     rest = sum(a.prepared for a in arms) + least_pairs*sum((a if a.warm else base).cost(2) for a in arms if not a.failed)
     return 10*math.ceil(max(1.5*rest, 1.2*deadline.seconds)/10)
 
-# %% ../nbs/13_timing.ipynb #d73380b1
+# %% ../nbs/13_timing.ipynb #cb6b87b2
 def measure(
     arms:list, # `TimedArm`s: the baseline, its repeat, and the others
     deadline:Deadline, schedule:Schedule,
