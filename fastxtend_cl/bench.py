@@ -208,11 +208,11 @@ def _rows(arms):
 
 # %% ../nbs/19_bench.ipynb #a6aa2827
 def _noise_notes(noise):
-    if noise is None: return []
-    low,high = noise
-    odd = not low<=1<=high and max(abs(low-1), abs(high-1))>0.02
-    return ([f'The baseline and its repeat differ by more than chance ({low:.3f} to {high:.3f}): only larger differences count.'] if odd else []) + (
-        ['The machine was too busy to resolve small differences: close other programs, or raise `seconds`.'] if high-low>0.1 else [])
+    res,(low,high) = [],noise or (1., 1.)
+    if not low<=1<=high and max(abs(low-1), abs(high-1))>0.02:
+        res.append(f'The baseline and its repeat differ by more than chance ({low:.3f} to {high:.3f}): only larger differences count.')
+    if high-low>0.1: res.append('The machine was too busy to resolve small differences: close other programs, or raise `seconds`.')
+    return res
 
 def _drift_notes(base, before, after):
     "On a GPU whose clock changed, or a machine that became slower or faster meanwhile"
