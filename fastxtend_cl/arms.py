@@ -6,7 +6,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/arms.html.md"""
 
 # %% auto #0
 __all__ = ['Arm', 'setting_name', 'setting_of', 'baseline_name', 'format_arms', 'usual_arms', 'chosen_arms', 'compile_alone',
-           'timed_step', 'Kept', 'StepArm', 'step_arm', 'Judge']
+           'timed_step', 'ArmState', 'StepArm', 'step_arm', 'Judge']
 
 # %% ../nbs/18_arms.ipynb #4f9b4a43
 import inspect, math, zlib
@@ -154,7 +154,7 @@ def timed_step(step:TrainingStep, dtype:torch.dtype|None, inference:bool):
     return partial(_infer if inference else _train, step, dtype)
 
 @dataclass
-class Kept:
+class ArmState:
     "What is kept of an arm between its blocks"
     outcome:dict|None=None # Numbers that the first step computed
     loss_scale:float|None=None # At which fp16 makes an update
@@ -216,7 +216,7 @@ def _first(step, kept, f):
     kept.outcome = _outcome(step, _scaled_step(step, kept, f))
     _check_finite(kept.outcome)
 
-# %% ../nbs/18_arms.ipynb #0b84ff6c
+# %% ../nbs/18_arms.ipynb #e4f1773b
 @contextmanager
 def _memory(keep, kept):
     "The allocator as in a process that always keeps memory, or always gives it back; None: as it is"
@@ -232,7 +232,7 @@ def _memory(keep, kept):
 class StepArm(TimedArm):
     "An arm of a training step while it is measured"
     arm:Arm|None=None
-    kept:Kept=field(default_factory=Kept)
+    kept:ArmState=field(default_factory=ArmState)
 
     def repeat(self):
         "The same arm once more"
@@ -240,7 +240,7 @@ class StepArm(TimedArm):
 
 def step_arm(step:TrainingStep, arm:Arm, inference:bool, offload_to:str|torch.device|None=None) -> StepArm:
     "`arm`, ready to be measured; `offload_to` is that of `TrainingStep.preserved`"
-    kept = Kept()
+    kept = ArmState()
     def run(body):
         with _memory(arm.keep_memory, kept), step.preserved(offload_to=offload_to):
             f = attempt(_prepare, step, arm, inference, kept)

@@ -87,8 +87,8 @@ def _needed(n): return f'{least_pairs} rounds needed, {n} measured'
 @patch(as_prop=True)
 def reason(self:FormatBench) -> str:
     "The verdict in words"
-    setting,best,others = self.conditions.get('baseline'),self.best,self.rows[2:]
-    baseline = f'the baseline ({setting})' if setting else self.baseline.arm
+    name,best,others = self.conditions.get('baseline') or self.baseline.arm,self.best,self.rows[2:]
+    baseline = 'the baseline' if name=='baseline' else f'the baseline ({name})'
     noise = '' if self.noise is None else f'; noise: ±{100*max(abs(o-1) for o in self.noise):.1f} %'
     if self.verdict=='faster': return f'{best.arm} is {best.ratio:.2f} times as fast as {baseline}, {best.low:.2f} to {best.high:.2f}{noise}'
     if self.verdict=='fastest already': return f'{baseline} is faster than all other arms{noise}'

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastxtend_cl import arms as arms_module, bench, limits, memory, report
-from fastxtend_cl.arms import Arm, Kept, format_arms
+from fastxtend_cl.arms import Arm, ArmState, format_arms
 from fastxtend_cl.bench import FormatBench, _rows, bench_formats, compare
 from fastxtend_cl.limits import count_flops, peak_flops
 from fastxtend_cl.precision import native_dtypes
@@ -46,7 +46,7 @@ machines = {'quiet': dict(noise=0.01), 'noisy': dict(noise=0.1), 'load': dict(lo
     'slow start': dict(switch=5.)}
 
 @pytest.mark.parametrize('name', machines)
-def test_planted_difference_is_found_and_planted_zero_is_a_tie(name):
+def test_a_planted_difference_is_found_and_a_planted_zero_is_a_tie(name):
     for planted,verdict,least in ((1.05, 'faster', 10), (1/1.05, 'slower', 10), (1.15, 'faster', 12),
             (1/1.15, 'slower', 12), (1., 'tie', 12)):
         found = Counter(race(planted, seed=s, seconds=200., **machines[name])[0]['other 0'].verdict for s in range(12))
@@ -78,14 +78,14 @@ def test_arms_take_turns_in_random_order_in_blocks():
     assert {tuple(sorted(o)) for o in orders}=={('baseline', 'baseline', 'other 0', 'other 1')} and len(set(orders))>least_pairs/2
     assert race(1.01, 1.02, noise=0.02, rounds=least_pairs)[1].log==clock.log, 'the same seed, the same order'
 
-def test_stops_early_when_every_interval_is_narrow_and_at_the_limit_otherwise():
+def test_stops_early_when_every_interval_is_narrow_and_at_the_deadline_otherwise():
     quick,_ = race(1.5, noise=0.001)
     assert quick.baseline.pairs==least_pairs and quick.seconds<20
     for r in quick.rows[1:]: assert r.high-r.low<0.04*r.ratio
     slow,_ = race(1.02, noise=1.)
     assert 30<slow.seconds<=60 and slow['other 0'].high-slow['other 0'].low>0.04
 
-def test_a_hopeless_arm_is_not_measured_on():
+def test_a_clearly_slower_arm_is_dropped_early():
     res,_ = race(0.2, 1.02, noise=0.3, seconds=120.)
     assert res['other 0'].pairs==least_pairs<res['other 1'].pairs and res['other 0'].verdict=='slower'
 
@@ -118,7 +118,7 @@ def test_one_arm_that_is_inconclusive_leaves_no_tie():
 
 @pytest.mark.parametrize('arms,drawn,said', [
     (dict(fast=[0.5]*9, slow=[2.]*9), 2, ''), (dict(fast=[0.5]*3, slow=[2.]*3), 2, 'inconclusive: 8 rounds needed, 3 measured'),
-    (dict(broken=None), 0, 'broken: RuntimeError: planted'), ({}, 0, 'there is no other arm to compare baseline with')])
+    (dict(broken=None), 0, 'broken: RuntimeError: planted'), ({}, 0, 'there is no other arm to compare the baseline with')])
 def test_the_plot_is_never_empty(arms, drawn, said):
     import matplotlib
     matplotlib.use('Agg')
@@ -137,7 +137,7 @@ def after_race(**blocks):
 
 def test_noise_floor_overrules_an_interval():
     "Two identical arms 20 % apart: a difference of 15 % is nothing, however narrow its interval"
-    n,wobble = 20,1+0.001*np.arange(20)
+    wobble = 1+0.001*np.arange(20)
     rows,noise = _rows(after_race(baseline=wobble, repeat=wobble/1.2, less=wobble/1.15, more=wobble/1.4))
     assert noise[0]>1.1 and {r.arm:r.verdict for r in rows[2:]}=={'less': 'tie', 'more': 'faster'}
     assert 'The baseline and its repeat differ by more than chance' in bench._noise_notes(noise)[0]
@@ -199,7 +199,7 @@ def test_a_failing_baseline_is_an_error():
     with pytest.raises(ValueError, match='baseline cannot be measured: RuntimeError: broke'): compare({'baseline': later}, clock=clock, bar=False)
 
 @pytest.mark.parametrize('at,rounds', [(1, 0), (10, 0), (100, 3), (400, 17)])
-def test_ctrl_c_returns_what_is_there(at, rounds):
+def test_ctrl_c_returns_the_partial_result(at, rounds):
     clock = Simulated(noise=0.2)
     def arm(name, seconds):
         def f():
@@ -394,7 +394,7 @@ class Slow(torch.optim.AdamW):
         return super().step(closure)
 
 @pytest.mark.parametrize('cost,opt,said', [(0.05, {}, 'of the step of baseline: with `fused=True`, Slow is faster'), (0.05, dict(fused=True), 'of the step of baseline.'), (0.001, {}, '')])
-def test_what_the_optimizer_takes(cost, opt, said, monkeypatch):
+def test_the_share_of_the_optimizer(cost, opt, said, monkeypatch):
     monkeypatch.setattr(Slow, 'cost', cost)
     step,clock = simulated(costs, switch=0.)
     step.optimizer = Slow(step.model.parameters(), **opt)
@@ -494,7 +494,7 @@ def test_nothing_is_left_behind(fault, trained):
     if fault=='raises': assert res['own'].reason=='out of memory: MemoryError: planted'
     if fault=='changes all': assert res['own'].verdict!='failed'
 
-def test_what_is_no_step():
+def test_steps_that_cannot_be_made():
     model = network()
     cases = [(TrainingStep(model, torch.randn(2, 3, 12, 12), torch.tensor([0, 1]), lambda p,t: p.detach().mean()),
         'baseline cannot be measured: ValueError: the loss has no gradient'),
@@ -511,7 +511,7 @@ def test_what_is_no_step():
     with pytest.raises(TypeError, match="the arm 'x' must be a function of the step, got int"): bench_formats(step_of(model), {'x': 3})
     with pytest.raises(ValueError, match="memory_format must be 'contiguous', 'channels_last' or None, got 'nhwc'"): Arm('x', 'nhwc')
 
-def test_an_arm_that_computes_something_else():
+def test_an_arm_that_computes_something_else_is_rejected():
     def loses_gradients(step):
         step.model[0].requires_grad_(False)
         step.model[4].requires_grad_(False)
@@ -522,8 +522,8 @@ def test_an_arm_that_computes_something_else():
     assert res['loss'].reason.startswith('rejected: loss ') and res['nan'].reason=='its loss is nan'
     assert res['gradients'].reason.startswith('rejected: norm of the gradient of ') and res['right'].verdict!='failed'
 
-def test_rounding_is_nothing_else():
-    "Batch normalization over two values multiplies the rounding of bf16: gradients of five times the norm are still right"
+def test_rounding_is_not_rejected():
+    "Batch normalization over two values multiplies the rounding of bf16: gradients of five times the norm are still OK"
     import torchvision
     torch.manual_seed(0)
     model = torchvision.models.resnet18()
@@ -637,7 +637,7 @@ def test_a_wrong_arm_is_found_by_the_check():
     assert (res['channels last fp32'].verdict=='failed' and res['channels last fp32'].reason.startswith('wrong: ')
         and 'it starts in the backward pass of `3`' in res['channels last fp32'].reason)
     assert res['contiguous fp32'].verdict!='failed'
-    assert bench_formats(step, ['channels last fp32'], **quick)['channels last fp32'].verdict!='failed', 'the crude measure lets 5 % pass'
+    assert bench_formats(step, ['channels last fp32'], **quick)['channels last fp32'].verdict!='failed', 'the comparison of norms lets 5 % pass'
 
 @pytest.mark.parametrize('bar', [False, True])
 def test_the_check_shows_a_bar_only_where_the_measurement_does(bar, monkeypatch):
@@ -716,7 +716,7 @@ def test_a_check_computes_as_the_arm_does(monkeypatch):
 
 @pytest.mark.skipif(not can_keep_memory(), reason="not glibc's allocator, or told otherwise by the environment")
 def test_memory_is_as_the_arm_says(monkeypatch):
-    "Kept and found there, or given back from where the baseline's first steps gave it back; a process in which no arm keeps it is left alone"
+    "ArmState and found there, or given back from where the baseline's first steps gave it back; a process in which no arm keeps it is left alone"
     monkeypatch.setattr(bench, 'given_back_from', lambda: 5<<20)
     monkeypatch.setattr(arms_module, 'free_memory', lambda: 7<<20)
     monkeypatch.setattr(arms_module, 'faulted_memory', lambda n=count(0, 9<<20): next(n))
@@ -741,7 +741,7 @@ def test_no_more_memory_is_touched_than_an_arm_took(monkeypatch):
     monkeypatch.setattr(arms_module, 'free_memory', lambda: 1<<50)
     monkeypatch.setattr(arms_module, 'faulted_memory', lambda n=iter([0, 5, 7, 7, 8, 10]): next(n))
     monkeypatch.setattr(arms_module, 'touch_memory', lambda n: touched.append(n))
-    kept,touched = Kept(),[]
+    kept,touched = ArmState(),[]
     for _ in range(3):
         with arms_module._memory(True, kept): pass
     assert touched==[0, 5, 5] and kept.memory==7
@@ -764,7 +764,7 @@ def test_gradients_are_zeroed_as_the_optimizer_does(kind):
     step,seen = step_of(network(), opt=lambda m: dict(torch=adamw, fastai=lambda m: SGD(m.parameters(), 1e-3), bare=lambda m: Bare(m.parameters()))[kind](m)),[]
     p = next(step.model.parameters())
     with step.preserved():
-        f = arms_module._prepare(step, Arm('a'), False, Kept())
+        f = arms_module._prepare(step, Arm('a'), False, ArmState())
         for _ in range(3):
             p.register_hook(lambda g: seen.append(None if p.grad is None else float(p.grad.abs().sum())))
             f()
