@@ -15,32 +15,26 @@ from functools import partial
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .arms import Arm, Judge, chosen_arms, baseline_label, repeat_lane, step_lane, timed_step
+from .arms import Arm, Judge, baseline_name, chosen_arms, step_arm, timed_step
 from .check import check_formats
 from .internals import set_compiled_call
 from .layout import as_channels_last, as_contiguous, tensors_in
-from .limits import ceiling, copy_speed, count_bytes, count_flops, peak_memory
+from .limits import count_bytes, count_flops, peak_bandwidth, peak_flops, peak_memory
 from .memory import given_back_from, kept_memory
-from .precision import dtype_name, weights_dtype
-from .report import machine, markdown_table, settings_of, state_of, text_table
+from .precision import dtype_name, precision_name, weights_dtype
+from .report import Result, axes, ink, machine, number, plural, say_on, settings_of, state_of
 from .step import TrainingStep
-from .timing import (Clock, Deadline, TimedArm, attempt, device_clock, interval, least_pairs, measure, noise_of, pairs_of,
-    all_ranks, seconds_for_all, slowest, verdict_of, why_failed, world_size)
+from .timing import (Clock, Deadline, Schedule, TimedArm, all_ranks, device_clock, interval, least_pairs, measure, noise_of,
+    pairs_of, seconds_for_all, slowest, verdict_of, why_failed, world_size)
 
 # %% ../nbs/19_bench.ipynb #15693bf5
-def _rounds(n): return f'{n} round{"" if n==1 else "s"}'
-
-def _needed(n): return f'{least_pairs} rounds needed, {n} measured'
-
-_no_time = 'left out for want of time'
-
 @dataclass
 class BenchRow:
     "One arm"
     arm:str # Name
-    verdict:str # 'faster', 'slower', 'tie', 'inconclusive' or 'failed'; of the present 'baseline', of its twin 'noise'
+    verdict:str # 'faster', 'slower', 'tie', 'inconclusive' or 'failed'; of the baseline 'baseline', of its repeat 'noise'
     reason:str='' # Why it failed or is inconclusive
-    ratio:float|None=None # Of the present's time to this arm's: above 1 is faster; median over the rounds
+    ratio:float|None=None # Of the baseline's time to this arm's: above 1 is faster; median over the rounds
     low:float|None=None # Of the interval
     high:float|None=None
     seconds:float|None=None # A step; median over the rounds
@@ -49,27 +43,28 @@ class BenchRow:
     pairs:int=0 # Rounds that count
     memory:int|None=None # Bytes that a step takes at its peak, on top of weights and optimizer state
     flops:float|None=None # Per second, of convolutions and matrix products
-    of_ceiling:float|None=None # Share of what the device reaches on a large convolution
+    of_peak:float|None=None # Share of the FLOP/s that the device reaches on a large convolution
     bytes:float|None=None # Per second, of what each operator reads and writes
-    of_memory:float|None=None # Share of what the device reaches with a copy
+    of_memory:float|None=None # Share of the bytes per second that the device reaches with a copy
     first_seconds:float|None=None # The very first step: kernels chosen, memory taken, or compiled
     loss:float|None=None # Of the very first step
     blocks:dict=field(default_factory=dict, repr=False) # Round to seconds a step
+    left_out:bool=False # There was not enough time for a verdict
 
 # %% ../nbs/19_bench.ipynb #c8010027
 @dataclass(repr=False)
-class FormatBench:
+class FormatBench(Result):
     "Which arm is fastest, and how sure that is"
-    rows:list=field(repr=False) # `BenchRow`s: the present, its twin, the others from fast to slow
-    noise:tuple|None=None # Interval of the present against itself
+    rows:list # `BenchRow`s: the baseline, its repeat, the others from fast to slow
+    noise:tuple|None=None # Interval of the baseline against its repeat
     conditions:dict=field(default_factory=dict) # Device, versions, threads, batch, how it was measured
-    seconds:float=0. # What the measuring took
+    seconds:float=0. # That the call took
     interrupted:bool=False
-    ceilings:dict=field(default_factory=dict) # Precision to FLOP/s of a large convolution
-    loader:dict=field(default_factory=dict) # Whole epoch: seconds a batch, share of waiting for data
+    peak:dict=field(default_factory=dict) # Precision to FLOP/s of a large convolution; 'memory' to bytes per second of a copy
+    loader:dict=field(default_factory=dict) # Whole epochs: seconds a batch, share of waiting for data
     notes:list=field(default_factory=list) # What a reader should know
 
-    def __getitem__(self, arm): return next(r for r in self.rows if r.arm==arm)
+    def __getitem__(self, arm): return {r.arm: r for r in self.rows}[arm]
     @property
     def baseline(self): return self.rows[0]
     @property
@@ -82,113 +77,101 @@ class FormatBench:
         return next((v for v in ('faster', 'inconclusive', 'tie') if v in others), 'fastest already')
     @property
     def break_even(self):
-        "Steps after which the measuring has paid for itself, or None"
+        "Steps of the best arm that save as much time as the call took, or None"
         saved = (self.baseline.seconds or 0) - (self.best.seconds or 0)
         return math.ceil(self.seconds/saved) if self.best is not self.baseline and saved>0 else None
 
 # %% ../nbs/19_bench.ipynb #b18f92c9
+def _needed(n): return f'{least_pairs} rounds needed, {n} measured'
+
 @patch(as_prop=True)
 def reason(self:FormatBench) -> str:
     "The verdict in words"
-    setting = self.conditions.get('baseline')
-    present = f'the baseline ({setting})' if setting else self.baseline.arm
-    span = '' if self.noise is None else f'; noise: {self.noise[0]:.3f} to {self.noise[1]:.3f}'
-    best = self.best
-    if self.verdict=='faster':
-        return f'{best.arm} is {best.ratio:.2f} times as fast as {present}, {best.low:.2f} to {best.high:.2f}{span}'
-    if self.verdict=='fastest already': return f'{present} is faster than all others{span}'
-    if self.verdict=='tie': return f'no arm is faster than {present} by more than the noise{span}'
-    if not self.rows[2:]: return f'there is no other arm to compare {present} with'
-    if all(r.verdict=='failed' for r in self.rows[2:]): return 'no other arm could be measured: the rows say why'
-    left,n = sum(r.reason==_no_time for r in self.rows[2:]),self.conditions.get('enough')
-    short = f'{left} of {len(self.rows)-2} arms {_no_time}' if left else _too_few(self)
-    return short + (f': try `seconds={n}`' if n and not self.interrupted else '')
-
-def _measured_rounds(b): return min(r.pairs for r in b.rows if r.verdict!='failed')
-
-def _too_few(b): return _needed(_measured_rounds(b))
+    name,best,others = self.conditions.get('baseline') or self.baseline.arm,self.best,self.rows[2:]
+    baseline = 'the baseline' if name=='baseline' else f'the baseline ({name})'
+    noise = '' if self.noise is None else f'; noise: ±{100*max(abs(o-1) for o in self.noise):.1f} %'
+    if self.verdict=='faster': return f'{best.arm} is {best.ratio:.2f} times as fast as {baseline}, {best.low:.2f} to {best.high:.2f}{noise}'
+    if self.verdict=='fastest already': return f'{baseline} is faster than all other arms{noise}'
+    if self.verdict=='tie': return f'no faster setting found; keeping {baseline}{noise}'
+    if not others: return f'there is no other arm to compare {baseline} with'
+    if all(r.verdict=='failed' for r in others): return 'all other arms failed'
+    left,seconds = sum(r.left_out for r in others),self.conditions.get('enough')
+    found = f'not enough time for {plural(left, "arm")}' if left else _needed(min(r.pairs for r in self.rows if r.verdict!='failed'))
+    return found + (f': try seconds={seconds}' if seconds and not self.interrupted else '')
 
 @patch
 def to_dict(self:FormatBench):
     "Plain data for JSON"
-    return {**vars(self), 'rows': [vars(r) for r in self.rows], 'best': self.best.arm, 'verdict': self.verdict,
-        'reason': self.reason, 'break_even': self.break_even}
+    return {**Result.to_dict(self), 'best': self.best.arm, 'break_even': self.break_even}
 
 # %% ../nbs/19_bench.ipynb #fed2ca1b
-def _of_limit(r):
-    "The larger share, of memory or of compute"
-    found = [(v,n) for v,n in ((r.of_memory, 'memory'), (r.of_ceiling, 'compute')) if v]
+def _share(r):
+    "The larger share of the peak, and of which"
+    found = [(v,n) for v,n in ((r.of_memory, 'memory'), (r.of_peak, 'compute')) if v]
     return '{:.0%} {}'.format(*max(found)) if found else ''
 
-_columns = {'ratio': lambda r: '' if r.ratio is None else f'{r.ratio:.2f}',
-    '99 %': lambda r: '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}',
-    'ms': lambda r: '' if r.seconds is None else f'{1e3*r.seconds:.4g}',
-    'peak MiB': lambda r: '' if r.memory is None else f'{r.memory/2**20:.0f}',
-    'of limit': lambda r: _of_limit(r),
-    'first s': lambda r: '' if r.first_seconds is None else f'{r.first_seconds:.3g}'}
+def _scaled(x, by, form): return number(x and by*x, form)
+
+_columns = {'arm': lambda r: r.arm, 'verdict': lambda r: r.verdict, 'ratio': lambda r: number(r.ratio, '.2f'),
+    '99 % interval': lambda r: '' if r.low is None else f'{r.low:.2f} to {r.high:.2f}',
+    'ms': lambda r: _scaled(r.seconds, 1e3, '.4g'), '% of peak': _share}
+_more_columns = {'peak MiB': lambda r: _scaled(r.memory, 2**-20, '.0f'), 'first s': lambda r: number(r.first_seconds, '.3g'),
+    'samples/s': lambda r: number(r.samples, '.4g'), 'CPU ms': lambda r: _scaled(r.cpu_seconds, 1e3, '.4g'),
+    'GFLOP/s': lambda r: _scaled(r.flops, 1e-9, '.4g'), 'GB/s': lambda r: _scaled(r.bytes, 1e-9, '.4g'),
+    'loss': lambda r: number(r.loss, '.4g'), 'rounds': lambda r: str(r.pairs)}
 
 @patch
-def cells(self:FormatBench) -> list: # Rows of text, the first the names of the columns
-    "The table as text; without columns that are empty"
-    rows = [[r.arm, r.verdict, *(f(r) for f in _columns.values())] for r in self.rows]
-    head = ['', '', *_columns]
-    kept = [i for i in range(len(head)) if i<2 or any(r[i] for r in rows)]
-    return [[r[i] for i in kept] for r in (head, *rows)]
+def cells(self:FormatBench,
+    full:bool=False, # All columns
+) -> list: # Rows of text, the first the names of the columns
+    "The table as text, without columns that are empty"
+    columns = {**_columns, **(_more_columns if full else {})}
+    rows = [[f(r) for f in columns.values()] for r in self.rows]
+    kept = [i for i in range(len(columns)) if i<2 or any(r[i] for r in rows)]
+    return [[r[i] for i in kept] for r in ([*columns], *rows)]
 
 # %% ../nbs/19_bench.ipynb #16bb7141
-def _about(b):
-    c = b.conditions
-    shape = 'x'.join(map(str, c['shape'])) if c.get('shape') else None
-    words = [c.get('device_name'),
-        f"{c['threads']} threads" if 'threads' in c and 'cuda' not in c.get('device', '') else None,
-        f"torch {c['torch']}" if 'torch' in c else None, shape, c.get('optimizer'),
-        f"{_rounds(b.baseline.pairs)} of {c['block']} steps, the first dropped" if 'block' in c else None,
-        f'measured in {b.seconds:.0f} s']
-    return ', '.join(str(w) for w in words if w)
+def _epoch_remark(loader):
+    text = f'Waiting for data takes {loader["share"]:.0%} of the time of a batch'
+    if not (best := loader['best']): return f'{text}.'
+    return f'{text}; whole epochs with {best} are {loader["ratio"]:.2f} times as fast, {loader["low"]:.2f} to {loader["high"]:.2f} in {loader["turns"]} turns.'
 
-def _lines(b):
+@patch
+def remarks(self:FormatBench) -> list: # Of str
     "Sentences below the table"
-    res = [f'{r.arm}: {r.reason}' for r in b.rows if r.verdict=='failed']
-    if b.loader: res.append(b.loader['text'])
-    if b.break_even: res.append(f'The measuring has paid for itself after {b.break_even:,} steps of {b.best.arm}.')
-    return res + b.notes + ([f'Interrupted after {_rounds(b.baseline.pairs)}.'] if b.interrupted else [])
+    res = [f'{r.arm}: {r.reason}' for r in self.rows if r.verdict=='failed']
+    if self.loader: res.append(_epoch_remark(self.loader))
+    if self.break_even: res.append(f'Break-even after {plural(self.break_even, "step")} with {self.best.arm}.')
+    return res + self.notes + ([f'Interrupted after {plural(self.baseline.pairs, "round")}.'] if self.interrupted else [])
 
 @patch
-def __repr__(self:FormatBench):
-    return '\n'.join([f'{self.verdict}: {self.reason}', text_table(self.cells()), _about(self), *_lines(self)])
-
-@patch
-def about(self:FormatBench):
-    "Print the conditions under which it was measured"
-    def text(v): return ', '.join(f'{k} {o:.4g}' for k,o in v.items()) if isinstance(v, dict) else v
-    for k,v in self.conditions.items(): print(f'{k.replace("_", " "):<16} {text(v)}')
-
-@patch
-def _repr_markdown_(self:FormatBench):
-    return '\n\n'.join([f'**{self.verdict}**: {self.reason}', markdown_table(self.cells()), *_lines(self), f'<small>{_about(self)}</small>'])
+def conditions_line(self:FormatBench) -> str:
+    "The conditions that matter most, in one line"
+    c = self.conditions
+    words = [c.get('device_name'),
+        plural(c['threads'], 'thread') if 'threads' in c and 'cuda' not in c.get('device', '') else None,
+        f"torch {c['torch']}" if 'torch' in c else None, 'x'.join(map(str, c.get('shape') or ())), c.get('optimizer'),
+        f"{plural(self.baseline.pairs, 'round')} of {c['block']} steps, the first dropped" if c.get('block') else None,
+        f'measured in {self.seconds:.0f} s']
+    return ', '.join(filter(None, words))
 
 # %% ../nbs/19_bench.ipynb #cde9472a
-def _nothing(b):
-    "What to say in place of a picture"
-    return '\n'.join(textwrap.shorten(f'{r.arm}: {r.reason}', 90) for r in b.rows[2:]) or b.reason
-
 @patch
 def plot(self:FormatBench,
     ax=None, # matplotlib axes; None makes new ones
 ): # The axes
     "Ratio and interval of each arm, or the ratio of each round where they are too few for an interval; the grey band is the noise"
-    import matplotlib.pyplot as plt
     rows = [r for r in self.rows[2:] if r.ratio is not None][::-1]
-    if ax is None: ax = plt.subplots(figsize=(6, 1+0.4*max(len(rows), 2)))[1]
+    ax = axes(ax, len(rows), 6)
     if self.verdict=='inconclusive': ax.set_title('\n'.join(textwrap.wrap(f'inconclusive: {self.reason}', 70)), fontsize=9)
-    if not rows: ax.text(0.5, 0.5, _nothing(self), ha='center', va='center', fontsize=8, transform=ax.transAxes)
-    if self.noise: ax.axvspan(*self.noise, color='0.85', label='noise')
-    ax.axvline(1, color='0.4', lw=1)
+    if not rows: say_on(ax, '\n'.join(textwrap.shorten(f'{r.arm}: {r.reason}', 90) for r in self.rows[2:]) or self.reason)
+    if self.noise: ax.axvspan(*self.noise, color=ink(), alpha=0.15, lw=0, label='noise')
+    ax.axvline(1, color=ink(), lw=1)
     colors = {'faster': 'tab:green', 'slower': 'tab:red', 'tie': 'tab:gray'}
     for i,r in enumerate(rows):
         if r.low is None:
             ax.plot(each := pairs_of(self.baseline.blocks, r.blocks), [i]*len(each), '|', color='tab:gray')
-            ax.plot(r.ratio, i, 'o', mfc='white', color='tab:gray')
+            ax.plot(r.ratio, i, 'o', mfc='none', color='tab:gray')
         else: ax.errorbar(r.ratio, i, xerr=[[r.ratio-r.low], [r.high-r.ratio]], fmt='o', capsize=3, color=colors[r.verdict])
     ax.set_yticks(range(len(rows)), [r.arm for r in rows])
     ax.set_ylim(-0.7, max(len(rows), 1)-0.3)
@@ -196,53 +179,58 @@ def plot(self:FormatBench,
     return ax
 
 # %% ../nbs/19_bench.ipynb #82dd48ad
-def _row(lane, base, noise, twins):
-    row = BenchRow(lane.name, 'failed', lane.failed or '', first_seconds=lane.warm[0] if lane.warm else None,
-        blocks=dict(lane.seconds))
-    pairs = pairs_of(base.seconds, lane.seconds)
+def _row(arm, base, noise, repeats):
+    row = BenchRow(arm.name, 'failed', arm.failed or '', first_seconds=arm.warm[0] if arm.warm else None, blocks=dict(arm.seconds))
+    pairs = pairs_of(base.seconds, arm.seconds)
     row.pairs = len(pairs)
-    if lane.failed: return row
-    if not pairs:
-        if lane.left_out: row.verdict,row.reason,row.seconds = 'inconclusive',_no_time,lane.step or None
-        else: row.reason = (f'the clock went backwards in each of {lane.backwards} blocks' if lane.backwards
-            else 'interrupted before it was measured')
+    if arm.failed: return row
+    if not pairs and not arm.left_out:
+        row.reason = f'the clock went backwards in each of {arm.backwards} blocks' if arm.backwards else 'interrupted before it was measured'
         return row
-    row.seconds,row.cpu_seconds = float(np.median([*lane.seconds.values()])),float(np.median([*lane.cpu.values()]))
-    row.ratio,row.low,row.high = interval(pairs)
+    row.seconds = float(np.median([*arm.seconds.values()])) if pairs else arm.step or None
+    if pairs: row.cpu_seconds,(row.ratio,row.low,row.high) = float(np.median([*arm.cpu.values()])),interval(pairs)
     if noise and len(pairs)>=least_pairs: row.verdict = verdict_of(row.ratio, row.low, row.high, noise)
-    else: row.verdict,row.low,row.high,row.reason = 'inconclusive',None,None,_no_time if lane.left_out else _needed(min(len(pairs), twins))
+    else:
+        row.verdict,row.low,row.high,row.left_out = 'inconclusive',None,None,arm.left_out
+        row.reason = 'not enough time' if arm.left_out else _needed(min(len(pairs), repeats))
     return row
 
-def _rows(lanes):
-    "Rows and the noise floor"
-    base,twin = lanes[:2]
-    pairs = pairs_of(base.seconds, twin.seconds)
+def _rows(arms):
+    "Rows and the noise"
+    base,repeat = arms[:2]
+    pairs = pairs_of(base.seconds, repeat.seconds)
     noise = noise_of(pairs)
-    rows = [_row(l, base, noise, len(pairs)) for l in lanes]
+    rows = [_row(a, base, noise, len(pairs)) for a in arms]
     for r,v in zip(rows, ('baseline', 'noise')):
-        if r.ratio is not None or r.reason==_no_time: r.verdict,r.reason = v,''
+        if r.ratio is not None or r.left_out: r.verdict,r.reason,r.left_out = v,'',False
     rows[0].low = rows[0].high = None
     return [*rows[:2], *sorted(rows[2:], key=lambda r: -(r.ratio or 0))],noise
 
 # %% ../nbs/19_bench.ipynb #a6aa2827
-def _check_args(seconds, rounds, block, rel_tol):
-    if not seconds>0: raise ValueError(f'seconds must be above 0, got {seconds!r}')
-    if rounds<least_pairs: raise ValueError(f'rounds is at least {least_pairs}, for fewer allow no verdict, received {rounds!r}')
-    if block is not None and block<2:
-        raise ValueError(f'block is at least 2, for the first step of a block does not count, received {block!r}')
-    if not 0<rel_tol<1: raise ValueError(f'rel_tol is between 0 and 1, such as 0.04, received {rel_tol!r}')
+def _noise_notes(noise):
+    res,(low,high) = [],noise or (1., 1.)
+    if not low<=1<=high and max(abs(low-1), abs(high-1))>0.02:
+        res.append(f'The baseline and its repeat differ by more than chance ({low:.3f} to {high:.3f}): only larger differences count.')
+    if high-low>0.1: res.append('The machine was too busy to resolve small differences: close other programs, or raise `seconds`.')
+    return res
 
-# %% ../nbs/19_bench.ipynb #6da3bf30
-def _drift(base, before, after):
-    "Notes on a machine that became another one"
+def _drift_notes(base, before, after):
+    "On a GPU whose clock changed, or a machine that became slower or faster meanwhile"
     a,b,s = before.get('clock'),after.get('clock'),[base.seconds[i] for i in sorted(base.seconds)]
-    if a and b: return [f'The clock of the GPU went from {a} to {b} MHz while it was measured.'] if abs(b/a-1)>0.05 else []
+    if a and b: return [f'The clock of the GPU changed from {a} to {b} MHz during the measurement.'] if abs(b/a-1)>0.05 else []
     change = np.median(s[-(len(s)//3):])/np.median(s[:len(s)//3]) if len(s)>=least_pairs else 1.
     return [f'The machine changed: in the last third of the rounds a step took {change:.2f} times as long as in the first.'] if abs(change-1)>0.1 else []
 
+def _result(arms, conditions, before, deadline, interrupted):
+    (rows,noise),enough,after = _rows(arms),seconds_for_all(arms, deadline),state_of(conditions['device'])
+    notes = _noise_notes(noise) + _drift_notes(arms[0], before, after)
+    if left := [r.arm for r in rows if r.left_out]: notes.append(f'Left out for lack of time: {"; ".join(left)} (seconds={enough} is enough for all).')
+    conditions |= dict(**settings_of(conditions['device']), ranks=world_size(), before=before, after=after, seconds=deadline.seconds, enough=enough)
+    return FormatBench(rows, noise, conditions, deadline.spent, interrupted, notes=notes)
+
 # %% ../nbs/19_bench.ipynb #a3e36ba9
 def compare(
-    arms:dict, # Name to a function without arguments; the first is the one to compare with
+    arms:dict, # Name to a function without arguments; the first is the baseline
     seconds:float=60., # Of the whole call, at most
     rounds:int=192, # At most
     block:int|None=None, # Steps of a block, the first of which does not count; None: as many as fit
@@ -253,37 +241,17 @@ def compare(
     bar:bool=True, # Show a progress bar
 ) -> FormatBench:
     "Measure functions against the first of them, paired, in short blocks in random order"
-    _check_args(seconds, rounds, block, rel_tol)
-    if not arms: raise ValueError('there is nothing to measure: arms is a dict of names and functions')
-    first,clock = next(iter(arms)),clock or device_clock(device)
-    deadline,lanes = Deadline(seconds, clock),[TimedArm(n, partial(lambda f, body: body(f), f))
-        for n,f in {first: arms[first], f'{first} (repeat)': arms[first], **arms}.items()]
-    before = {}
-    interrupted,block = measure(lanes, clock, deadline, rounds, block, rel_tol, seed, bar, observe=lambda: before.update(state_of(device)))
-    return _result(lanes, {**machine(device), 'block': block}, device, before, deadline, interrupted)
-
-# %% ../nbs/19_bench.ipynb #d6174efc
-def _warnings(rows, noise):
-    "What a reader should know of how the measuring went"
-    res = []
-    if noise and not noise[0]<=1<=noise[1] and max(abs(o-1) for o in noise)>0.02:
-        res.append(f'Two identical arms differ by more than chance ({noise[0]:.3f} to {noise[1]:.3f}): '
-            'something besides the arms decides here, so only larger differences count.')
-    if noise and noise[1]-noise[0]>0.1:
-        res.append('The machine was too busy for fine differences: close other programs, or raise `seconds`.')
-    return res
-
-def _result(lanes, conditions, device, before, deadline, interrupted):
-    (rows,noise),enough,after = _rows(lanes),seconds_for_all(lanes, deadline),state_of(device)
-    notes,left = _warnings(rows, noise)+_drift(lanes[0], before, after),[r.arm for r in rows if r.reason==_no_time]
-    if left: notes.append(f'Left out for want of time: {", ".join(left)}; about {enough} seconds would do for all.')
-    conditions |= dict(**settings_of(device), before=before, after=after, seconds=deadline.seconds, enough=enough)
-    return FormatBench(rows, noise, conditions, deadline.spent, interrupted, notes=notes)
+    schedule,before = Schedule(seconds, rounds, block, rel_tol, seed, bar),{}
+    if not arms: raise ValueError('arms must be a dict of names and functions, got none')
+    first,deadline = next(iter(arms)),Deadline(seconds, clock or device_clock(device))
+    timed = [TimedArm(n, partial(lambda f, body: body(f), f)) for n,f in {first: arms[first], f'{first} (repeat)': arms[first], **arms}.items()]
+    interrupted,block = measure(timed, deadline, schedule, observe=lambda: before.update(state_of(device)))
+    return _result(timed, {**machine(device), 'block': block}, before, deadline, interrupted)
 
 # %% ../nbs/19_bench.ipynb #5398bb4f
-def _segment(step, lane, loader, clock, drop, seconds, deadline):
-    "Waiting and computing for each batch, after `drop`, at most `seconds` if they are enough for a few"
-    to = {'channels_last': as_channels_last, 'contiguous': as_contiguous}.get(lane.arm.memory_format)
+def _batches(arm, step, loader, deadline, drop, seconds):
+    "Seconds of waiting and of computing for each batch after `drop`; for about `seconds`, and a few batches in any case"
+    clock,to = deadline.clock,{'channels_last': as_channels_last, 'contiguous': as_contiguous}.get(arm.arm.memory_format)
     def body(f):
         rows,it,start = [],iter(loader),clock.now()
         while deadline.left>0 and (len(rows)<drop+4 or clock.now()-start<seconds and len(rows)<drop+200):
@@ -297,33 +265,105 @@ def _segment(step, lane, loader, clock, drop, seconds, deadline):
             clock.wait()
             rows.append((t1-t0, clock.now()-t1))
         return rows[drop:]
-    return lane.attempt(lambda f: attempt(body, f))
+    return arm.attempt(body)
 
 # %% ../nbs/19_bench.ipynb #54f1bef0
-def _whole(step, lanes, loader, clock, deadline, turns=4):
-    "Present and best in turn; a dict for `FormatBench.loader`"
+def _epochs(step, arms, loader, deadline, turns=4):
+    "The baseline and the best arm, if that is another, in turn; a dict for `FormatBench.loader`"
     workers = getattr(loader, 'num_workers', 0) or 0
-    drop,rows,seconds = 1+2*workers,{l.name:[] for l in lanes},min(deadline.left, deadline.seconds/5)/(turns*len(lanes))
-    for i in range(turns): # who is first changes from turn to turn
-        for lane in lanes[::-1] if i%2 else lanes:
-            rows[lane.name].append(_segment(step, lane, loader, clock, drop, seconds, deadline))
+    drop,rows,seconds = 1+2*workers,{a.name:[] for a in arms},min(deadline.left, deadline.seconds/5)/(turns*len(arms))
+    for i in range(turns):
+        for arm in arms[::-1] if i%2 else arms: rows[arm.name].append(_batches(arm, step, loader, deadline, drop, seconds))
     if not all(all(r) for r in rows.values()): return {}
     means = {n: np.array([np.mean(o, axis=0) for o in r]) for n,r in rows.items()} # turn by waiting and computing
-    base,best = lanes[0].name,lanes[-1].name
+    base,best = arms[0].name,arms[-1].name
     wait,both = ({n: float(np.median(slowest(m[:,0] if i==0 else m.sum(1)))) for n,m in means.items()} for i in range(2))
     ratios = means[base].sum(1)/means[best].sum(1)
-    share,low,high = wait[base]/both[base],float(ratios.min()),float(ratios.max())
-    text = f'{share:.0%} of the time of a batch is waiting for the data loader'
-    if best!=base:
-        text += (f'; with it, epochs of {best} are {np.median(ratios):.2f} times as fast '
-            f'({low:.2f} to {high:.2f} in {turns} turns)')
-    return dict(wait=wait, seconds=both, share=share, ratio=float(np.median(ratios)), low=low, high=high,
-        workers=workers, batches=sum(map(len, rows[base])), text=text+'.')
+    return dict(wait=wait, seconds=both, share=wait[base]/both[base], best=best if len(arms)>1 else None, turns=turns,
+        ratio=float(np.median(ratios)), low=float(ratios.min()), high=float(ratios.max()), workers=workers, batches=sum(map(len, rows[base])))
+
+def _add_epochs(res, step, arms, loader, deadline):
+    if arms[0].arm.setup: res.notes.append('Whole epochs were not measured: the baseline is a function of the step.'); return
+    best = [a for a in arms[1:] if a.name==res.best.arm and not a.arm.setup]
+    res.loader = _epochs(step, [arms[0], *best], loader, deadline)
 
 # %% ../nbs/19_bench.ipynb #7929bfa4
+def _count(step, dtype, inference):
+    "FLOP and bytes of a step in a precision, uncompiled"
+    with step.preserved():
+        set_compiled_call(step.model, None)
+        f,res = timed_step(step, dtype, inference),[]
+        return count_flops(lambda: res.append(count_bytes(f))),res[0]
+
+def _add_shares(res, step, arms, inference):
+    "FLOP and bytes per second, and their shares of the peak"
+    dtypes,model = dict.fromkeys(a.arm.autocast(step) for a in arms),step.model
+    try: counts = {d: _count(step, d, inference) for d in dtypes}
+    except Exception as e: res.notes.append(f'Operations could not be counted: {why_failed(e)}'); return
+    peak = {d: peak_flops(step.device, d or weights_dtype(model)) for d in dtypes}
+    copy = peak_bandwidth(step.device)
+    res.peak = {**{precision_name(model, d): p for d,p in peak.items()}, 'memory': copy}
+    for a in arms:
+        row,dtype = res[a.name],a.arm.autocast(step)
+        flops,traffic = counts[dtype]
+        if not row.seconds or not flops or a.arm.setup: continue
+        row.flops = flops/row.seconds
+        row.of_peak = row.flops/peak[dtype] if peak[dtype] else None
+        if a.arm.compile: continue # it keeps in registers what is counted here
+        row.bytes = traffic/row.seconds
+        row.of_memory = row.bytes/copy if copy else None
+
+# %% ../nbs/19_bench.ipynb #afcefc8b
+def _peak_memory(step, arm):
+    "Bytes that a step of an arm takes"
+    def body(f):
+        step.zero_grad()
+        return peak_memory(f, step.device)
+    res = arm.attempt(body)
+    return res if res is None else max(all_ranks(res))
+
+def _optimizer_notes(step, arm, clock):
+    "What the update takes of a step of an arm, if it is much"
+    opt,times = step.optimizer,[]
+    def steps(f):
+        own = opt.step
+        def timed(*args, **kwargs): times.append(float(clock.steps(partial(own, *args, **kwargs), 1)[0][0]))
+        opt.step = timed # until `preserved` restores it
+        return clock.steps(f, 2)[0]
+    whole = arm.attempt(steps)
+    share = max(all_ranks(times[-1]/whole[-1] if times and whole is not None else 0.))
+    plain = getattr(opt, 'opt', opt)
+    fused = isinstance(plain, torch.optim.Optimizer) and 'fused' in plain.defaults and not any(g.get('fused') for g in plain.param_groups)
+    hint = f': with `fused=True`, {type(plain).__name__} is faster, and safe here, since its state follows the format of the parameters'
+    return [f'The optimizer takes {share:.0%} of the step of {arm.name}{hint*fused}.'] if share>0.1 else []
+
+def _add_more(res, step, arms, inference, loader, deadline):
+    "Whole epochs, shares of the peak, the optimizer and memory, as far as there is time"
+    batch = next((len(t) for t in tensors_in(step.inputs) if t.ndim), None)
+    for a in arms:
+        row = res[a.name]
+        row.loss,row.samples = (a.kept.outcome or {}).get('loss'),batch*world_size()/row.seconds if batch and row.seconds else None
+    measured,cost,missing = [a for a in arms if a.seconds and not a.failed],arms[0].cost(1),[]
+    if not measured or res.interrupted: return
+    def fits(what, seconds):
+        if fit := deadline.left>=seconds: return fit
+        missing.append(what)
+    if loader is not None and not inference and fits('whole epochs', 40*cost):
+        _add_epochs(res, step, arms, loader, deadline)
+        if not res.loader: fits('whole epochs', 0.)
+    if fits('the share of the peak', 12*cost+2): _add_shares(res, step, measured, inference)
+    best = [a for a in measured if a.name==res.best.arm and not a.arm.setup]
+    if best and step.optimizer is not None and not inference and fits("the optimizer's share", 4*cost):
+        res.notes += _optimizer_notes(step, best[0], deadline.clock)
+    for a in measured:
+        if not fits('peak memory', 4*a.cost(1)): break
+        res[a.name].memory = _peak_memory(step, a)
+    if missing: res.notes.append(f'Not enough time for {", ".join(missing)}.')
+
+# %% ../nbs/19_bench.ipynb #8501ba68
 def _wrong_arms(step, arms, seconds, bar=False):
     "Reasons by arm: of those in channels last whose precision `check_formats` finds wrong"
-    def setting(a): return step.autocast if isinstance(a.dtype, str) else a.dtype,step.tuned if a.tuned is None else a.tuned
+    def setting(a): return a.autocast(step),step.tuned if a.tuned is None else a.tuned
     res,last = {},[a for a in arms if a.memory_format=='channels_last']
     for dtype,tuned in (settings := dict.fromkeys(map(setting, last))):
         checked = check_formats(replace(step, autocast=dtype, tuned=tuned), seconds=seconds/len(settings), bar=bar)
@@ -331,141 +371,52 @@ def _wrong_arms(step, arms, seconds, bar=False):
             res |= {a.name: f'wrong: {checked.reason}' for a in last if setting(a)==(dtype,tuned)}
     return res
 
-def _finish_rows(rows, lanes, step, peaks, counts, ceilings):
-    batch = next((len(t) for t in tensors_in(step.inputs) if t.ndim), None)
-    for r in rows:
-        lane = next(l for l in lanes if l.name==r.arm)
-        r.loss,r.memory = lane.kept.get('loss'),peaks.get(r.arm)
-        if not r.seconds: continue
-        r.samples = batch and batch*world_size()/r.seconds
-        dtype = step.autocast if isinstance(lane.arm.dtype, str) else lane.arm.dtype
-        flops,traffic = counts.get(dtype_name(dtype), (None,None))
-        if flops and not lane.arm.setup:
-            r.flops = flops/r.seconds
-            r.of_ceiling = r.flops/ceilings[dtype_name(dtype)] if ceilings.get(dtype_name(dtype)) else None
-            if lane.arm.compile: continue # it keeps in registers what is counted here
-            r.bytes = traffic/r.seconds
-            r.of_memory = r.bytes/ceilings['memory'] if ceilings.get('memory') else None
-
-# %% ../nbs/19_bench.ipynb #afcefc8b
-def _counts(step, dtype, inference):
-    "FLOP and bytes of a step in a precision, uncompiled"
-    with step.preserved():
-        set_compiled_call(step.model, None)
-        f,res = timed_step(step, dtype, inference),[]
-        return count_flops(lambda: res.append(count_bytes(f))),res[0]
-
-def _peak(step, lane):
-    "Bytes that a step of an arm takes"
-    def body(f):
-        step.zero_grad()
-        return attempt(peak_memory, f, step.device)
-    res = lane.attempt(body)
-    return res if res is None else max(all_ranks(res))
-
-def _speed_limits(step, lanes, inference, clock):
-    "FLOP and bytes of a step by precision, ceilings by precision and of memory, notes"
-    dtypes = dict.fromkeys(step.autocast if isinstance(l.arm.dtype, str) else l.arm.dtype for l in lanes)
-    try: counts = {dtype_name(d): _counts(step, d, inference) for d in dtypes}
-    except Exception as e: return {},{},[f'Operations could not be counted: {why_failed(e)}']
-    return counts,{**{dtype_name(d): ceiling(step.device, d or weights_dtype(step.model)) for d in dtypes}, 'memory': copy_speed(step.device)},[]
-
-def _optimizer_note(step, lane, clock):
-    "What the update takes of a step of an arm, if it is much"
-    opt,times = step.optimizer,[]
-    def steps(f):
-        own = opt.step
-        def timed(*args, **kwargs): times.append(float(clock.steps(partial(own, *args, **kwargs), 1)[0][0]))
-        opt.step = timed # until `preserved` puts it back
-        return clock.steps(f, 2)[0]
-    whole = lane.attempt(lambda f: attempt(steps, f))
-    share = max(all_ranks(times[-1]/whole[-1] if times and whole is not None else 0.))
-    plain = getattr(opt, 'opt', opt)
-    fused = isinstance(plain, torch.optim.Optimizer) and 'fused' in plain.defaults and not any(g.get('fused') for g in plain.param_groups)
-    hint = f': with `fused=True`, {type(plain).__name__} is faster, and safe here, since its state follows the format of the parameters'
-    return [f'The optimizer takes {share:.0%} of the step of {lane.name}{hint*fused}.'] if share>0.1 else []
-
-def _conditions(step, baseline, inference, block):
+def _conditions(step, baseline, inference):
     x,opt = next(tensors_in(step.inputs), None),getattr(step.optimizer, 'opt', step.optimizer)
-    return dict(**machine(step.device), baseline=baseline_label(step, baseline),
+    return dict(**machine(step.device), baseline=baseline_name(step, baseline),
         shape=None if x is None else list(x.shape), model=type(step.model).__name__,
-        optimizer='inference' if inference else type(opt).__name__ if opt is not None else 'no optimizer', block=block)
+        optimizer='inference' if inference else type(opt).__name__ if opt is not None else 'no optimizer')
 
-# %% ../nbs/19_bench.ipynb #8501ba68
+# %% ../nbs/19_bench.ipynb #86797696
 def bench_formats(
     step:TrainingStep, # Afterwards as it was
     # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict;
-    # None: all of `usual_arms` but the present
+    # None: all of `usual_arms` but the baseline
     arms=None,
-    seconds:float=60., # Of the whole call, at most, with all that compiles; where time is short fewer arms are measured
+    seconds:float=60., # Of the whole call, at most, with compilation; where time is short fewer arms are measured
     compile:bool=False, # Measure compiled models too
     inference:bool=False, # Measure the forward pass in evaluation mode, without gradients
-    check:bool=False, # Ask `check_formats` first, for at most half of the time; an arm that is wrong is not measured
-    loader=None, # Batches for the whole epoch: pairs of inputs and targets
-    baseline:Arm|None=None, # How the step is made now; None: as it is
+    check:bool=False, # Run `check_formats` first, for at most half of the time; an arm that is wrong is not measured
+    loader=None, # Batches for whole epochs: pairs of inputs and targets
+    baseline:Arm|None=None, # The current setting; None: that of the step
     rounds:int=192, # At most
     block:int|None=None, # Steps of a block, the first of which does not count; None: as many as fit
     rel_tol:float=0.04, # Stop when every interval is this narrow, as a part of its ratio
     seed:int=0, # Of the order of arms
-    keep_memory:bool|None=None, # Of arms that do not say it, except the present
-    # Where the copy of weights and optimizer state is kept that is put back after each block; None: where they are
+    keep_memory:bool|None=None, # Of arms that leave it open, except the baseline
+    # Where the copy of weights and optimizer state is kept from which they are restored after each block; None: where they are
     offload_to:str|torch.device|None=None,
     clock:Clock|None=None, # None: that of the device
     bar:bool=True, # Show a progress bar
 ) -> FormatBench:
-    """Measure a training step in each format and precision against the one it has now, paired, in short blocks in random order
+    """Measure a training step in each format and precision against the current setting, paired, in short blocks in random order
 
-    Lazy layers have their weights meanwhile. Raises a `ValueError` if the present step itself cannot be made, and for an
-    arm that is not known. Ctrl-C returns the partial result."""
-    _check_args(seconds, rounds, block, rel_tol)
-    clock,baseline = clock or device_clock(step.device),replace(baseline or Arm('baseline'), name='baseline')
-    deadline = Deadline(seconds, clock)
+    Lazy layers have their weights meanwhile. Raises a `ValueError` if the baseline fails, and for an unknown arm. Ctrl-C returns
+    the partial result."""
+    schedule = Schedule(seconds, rounds, block, rel_tol, seed, bar, max(min(3., seconds/4), seconds*(0.1 if loader is None else 0.3)))
+    baseline,deadline,before = replace(baseline or Arm('baseline'), name='baseline'),Deadline(seconds, clock or device_clock(step.device)),{}
     with step.initialized(), ExitStack() as stack:
         chosen = chosen_arms(step, arms, compile, baseline, keep_memory)
-        lanes = [step_lane(step, a, inference, offload_to) for a in (baseline, *chosen)]
-        lanes.insert(1, repeat_lane(lanes[0]))
-        if check and not inference:
-            for name,why in _wrong_arms(step, chosen, min(15., seconds/2), bar).items(): next(l for l in lanes if l.name==name).failed = why
-        before = {}
+        base,*others = [step_arm(step, a, inference, offload_to) for a in (baseline, *chosen)]
+        wrong = _wrong_arms(step, chosen, min(15., seconds/2), bar) if check and not inference else {}
+        for a in others: a.failed = wrong.get(a.name)
+        timed = [base, base.repeat(), *others]
         def judge_of(base):
-            if any(l.arm.keep_memory for l in lanes) and (threshold := given_back_from()): stack.enter_context(kept_memory(False, threshold))
+            if any(a.arm.keep_memory for a in timed) and (threshold := given_back_from()): stack.enter_context(kept_memory(False, threshold))
             return Judge(step, base)
-        interrupted,block = measure(lanes, clock, deadline, rounds, block, rel_tol, seed, bar, judge_of,
-            lambda: before.update(state_of(step.device)), max(min(3., seconds/4), seconds*(0.1 if loader is None else 0.3)))
-        res = _result(lanes, _conditions(step, baseline, inference, block), step.device, before, deadline, interrupted)
-        try: _add_more(res, step, lanes, inference, loader, clock, deadline)
+        interrupted,block = measure(timed, deadline, schedule, judge_of, lambda: before.update(state_of(step.device)))
+        res = _result(timed, {**_conditions(step, baseline, inference), 'block': block}, before, deadline, interrupted)
+        try: _add_more(res, step, timed, inference, loader, deadline)
         except KeyboardInterrupt: res.interrupted = True
     res.seconds = deadline.spent
     return res
-
-# %% ../nbs/19_bench.ipynb #86797696
-def _add_more(res, step, lanes, inference, loader, clock, deadline):
-    "Whole epochs, shares of the limit, the optimizer and memory, as far as there is time"
-    counts,peaks,base,missing = {},{},lanes[0].cost(1),[]
-    def fits(what, cost):
-        if deadline.left<cost: missing.append(what)
-        return deadline.left>=cost
-    measured = [l for l in lanes if l.seconds and not l.failed]
-    if loader is not None and measured and not res.interrupted and not inference and fits('whole epochs', 40*base):
-        _add_epochs(res, step, lanes, loader, clock, deadline)
-        if not res.loader: fits('whole epochs', 0.)
-    if measured and not res.interrupted:
-        if fits('share of the limit', 12*base+2):
-            counts,res.ceilings,more = _speed_limits(step, measured, inference, clock)
-            res.notes += more
-        best = next(l for l in lanes if l.name==res.best.arm)
-        if step.optimizer is not None and not inference and not best.arm.setup and best in measured and fits('optimizer', 4*base):
-            res.notes += _optimizer_note(step, best, clock)
-        for l in measured:
-            if not fits('peak memory', 4*l.cost(1)): break
-            peaks[l.name] = _peak(step, l)
-    _finish_rows(res.rows, lanes, step, peaks, counts, res.ceilings)
-    if missing: res.notes.append(f'Not measured for want of time: {", ".join(missing)}.')
-
-def _add_epochs(res, step, lanes, loader, clock, deadline):
-    if lanes[0].arm.setup:
-        res.notes.append('Whole epochs were not measured: the current setting is a function of the step.')
-        return
-    names = dict.fromkeys(('baseline', res.best.arm))
-    chosen = [l for n in names for l in lanes if l.name==n and not l.arm.setup]
-    res.loader = _whole(step, chosen, loader, clock, deadline)

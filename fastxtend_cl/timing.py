@@ -6,14 +6,14 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/timing.html.md"""
 
 # %% auto #0
 __all__ = ['looks', 'least_pairs', 'Clock', 'CudaClock', 'device_clock', 'next_look', 'interval', 'noise_of', 'verdict_of',
-           'ArmFailed', 'why_failed', 'world_size', 'all_ranks', 'attempt', 'slowest', 'Deadline', 'TimedArm',
-           'warm_up', 'run_block', 'pairs_of', 'is_converged', 'block_size', 'Progress', 'leave_out', 'race', 'prepare',
-           'seconds_for_all', 'measure']
+           'ArmFailed', 'why_failed', 'world_size', 'all_ranks', 'attempt', 'slowest', 'Schedule', 'Deadline',
+           'TimedArm', 'warm_up', 'run_block', 'pairs_of', 'is_converged', 'block_size', 'Progress', 'leave_out',
+           'race', 'prepare', 'seconds_for_all', 'measure']
 
 # %% ../nbs/13_timing.ipynb #104927d7
 import gc, math, random, time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from statistics import NormalDist
 import numpy as np
@@ -30,12 +30,12 @@ class Clock:
     def cpu(self): return time.process_time()
 
     def wait(self):
-        "Until the device has done what it was told to"
+        "Wait until the device has finished"
         if self.device.type!='cpu': torch.accelerator.synchronize(self.device)
 
     def steps(self,
-        f, # What is timed
-        n:int, # How often
+        f, # A function without arguments
+        n:int, # Calls
         until:float|None=None, # Time of this clock after which no further call is made
     ) -> np.ndarray: # Seconds, and CPU seconds, of each call: two rows
         "Time `n` calls of `f`"
@@ -49,7 +49,7 @@ class Clock:
 
 # %% ../nbs/13_timing.ipynb #dba6a143
 class CudaClock(Clock):
-    "Events of a GPU; the processor need not wait between steps"
+    "Events of a GPU, so that the processor need not wait between steps"
     def steps(self, f, n, until=None):
         with torch.cuda.device(self.device):
             self.wait()
@@ -83,10 +83,8 @@ def _error(n, k):
 @cache
 def _kth(n, error=3e-4): return max(k for k in range(1, n//2) if k==1 or _error(n, k)<=error)
 
-def next_look(
-    n:int, # Rounds
-) -> float: # Infinite after the last
-    "The number of rounds after `n` at which something is decided next"
+def next_look(n:int) -> float:
+    "The number of rounds after `n` at which something is decided next; infinite after the last"
     return next((o for o in looks if o>n), math.inf)
 
 def interval(
@@ -100,10 +98,8 @@ def interval(
     pairs,k = np.sort(np.asarray(pairs[:n], float)),_kth(n, error)
     return float(np.median(pairs)),float(pairs[k-1]),float(pairs[-k])
 
-def noise_of(
-    pairs, # Ratios of two identical arms
-) -> tuple|None: # Low, high; None before the first look
-    "How far apart two identical arms are: an interval of 95 % at each look"
+def noise_of(pairs) -> tuple|None: # Low, high; None before the first look
+    "How far apart two identical arms are, by their ratios: an interval of 95 % at each look"
     return interval(pairs, 0.05)[1:] if len(pairs)>=least_pairs else None
 
 # %% ../nbs/13_timing.ipynb #ffdee879
@@ -116,19 +112,19 @@ def verdict_of(
     return 'slower' if high<1 and ratio<noise[0] else 'tie'
 
 # %% ../nbs/13_timing.ipynb #60d854f7
-class ArmFailed(Exception): "An arm that cannot be measured; the message says why"
+class ArmFailed(Exception): "An arm cannot be measured; the message says why"
 
-def why_failed(e):
+def why_failed(e:Exception) -> str:
     "An exception in one line"
     if isinstance(e, ArmFailed): return str(e)
     text = (str(e).strip().splitlines() or [''])[0]
     return ('out of memory: ' if is_memory_error(e) else '') + f'{type(e).__name__}: {text}'
 
-def world_size():
+def world_size() -> int:
     "Number of processes that train together"
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-def all_ranks(o):
+def all_ranks(o) -> list:
     "`o` of each rank"
     if world_size()==1: return [o]
     res = [None]*world_size()
@@ -146,18 +142,33 @@ def attempt(f, *args):
         raise ArmFailed(failed[0])
     return res
 
-def slowest(t):
-    "The largest over the ranks; a clock that went backwards on any shows"
-    ts = np.stack(all_ranks(t))
+def slowest(times:np.ndarray) -> np.ndarray:
+    "The largest of each of `times` over the ranks; a clock that went backwards on any rank shows"
+    ts = np.stack(all_ranks(times))
     return np.where((ts<=0).any(0), ts.min(0), ts.max(0))
 
 # %% ../nbs/13_timing.ipynb #07606a46
+@dataclass
+class Schedule:
+    "How long and how finely arms are measured"
+    seconds:float=60. # Of the whole call, at most
+    rounds:int=192 # At most
+    block:int|None=None # Steps of a block, the first of which does not count; None: as many as fit
+    rel_tol:float=0.04 # Stop when every interval is this narrow, as a part of its ratio
+    seed:int=0 # Of the order of arms
+    bar:bool=True # Show a progress bar
+    reserve:float=0. # Seconds that the rounds leave for what follows
+
+    def __post_init__(self):
+        if not self.seconds>0: raise ValueError(f'seconds must be above 0, got {self.seconds!r}')
+        if self.rounds<least_pairs: raise ValueError(f'rounds must be at least {least_pairs} for a verdict, got {self.rounds!r}')
+        if self.block is not None and self.block<2:
+            raise ValueError(f'block must be at least 2, since its first step does not count, got {self.block!r}')
+        if not 0<self.rel_tol<1: raise ValueError(f'rel_tol must be between 0 and 1, such as 0.04, got {self.rel_tol!r}')
+
 class Deadline:
-    "So many seconds from now on; the rank that is last decides for all"
-    def __init__(self,
-        seconds:float,
-        clock:Clock,
-    ): self.seconds,self.clock,self.start,self._spent = seconds,clock,clock.now(),0.
+    "`seconds` from now on; the slowest rank decides for all"
+    def __init__(self, seconds:float, clock:Clock): self.seconds,self.clock,self.start,self._spent = seconds,clock,clock.now(),0.
 
     @property
     def spent(self):
@@ -167,7 +178,7 @@ class Deadline:
     def left(self): return self.seconds-self.spent
     @property
     def until(self):
-        "When a block of steps stops; where ranks train together all make the same steps, and none stops by itself"
+        "When a block of steps stops; None in distributed training, where all ranks make the same steps"
         return self.start+self.seconds if world_size()==1 else None
 
 # %% ../nbs/13_timing.ipynb #b00dd509
@@ -175,7 +186,7 @@ class Deadline:
 class TimedArm:
     "An arm while it is measured"
     name:str
-    run:Callable # Called with `body`; returns `body(f)`, where `f` is what is timed, with all put back afterwards
+    run:Callable # Called with `body`; returns `body(f)`, where `f` is what is timed, and restores all state afterwards
     first:Callable|None=None # Called with `f` in place of its first step
     kind:str='' # Arms of a kind take about as long to prepare
     start:float=0. # Seconds to expect of the preparation before one of its kind is known
@@ -185,10 +196,10 @@ class TimedArm:
     extra:float=0. # Seconds that a block takes besides its steps
     walls:list=field(default_factory=list) # Seconds a step of each block, with all that belongs to it
     prepared:float=0. # Seconds of the preparation
-    failed:str|None=None
-    left_out:bool=False # For want of time
+    failed:str|None=None # Why
+    left_out:bool=False # There was not enough time
     converged:bool=False
-    backwards:int=0 # Blocks thrown away because the clock went backwards
+    backwards:int=0 # Blocks discarded because the clock went backwards
 
     @property
     def live(self): return not (self.failed or self.left_out or self.converged)
@@ -196,8 +207,8 @@ class TimedArm:
     def step(self): return float(np.median([*self.seconds.values()] or self.warm[1:] or self.warm or [0.]))
 
     def attempt(self, body):
-        "What `body` returns, or None if the arm fails"
-        try: return self.run(body)
+        "`body(f)`; if it raises on any rank, the arm has failed on all, and the result is None"
+        try: return self.run(lambda f: attempt(body, f))
         except ArmFailed as e: self.failed = str(e)
 
     def cost(self, block):
@@ -205,59 +216,60 @@ class TimedArm:
         return block*float(np.mean(self.walls[-2:])) if self.walls else 1.2*(block*max(0., self.step) + self.extra)
 
 # %% ../nbs/13_timing.ipynb #1492c14a
-def warm_up(lane, clock, deadline, reserve=0., most=10, limit=10.):
-    "Run the first steps of an arm: at most `limit` seconds, and until `reserve` seconds are left"
+def warm_up(arm:TimedArm, deadline:Deadline, seconds:float=10., reserve:float=0., most:int=10):
+    "Run the first steps of an arm: at most `most`, for at most `seconds`, and until `reserve` seconds are left"
+    clock = deadline.clock
     def body(f):
         def step(g): return float(slowest(attempt(clock.steps, g, 1))[0,0])
-        times = [step(partial(lane.first, f) if lane.first else f)]
+        times = [step(partial(arm.first, f) if arm.first else f)]
         while len(times)<most and deadline.left>reserve:
             times.append(step(f))
             last = times[-3:]
             if len(times)>3 and 0<max(last)<=1.1*min(last): break
-            if any(all_ranks(sum(times[1:])>limit)): break
+            if any(all_ranks(sum(times[1:])>seconds)): break
         return times
     begun = deadline.spent
-    lane.warm = lane.attempt(body) or []
-    if not lane.failed and (start := deadline.spent)<deadline.seconds-reserve:
-        lane.attempt(lambda f: None) # what a block takes besides its steps; the first time it is more
-        lane.extra = deadline.spent-start
-    lane.prepared = deadline.spent-begun
+    arm.warm = arm.attempt(body) or []
+    if not arm.failed and (start := deadline.spent)<deadline.seconds-reserve:
+        arm.attempt(lambda f: None) # what a block takes besides its steps; the first time it is more
+        arm.extra = deadline.spent-start
+    arm.prepared = deadline.spent-begun
 
 # %% ../nbs/13_timing.ipynb #7da40944
-def run_block(lane, clock, n, i, until=None):
+def run_block(arm:TimedArm, deadline:Deadline, n:int, i:int):
     "Round `i` of an arm: `n` steps, of which the first does not count"
-    start = clock.now()
-    times = lane.attempt(lambda f: slowest(attempt(clock.steps, f, n, until)))
-    wall = max(0., *all_ranks(clock.now()-start))
+    start = deadline.clock.now()
+    times = arm.attempt(lambda f: slowest(attempt(deadline.clock.steps, f, n, deadline.until)))
+    wall = max(0., *all_ranks(deadline.clock.now()-start))
     if times is None: return
-    lane.walls.append(wall/times.shape[1])
+    arm.walls.append(wall/times.shape[1])
     if times.shape[1]<n: return
-    if (times[0]<=0).any(): lane.backwards += 1; return
-    lane.seconds[i],lane.cpu[i] = (float(np.median(t[1:])) for t in times)
+    if (times[0]<=0).any(): arm.backwards += 1; return
+    arm.seconds[i],arm.cpu[i] = (float(np.median(t[1:])) for t in times)
 
-def pairs_of(base, other):
-    "Ratios of the rounds that both have: round to seconds"
+def pairs_of(base:dict, other:dict) -> list:
+    "Ratios of the rounds that both have, each a dict of round to seconds"
     return [s/other[i] for i,s in base.items() if i in other]
 
-def is_converged(base, lane, rel_tol, error=3e-4):
-    "Whether more rounds would not change what is said of an arm: its interval is narrow, or far below 1"
-    mid,low,high = interval(pairs_of(base.seconds, lane.seconds) or [1.], error)
+def is_converged(base:TimedArm, arm:TimedArm, rel_tol:float, error:float=3e-4) -> bool:
+    "Whether more rounds would not change the verdict on an arm: its interval is narrow, or far below 1"
+    mid,low,high = interval(pairs_of(base.seconds, arm.seconds) or [1.], error)
     return high-low<=rel_tol*mid or high<0.9
 
 # %% ../nbs/13_timing.ipynb #3420126a
-def block_size(lanes, left):
-    "Steps of a block of each of `lanes`, with `left` seconds for all rounds"
-    lanes = [l for l in lanes if l.live]
-    step,extra,most = sum(l.step for l in lanes),sum(l.extra for l in lanes),max(5, 0.2//max(*(l.step for l in lanes), 1e-9))
-    fits = {n: int(min((left/(1.2*n)-extra)/max(step, 1e-9), most, 50)) for n in looks[:5]} # more rounds come by themselves
+def block_size(arms:list, seconds:float) -> int:
+    "Steps of a block of each of `arms`, with `seconds` for all rounds"
+    arms = [a for a in arms if a.live]
+    step,extra,most = sum(a.step for a in arms),sum(a.extra for a in arms),max(5, 0.2//max(*(a.step for a in arms), 1e-9))
+    fits = {n: int(min((seconds/(1.2*n)-extra)/max(step, 1e-9), most, 50)) for n in looks[:5]} # more rounds come by themselves
     def width(n): return NormalDist().inv_cdf(1-(_kth(n)-0.375)/(n+0.25))*(0.25+1/(fits[n]-1))**0.5
     widths = {n: width(n) for n in fits if fits[n]>=2}
     return fits[max(n for n,w in widths.items() if w<=1.1*min(widths.values()))] if widths else 2
 
 # %% ../nbs/13_timing.ipynb #6c7c198b
 class Progress:
-    "A bar that is told how far it is; the first rank shows it"
-    def __init__(self, show):
+    "A progress bar in percent; the first rank shows it"
+    def __init__(self, show:bool):
         self.bar = progress_bar(range(100), leave=False) if show and not (world_size()>1 and dist.get_rank()) else None
         if self.bar: self.bar.update(0)
     def at(self, share):
@@ -266,75 +278,78 @@ class Progress:
         if self.bar: self.bar.update(100)
 
 # %% ../nbs/13_timing.ipynb #bbe0b2a6
-def leave_out(lanes, rounds, block, left, least=0):
-    "Leave out the slowest arms, until `rounds` of the others fit into `left` seconds or only `least` are there"
-    while len(live := [l for l in lanes[2:] if l.live])>least and rounds*sum(l.cost(block) for l in lanes if l.live)>left:
-        max(live, key=lambda l: l.step).left_out = True
+def leave_out(arms:list, rounds:int, block:int, seconds:float, least:int=0):
+    "Leave out the slowest arms, until `rounds` of the others fit into `seconds`; the baseline, its repeat, and `least` others stay"
+    while len(live := [a for a in arms[2:] if a.live])>least and rounds*sum(a.cost(block) for a in arms if a.live)>seconds:
+        max(live, key=lambda a: a.step).left_out = True
 
-def race(lanes, clock, deadline, rounds, block, rel_tol, seed, bar, reserve=0.):
-    """Measure round after round, until all is settled, no further look is possible before `reserve` seconds are left, or `rounds`;
-    the first of `lanes` is the baseline, the second its repeat"""
-    rng,base = random.Random(seed),lanes[0]
-    for i in range(rounds):
-        live = [l for l in lanes if l.live]
-        for lane in rng.sample(live, len(live)):
-            if deadline.left<lane.cost(block)/2: return
-            run_block(lane, clock, block, i, deadline.until)
+def race(arms:list, deadline:Deadline, schedule:Schedule, progress:Progress):
+    "Measure round after round, until all arms have converged, the rounds are done, or no further look fits"
+    rng,base,block = random.Random(schedule.seed),arms[0],schedule.block
+    for i in range(schedule.rounds):
+        live = [a for a in arms if a.live]
+        for arm in rng.sample(live, len(live)):
+            if deadline.left<arm.cost(block)/2: return
+            run_block(arm, deadline, block, i)
             if base.failed: raise ValueError(f'{base.name} failed while it was measured: {base.failed}')
-        for lane in lanes[2:]: lane.converged = lane.converged or is_converged(base, lane, rel_tol)
-        if not any(l.live for l in lanes[2:]) and is_converged(base, lanes[1], rel_tol, 0.05): return
-        bar.at(deadline.spent/deadline.seconds)
-        left,cost = deadline.left,sum(l.cost(1) for l in lanes if l.live)
+        for arm in arms[2:]: arm.converged = arm.converged or is_converged(base, arm, schedule.rel_tol)
+        if not any(a.live for a in arms[2:]) and is_converged(base, arms[1], schedule.rel_tol, 0.05): return
+        progress.at(deadline.spent/deadline.seconds)
+        left,cost = deadline.left,sum(a.cost(1) for a in arms if a.live)
         if i+1<least_pairs:
             block = max(2, min(block, int(left/max((least_pairs-i-1)*cost, 1e-9))))
-            leave_out(lanes, least_pairs-i-1, block, left, 1)
-        elif (next_look(i+1)-i-1)*block*cost>left-reserve: return
+            leave_out(arms, least_pairs-i-1, block, left, 1)
+        elif (next_look(i+1)-i-1)*block*cost>left-schedule.reserve: return
 
 # %% ../nbs/13_timing.ipynb #1d193c4f
-def prepare(lanes, clock, deadline, block=None, judge_of=None):
-    """Warm up as many of `lanes` as eight rounds fit for, of blocks of two steps if `block` does not say it
-
-    `judge_of(baseline)` returns what is called with each other arm and a function that says whether its time is over."""
-    base,twin,*others = lanes
-    warm_up(base, clock, deadline, limit=deadline.seconds/(4*len(lanes)))
+def prepare(arms:list, deadline:Deadline, block:int=2, judge_of:Callable|None=None):
+    "Warm up as many of `arms` as eight rounds fit for, in blocks of `block` steps; `judge_of` is that of `measure`"
+    base,repeat,*others = arms
+    most = deadline.seconds/(4*len(arms))
+    warm_up(base, deadline, most)
     if base.failed: raise ValueError(f'{base.name} cannot be measured: {base.failed}')
-    twin.warm,twin.extra,ready,kinds = base.warm,base.extra,[base,twin],{}
+    repeat.warm,repeat.extra,ready,kinds = base.warm,base.extra,[base,repeat],{}
     judge = judge_of(base) if judge_of else None
-    for lane in others:
-        if lane.failed: continue
-        need,usual = least_pairs*sum(l.cost(block or 2) for l in ready),max(kinds.get(lane.kind, lane.start), base.warm[0]+base.step+2*base.extra)
-        spare = deadline.left-need-usual-least_pairs*base.cost(block or 2)
-        if spare<0: lane.left_out,lane.prepared = True,usual; continue
+    for arm in others:
+        if arm.failed: continue
+        need,usual = least_pairs*sum(a.cost(block) for a in ready),max(kinds.get(arm.kind, arm.start), base.warm[0]+base.step+2*base.extra)
+        spare = deadline.left-need-usual-least_pairs*base.cost(block)
+        if spare<0: arm.left_out,arm.prepared = True,usual; continue
         begun = deadline.spent
-        warm_up(lane, clock, deadline, need, limit=min(spare, deadline.seconds/(4*len(lanes))))
-        if judge and not lane.failed: judge(lane, lambda: deadline.left<need)
-        lane.prepared = deadline.spent-begun
-        kinds[lane.kind] = max(lane.prepared, kinds.get(lane.kind, 0.))
-        if lane.live: ready.append(lane)
-    leave_out(ready, least_pairs, block or 2, deadline.left)
+        warm_up(arm, deadline, min(spare, most), need)
+        if judge and not arm.failed: judge(arm, lambda: deadline.left<need)
+        arm.prepared = deadline.spent-begun
+        kinds[arm.kind] = max(arm.prepared, kinds.get(arm.kind, 0.))
+        if arm.live: ready.append(arm)
+    leave_out(ready, least_pairs, block, deadline.left)
 
-def seconds_for_all(lanes, deadline):
-    "About what a verdict on all of `lanes` takes, and half as much again"
-    base = lanes[0]
-    rest = sum(l.prepared for l in lanes) + least_pairs*sum((l if l.warm else base).cost(2) for l in lanes if not l.failed)
+def seconds_for_all(arms:list, deadline:Deadline) -> int:
+    "About what a verdict on all of `arms` takes, and half as much again"
+    base = arms[0]
+    rest = sum(a.prepared for a in arms) + least_pairs*sum((a if a.warm else base).cost(2) for a in arms if not a.failed)
     return 10*math.ceil(max(1.5*rest, 1.2*deadline.seconds)/10)
 
-def measure(lanes, clock, deadline, rounds, block, rel_tol, seed, bar, judge_of=None, observe=None, reserve=0.):
-    """Prepare, call `observe`, and race; returns whether it was interrupted, and the steps of a block
-
-    Of `lanes` the first is the baseline and the second its repeat, which is not prepared by itself."""
-    show = Progress(bar)
+# %% ../nbs/13_timing.ipynb #cb6b87b2
+def measure(
+    arms:list, # `TimedArm`s: the baseline, its repeat, and the others
+    deadline:Deadline, schedule:Schedule,
+    # Called with the baseline once it is warm; returns what is called with each other arm and a function that says whether its time is over
+    judge_of:Callable|None=None,
+    observe:Callable|None=None, # Called before the first round
+) -> tuple: # Whether it was interrupted, and the steps of a block
+    "Prepare and race `arms`"
+    progress,block = Progress(schedule.bar),schedule.block
     try:
-        prepare(lanes, clock, deadline, block, judge_of)
+        prepare(arms, deadline, block or 2, judge_of)
         if observe: observe()
-        if not any(l.left_out for l in lanes) or any(l.live for l in lanes[2:]):
-            block = block or max(all_ranks(block_size(lanes, deadline.left-reserve)))
-            race(lanes, clock, deadline, rounds, block, rel_tol, seed, show, reserve)
+        if not any(a.left_out for a in arms) or any(a.live for a in arms[2:]):
+            block = block or max(all_ranks(block_size(arms, deadline.left-schedule.reserve)))
+            race(arms, deadline, replace(schedule, block=block), progress)
     except KeyboardInterrupt:
-        if world_size()>1: raise # the other ranks would wait for ever
+        if world_size()>1: raise # the other ranks would wait forever
         return True,block or 0
-    finally: show.done()
-    for l in lanes: l.left_out = l.left_out or not (l.failed or l.seconds or l.backwards)
-    if not lanes[0].seconds and lanes[0].backwards:
-        raise ValueError(f'nothing could be measured: the clock went backwards in each of {lanes[0].backwards} blocks')
+    finally: progress.done()
+    for a in arms: a.left_out = a.left_out or not (a.failed or a.seconds or a.backwards)
+    if not arms[0].seconds and arms[0].backwards:
+        raise ValueError(f'nothing could be measured: the clock went backwards in each of {arms[0].backwards} blocks')
     return False,block or 0
