@@ -11,7 +11,7 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.kernels import kernel_count, kernel_table, tuning_line
 from fastxtend_cl.memory import kept_memory
-from fastxtend_cl.ways import deadly_layers
+from fastxtend_cl.ways import crashing_layers
 from common import conditions, geometric, interleave, interval, kept_found, results, save
 from peers import as_fastai, learner, models, ready
 
@@ -30,7 +30,7 @@ def step_of(name, arm, device, shape):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn = learner(name, shape, device)
-        if arm==fastai and device.type=='cpu' and (names := deadly_layers(learn.model)):
+        if arm==fastai and device.type=='cpu' and (names := crashing_layers(learn.model)):
             raise RuntimeError(f'not run: the kernels of {names[0]} can end the process (oneDNN issue 6035)')
         arms[arm](learn, device)
         return ready(learn, device)

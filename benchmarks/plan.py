@@ -19,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.all import FormatPlan, apply_channels_last, as_channels_last
 from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.memory import kept_memory
-from fastxtend_cl.ways import deadly_layers
+from fastxtend_cl.ways import crashing_layers
 from agree import Times
 from common import busy, conditions, geometric, interleave, interval, kept_found, results, save
 from kernels import others
@@ -42,14 +42,14 @@ class Plain(Callback):
 
 def plain(learn, channels_last, low):
     if channels_last:
-        if learn.dls.device.type=='cpu' and low is None and (layers := deadly_layers(learn.model)):
+        if learn.dls.device.type=='cpu' and low is None and (layers := crashing_layers(learn.model)):
             raise RuntimeError(f'not run: the kernels of {layers[0]} can end the process (oneDNN issue 6035)')
         apply_channels_last(learn.model)
     if low and learn.dls.device.type=='cuda': mixed(learn); low = None
     learn.add_cb(Plain(channels_last, low and amp_dtypes[low]))
 
 def own(learn):
-    if learn.dls.device.type=='cpu' and (layers := deadly_layers(learn.model)):
+    if learn.dls.device.type=='cpu' and (layers := crashing_layers(learn.model)):
         raise RuntimeError(f'not run: the kernels of {layers[0]} can end the process (oneDNN issue 6035)')
     as_fastai(learn, learn.dls.device)
 

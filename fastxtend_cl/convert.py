@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .internals import storage_id
 from .layout import channels_last_formats, dense_strides, format_of, is_expanded, restride, tensors_in
-from .ways import deadly_layers
+from .ways import crashing_layers
 
 # %% ../nbs/10_convert.ipynb #a4512421
 class FormatWarning(UserWarning): "Something stays as it is, and the message says what and why"
@@ -240,7 +240,7 @@ _targets = {'channels_last': _channels_last_targets, 'contiguous': _contiguous_t
 # %% ../nbs/10_convert.ipynb #2105fa56
 def _deadly_warnings(model):
     "A plain training loop on a CPU can be ended by a few kernels; a Learner's training avoids them by itself"
-    names = [n or type(model).__name__ for n in deadly_layers(model)] if any(p.device.type=='cpu' for p in model.parameters()) else []
+    names = [n or type(model).__name__ for n in crashing_layers(model)] if any(p.device.type=='cpu' for p in model.parameters()) else []
     if not names: return []
     more = f' and {len(names)-3} more' if len(names)>3 else ''
     return [FormatWarning(f'the gradient kernels of {", ".join(names[:3])}{more} can end the process in channels last on a CPU: '

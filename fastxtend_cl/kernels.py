@@ -369,7 +369,7 @@ def conditions_line(self:KernelTable):
     c = self.conditions
     return f'{c["device_name"]}, torch {c["torch"]}, {plural(c["threads"], "thread")}' if c else ''
 
-# %% ../nbs/09_kernels.ipynb #8b16ba30
+# %% ../nbs/09_kernels.ipynb #dba99523
 @patch
 def plot(self:KernelTable,
     ax=None, # matplotlib axes; None makes new ones

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 
-# %% ../nbs/03_memory.ipynb #45ea45f5
+# %% ../nbs/03_memory.ipynb #c0744cda
 _trim_threshold,_mmap_threshold,_mmap_max,_perturb = -1,-3,-4,-6 # parameters of `mallopt`, in malloc.h
 
 class _SymbolInfo(ctypes.Structure):
