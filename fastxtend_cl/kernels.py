@@ -20,11 +20,11 @@ from fastcore.basics import patch
 from torch import nn
 from .cache import CacheFile, conditions, fixed_conditions
 from .choose import Decision, KernelChoice, Reason, call_distance, decide, decide_as, is_right, tolerances, unverified_choice
+from .layout import dense_strides, torch_format
 from .operators import has_cuda, register, register_operators, switch
 from .preserve import generators, other_settings, seed_all
 from .report import Result, axes, ink, machine, number, plural, say_on, shorten
-from fastxtend_cl.ways import (Call, as_is, can_crash, can_tune, candidates, compute_forward, compute_gradients, kernels_wanted, strides_like,
-    trusted)
+from .ways import (Call, as_is, can_crash, can_tune, candidates, compute_forward, compute_gradients, kernels_wanted, trusted)
 
 # %% ../nbs/09_kernels.ipynb #f7c499de
 _most_machines,_most_calls = 8,4000
@@ -237,7 +237,7 @@ def _conv_forward(kernel):
             try: shape = _output_shape(x, w, *args[3:])
             except ValueError: return kernel.call_boxed(ks, *args) # lists of one number, or of a wrong length
             if min(shape)<1: return kernel.call_boxed(ks, *args)
-            g = torch.empty_strided(shape, strides_like(shape, x), dtype=x.dtype, device='meta')
+            g = torch.empty_strided(shape, dense_strides(shape, torch_format(x)), dtype=x.dtype, device='meta')
             found = _find(partial(kernel.call_boxed, ks), key, (g, x, w, None, *args[3:], (False, False, bias is not None)))
         return kernel.call_boxed(ks, *args) if found.plain else compute_forward(partial(kernel.call_boxed, ks), found.forward, args)
     return f

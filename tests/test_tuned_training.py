@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 from helpers import AveragedCopy, Double, caught_warnings, device, dls_of, fit, images, labels, quiet, random_images, tiny_cnn, tiny_learner
 from fastxtend_cl.all import *
-from fastxtend_cl import channelslast, kernels
+from fastxtend_cl import callbacks
 from fastxtend_cl.amp import kernels_mode
 from fastxtend_cl.precision import cpu_bf16
 from fastxtend_cl.convert import FormatWarning
@@ -115,7 +115,7 @@ def lines(out): return [l for l in out.splitlines() if l.startswith(('Tuned', 'C
 
 def test_one_line_at_the_end_of_a_fit(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(channelslast, 'tuning_line', lambda since: asked.append(since) or 'tuned something')
+    monkeypatch.setattr(callbacks, 'tuning_line', lambda since: asked.append(since) or 'tuned something')
     learn = learner().to_channelslast(use_amp=False)
     with quiet(learn):
         learn.fit(2)
@@ -125,11 +125,11 @@ def test_one_line_at_the_end_of_a_fit(monkeypatch, capsys):
     learn.check_channelslast(); learn.trace_channelslast()
     learn.bench_channelslast(['channels last fp32'+', tuned'*(device.type=='cpu')], seconds=1, rounds=8, epochs=False, bar=False)
     assert not lines(capsys.readouterr().out) and len(asked)==2
-    monkeypatch.setattr(channelslast, 'rank_distrib', lambda: 1)
+    monkeypatch.setattr(callbacks, 'rank_distrib', lambda: 1)
     fit(learn)
     assert not lines(capsys.readouterr().out), 'only the first rank speaks'
-    monkeypatch.setattr(channelslast, 'rank_distrib', lambda: 0)
-    monkeypatch.setattr(channelslast, 'tuning_line', lambda since: None)
+    monkeypatch.setattr(callbacks, 'rank_distrib', lambda: 0)
+    monkeypatch.setattr(callbacks, 'tuning_line', lambda since: None)
     fit(learn)
     assert capsys.readouterr().out.strip()==''
 
