@@ -57,10 +57,10 @@ class CacheFile:
     def read(self) -> dict:
         "Contents of the file, a dict of dicts; empty, with a `CacheWarning`, if it cannot be used"
         data,why = self._load()
-        if why: self.warn(why)
+        if why: self.unusable(why)
         return data
 
-    def warn(self, why):
+    def unusable(self, why):
         "Issue the `CacheWarning` of a file that cannot be used"
         warnings.warn(CacheWarning(f'the {self.what} in {self.path} cannot be used and will be measured again: {why}'), stacklevel=3)
 
