@@ -278,11 +278,6 @@ def kernel_count() -> int:
     "Number of decisions so far in this process"
     return len(_state.log)
 
-def _won(choices, way):
-    "How many kernels this way made faster, and how many times as fast on average"
-    won = [c for c in choices if c.way==way and c.reason==Reason.fastest]
-    return len(won),sum(c.seconds['as is'] for c in won)/sum(c.seconds[str(way)] for c in won)
-
 def tuning_line(
     since:int=0, # Of `kernel_count`
 ) -> str|None:
@@ -292,9 +287,11 @@ def tuning_line(
     parts = []
     for name in ('dgrad', 'wgrad', 'forward'):
         choices = [d.choices[name] for d in new if name in d.choices]
-        for way in dict.fromkeys(c.way for c in choices if c.reason==Reason.fastest):
-            n,ratio = _won(choices, way)
-            parts.append(f'{plural(n, f"{name} kernel")} {"in " if way.fp32 else ""}{way} ({ratio:.1f} times as fast)')
+        faster = [c for c in choices if c.reason==Reason.fastest and c.ratio]
+        for way in dict.fromkeys(c.way for c in faster):
+            won = [c for c in faster if c.way==way]
+            ratio = sum(c.seconds['as is'] for c in won)/sum(c.seconds[str(way)] for c in won)
+            parts.append(f'{plural(len(won), f"{name} kernel")} {"in " if way.fp32 else ""}{way} ({ratio:.1f} times as fast)')
         if n := sum(c.corrected for c in choices): parts.append(f'{plural(n, f"{name} kernel")} corrected')
     verb,backward = 'Tuned' if any(d.timed for d in new) else 'Checked',[d for d in new if not d.forward]
     return (f'{verb} {plural(len(backward or new), "convolution")} in {sum(d.seconds for d in new):.1f} s: '

@@ -163,6 +163,19 @@ def test_a_faster_way_is_taken_only_by_a_clear_margin(monkeypatch):
         assert all((c.way==Way(fp32=True))==taken for _,c in rows())
         K.choices_file.path.unlink()
 
+@pytest.mark.parametrize('last', [True, False])
+def test_a_way_that_is_right_by_luck_is_not_used(monkeypatch, last):
+    "The fastest way is verified once more: if it is wrong then, the trusted one is used, whether that was timed or not"
+    x,w,args = plain_case
+    seen = []
+    def verify(self, way): seen.append((self.name, way)); return float(2*(way==Way(fp32=True) and seen.count((self.name, way))==2)),None
+    monkeypatch.setattr(KernelBench, 'verify', verify)
+    monkeypatch.setattr(KernelBench, 'race', lambda self, ways: {w: 0.1 if w==Way(fp32=True) else 1. for w in ways})
+    ts = inputs(x, w, args, last=last)
+    with tuned_kernels(): backward(*ts, args)
+    assert [c.way for _,c in rows()]==[Way(fp32=True, contiguous=True)]*2 and all(c.errors['fp32']==2 for _,c in rows())
+    assert tuning_line().startswith('Tuned 1 convolution in ') and repr(kernel_table())
+
 def test_a_way_that_raises_is_no_candidate(monkeypatch):
     def fail(t): raise RuntimeError('could not create a primitive')
     plant(monkeypatch, fail, Way(fp32=True))
