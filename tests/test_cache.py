@@ -100,6 +100,7 @@ for i in range(50):
     assert file.read()
 '''
 
+@pytest.mark.skipif(sys.platform=='win32', reason='a file that another process reads cannot be replaced on Windows: a CacheWarning')
 def test_two_processes_leave_a_whole_file(root):
     "Each sees whole files only; the last update of either is there"
     env = {**os.environ, 'PYTHONPATH': str(root)}
@@ -109,8 +110,9 @@ def test_two_processes_leave_a_whole_file(root):
     got,texts = messages(file.read)
     assert not texts and set(got)<={'a', 'b'} and any(o['i']==49 for o in got.values())
 
-# Where it is, and what decides
+# Folders and conditions
 
+@pytest.mark.skipif(sys.platform=='win32', reason='paths of POSIX')
 @pytest.mark.parametrize('platform,env,folder', [('linux', {}, '.cache'), ('linux', dict(XDG_CACHE_HOME='/x'), '/x'), ('darwin', {}, 'Library/Caches'), ('win32', dict(LOCALAPPDATA='/local'), '/local')])
 def test_folders_of_the_systems(platform, env, folder, monkeypatch):
     for n in ('FASTXTEND_CL_CACHE', 'XDG_CACHE_HOME', 'LOCALAPPDATA'): monkeypatch.delenv(n, raising=False)

@@ -65,7 +65,7 @@ assert seen(learn.to_contiguous())[1] in (32<<20, None) # its page faults depend
 
 @glibc
 @pytest.mark.parametrize('program', [measuring, training], ids=['measuring', 'training'])
-def test_memory_is_kept_meanwhile_and_given_back_afterwards(program):
+def test_memory_is_kept_inside_and_given_back_afterwards(program):
     """In a process of its own: here a hole in the heap might serve as well
 
     Given back is what was free at the end; a hole that lies between other pieces of the heap is faulted in once more and then serves again"""
@@ -309,7 +309,7 @@ print(before, poisoned, inside, huge())
 
 @pytest.mark.skipif(not can_keep_memory() or 'LD_PRELOAD' in os.environ, reason="macOS, Windows, or an allocator other than glibc's")
 @pytest.mark.parametrize('own', [None, '128'])
-def test_memory_is_poisoned_meanwhile(own):
+def test_memory_is_poisoned_inside(own):
     "torch gets memory with huge numbers; afterwards the user's setting is restored"
     env = {**os.environ, **({} if own is None else {'MALLOC_PERTURB_': own})}
     r = subprocess.run([sys.executable, '-c', poison], capture_output=True, text=True, env=env)
