@@ -12,7 +12,7 @@ from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.kernels import kernel_count, kernel_table, tuned_kernels
 from fastxtend_cl.choose import gradient_error
 from fastxtend_cl.memory import poisoned_memory
-from fastxtend_cl.ways import Call, deadly, suspicious
+from fastxtend_cl.ways import Call, can_crash, suspicious
 from common import save
 
 aten,dtypes = torch.ops.aten,{'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp64': torch.float64}
@@ -65,7 +65,7 @@ def run(c):
     exact = [t.double().contiguous() for t in (g, x, w)]
     want,y = aten.convolution_backward(*exact, bias, *args, mask),aten.convolution(*exact[1:], None, *args)
     call,res = Call.of((g, x, w, bias, *args, mask)),dict(forward=None, backward=None)
-    res['known'],res['deadly'] = suspicious(call),[k for k in ('forward', 'dgrad', 'wgrad') if deadly(call, kernel=k)]
+    res['known'],res['deadly'] = suspicious(call),[k for k in ('forward', 'dgrad', 'wgrad') if can_crash(call, kernel=k)]
     def back(mask=mask): return aten.convolution_backward(g, x, w, bias, *args, mask)
     with poisoned_memory():
         if 'forward' not in res['deadly']: res['forward'] = tell([aten.convolution(x, w, None, *args)], [y], dtype)

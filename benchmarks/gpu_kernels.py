@@ -7,8 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from fastxtend_cl.choose import clear_margins
-from fastxtend_cl.choose import bench_of
+from fastxtend_cl.choose import bench_of, clear_margins
 from fastxtend_cl.layout import dense_strides, channels_last_formats
 from fastxtend_cl.ways import Call, as_is, candidates, device_name
 from common import conditions, markdown, results
@@ -43,19 +42,14 @@ def set_as(call, last, dtype, device):
         return shape,torch.empty(shape, device='meta', memory_format=channels_last_formats[len(shape)]).stride() if last else dense_strides(shape),dtype
     return replace(call, g=meta(call.g), x=meta(call.x), w=meta(call.w), device=device_name(device))
 
-class Operator:
-    "Calls an operator as `tuned_kernels` calls the kernel that it has replaced"
-    def __init__(self, op): self.op = op
-    def call_boxed(self, ks, *args): return self.op(*args)
-
 def kernel_rows(call, device, rounds=5):
     "Milliseconds of the GPU and of the call, and error, of each way to compute each kernel of a call; the least of a few interleaved rounds"
     res,aten = {},torch.ops.aten
     for name in ('forward', 'dgrad', 'wgrad') if call.mask[0] else ('forward', 'wgrad'):
         one = replace(call, mask=(False,)*3) if name=='forward' else call
-        bench = bench_of(Operator(aten.convolution if name=='forward' else aten.convolution_backward), None, one, name, device)
+        bench = bench_of(aten.convolution if name=='forward' else aten.convolution_backward, one, name, device)
         try:
-            errors = {w: bench.verify(w)[1] for w in candidates(one, name)}
+            errors = {w: why or error for w in candidates(one, name) for error,why in [bench.verify(w)]}
             rows = {w: [] for w,e in errors.items() if not isinstance(e, str)}
             for i in range(rounds):
                 for w in [w for w in rows if i<2 or min(rows[w])[0]<2*min(min(r)[0] for r in rows.values())]:

@@ -1,4 +1,4 @@
-"""What was measured stays for the next time
+"""Measurements kept between processes
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/cache.html.md"""
 
@@ -16,7 +16,7 @@ from .precision import tf32_allowed
 
 # %% ../nbs/05_cache.ipynb #6a1e4d4b
 def cache_folder() -> Path:
-    "Where choices are kept between processes"
+    "`FASTXTEND_CL_CACHE`, or 'fastxtend_cl' in the system's folder for caches"
     if own := os.environ.get('FASTXTEND_CL_CACHE'): return Path(own)
     home = {'win32': os.environ.get('LOCALAPPDATA'), 'darwin': '~/Library/Caches'}.get(sys.platform)
     return Path(home or os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'fastxtend_cl'
@@ -30,55 +30,62 @@ def cpu_name() -> str:
 
 @lru_cache(1)
 def fixed_conditions() -> tuple:
-    "What decides besides, and stays as long as this process lives: processor, versions, environment"
+    "What kernels and their speed depend on that does not change within a process: processor, versions, environment"
     env = sorted((k,v) for k,v in os.environ.items() if k.startswith(('DNNL_', 'ONEDNN_', 'OMP_', 'KMP_', 'ATEN_CPU')))
     return cpu_name(),torch.__version__,torch.__config__.show(),torch.backends.cpu.get_cpu_capability(),str(env)
 
 def conditions() -> tuple:
-    "What decides which kernel is right and fast, besides the call: settings of this process"
+    "What kernels and their speed depend on that may change within a process: settings of torch"
     cudnn = torch.backends.cudnn
     return (torch.get_num_threads(),torch.backends.mkldnn.enabled,torch.get_float32_matmul_precision(),
         *((cudnn.enabled,cudnn.benchmark,tf32_allowed()) if torch.cuda.is_initialized() else ()))
 
 # %% ../nbs/05_cache.ipynb #eb74659e
-class CacheWarning(UserWarning): "A file of the cache cannot be read or written; the message says why"
+class CacheWarning(UserWarning): "A cache file cannot be read or written; the message says why"
 
 class CacheFile:
     "A JSON file in `cache_folder` with a dict of plain data"
     def __init__(self,
         name:str, # Of the file
         version:int, # Of its structure
-        what:str, # It holds, for messages
+        what:str, # Its contents in messages, such as 'plans'
     ): self.name,self.version,self.what = name,version,what
 
     @property
     def path(self): return cache_folder()/self.name
 
     def read(self) -> dict:
-        "What the file holds; if it cannot be used, nothing, with a `CacheWarning`"
-        try:
-            d = json.loads(self.path.read_text())
-            if d['version']==self.version and all(isinstance(v, dict) for v in d['data'].values()): return d['data']
-            why = f'its version is {d["version"]!r}' if d['version']!=self.version else 'it has another structure'
-        except FileNotFoundError: return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e: why = f'{type(e).__name__}: {e}'
-        self.warn(why)
-        return {}
+        "Contents of the file, a dict of dicts; empty, with a `CacheWarning`, if it cannot be used"
+        data,why = self._load()
+        if why: self.unusable(why)
+        return data
 
-    def warn(self, why):
-        "Say that the file cannot be used"
-        warnings.warn(CacheWarning(f'the {self.what} kept in {self.path} cannot be used and will be measured again: {why}'), stacklevel=3)
+    def unusable(self, why):
+        "Issue the `CacheWarning` of a file that cannot be used"
+        warnings.warn(CacheWarning(f'the {self.what} in {self.path} cannot be used and will be measured again: {why}'), stacklevel=3)
+
+    def _load(self):
+        "Contents, and why the file cannot be used"
+        try: d = json.loads(self.path.read_text(encoding='utf-8'))
+        except (FileNotFoundError, NotADirectoryError): return {},None
+        except (OSError, ValueError, RecursionError) as e: return {},f'{type(e).__name__}: {e}'
+        if not isinstance(d, dict) or 'version' not in d: return {},'not a cache file'
+        if d['version']!=self.version: return {},f'version {d["version"]!r} instead of {self.version}'
+        data = d.get('data')
+        if not isinstance(data, dict) or not all(isinstance(v, dict) for v in data.values()): return {},'unexpected structure'
+        return data,None
 
     def update(self,
-        change, # Called with what the file holds; returns what it is to hold
+        change, # Function of the contents that returns the new contents
     ):
-        "Replace what the file holds; a `CacheWarning` if it cannot be written"
+        "Replace the contents; a `CacheWarning` if the file cannot be written"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore') # it has been warned of
-                data = change(self.read())
+            text = json.dumps(dict(version=self.version, data=change(self._load()[0])))
             fd,new = tempfile.mkstemp(dir=self.path.parent)
-            with os.fdopen(fd, 'w') as f: json.dump(dict(version=self.version, data=data), f)
-            os.replace(new, self.path)
-        except OSError as e: warnings.warn(CacheWarning(f'the {self.what} are not kept: {e}'), stacklevel=3)
+            try:
+                with os.fdopen(fd, 'w', encoding='utf-8') as f: f.write(text)
+                os.replace(new, self.path)
+            except OSError: os.unlink(new); raise
+        except OSError as e:
+            warnings.warn(CacheWarning(f'cannot save the {self.what} for the next process: {e}; FASTXTEND_CL_CACHE sets another folder'), stacklevel=2)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .internals import storage_id
 from .layout import channels_last_formats, dense_strides, format_of, has_storage, is_expanded, restride, tensors_in
 from .report import some_of
-from .ways import deadly_layers
+from .ways import crashing_layers
 
 # %% ../nbs/10_convert.ipynb #a4512421
 class FormatWarning(UserWarning): "Something was not converted or may not work; the message says what and why"
@@ -221,7 +221,7 @@ def convert_format(
 # %% ../nbs/10_convert.ipynb #2105fa56
 def _kernel_warnings(model):
     "Warnings of layers whose kernels can end the process in a training loop on a CPU, unless `tuned_kernels` avoids them"
-    names = [n or type(model).__name__ for n in deadly_layers(model)] if any(p.device.type=='cpu' for p in model.parameters()) else []
+    names = [n or type(model).__name__ for n in crashing_layers(model)] if any(p.device.type=='cpu' for p in model.parameters()) else []
     return [FormatWarning(f'the gradient kernels of {some_of(names)} can end the process in channels last on a CPU: '
         'train inside `with tuned_kernels():`, which avoids them')] if names else []
 

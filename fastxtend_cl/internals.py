@@ -6,26 +6,29 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/internals.html.md"""
 
 # %% auto #0
 __all__ = ['select_conv_backend', 'conv_memory_format', 'current_autograd_node', 'current_graph_task', 'sequence_number',
-           'set_version_counter', 'functorch_active', 'autocast_devices', 'get_fp32_precision', 'set_fp32_precision',
-           'unscale_gradients', 'without_torch_function', 'find_internal', 'storage_id', 'compiled_call',
-           'set_compiled_call']
+           'set_version_counter', 'functorch_active', 'transposed_conv_types', 'conv_types', 'autocast_devices',
+           'get_fp32_precision', 'set_fp32_precision', 'unscale_gradients', 'without_torch_function', 'find_internal',
+           'raise_missing', 'storage_id', 'compiled_call', 'set_compiled_call']
 
 # %% ../nbs/00_internals.ipynb #8d7cdf4d
 import torch
+from torch import nn
 
 # %% ../nbs/00_internals.ipynb #bf430714
 def find_internal(
     path:str, # Below `torch`, such as '_C._select_conv_backend'
+    default=None, # Used if torch has no such name; None: a function that raises a `RuntimeError` when it is called
 ):
-    "What `torch` has under that name, or else a function that raises a `RuntimeError` when it is called"
+    "What `torch` has under the name `path`, or `default`"
     o = torch
-    for name in path.split('.'):
-        o = getattr(o, name, None)
-        if o is None: break
-    else: return o
-    def missing(*args, **kwargs):
-        raise RuntimeError(f'torch {torch.__version__} has no torch.{path}, which fastxtend_cl uses: take a torch that this version of fastxtend_cl was tested with, or a newer fastxtend_cl')
-    return missing
+    for name in path.split('.'): o = getattr(o, name, None)
+    if o is not None: return o
+    def missing(*args, **kwargs): raise_missing(path)
+    return missing if default is None else default
+
+def raise_missing(path):
+    "Raise the `RuntimeError` of a private name that this version of torch lacks"
+    raise RuntimeError(f'torch {torch.__version__} has no torch.{path}, which fastxtend_cl needs: install another version of torch or a newer fastxtend_cl')
 
 # %% ../nbs/00_internals.ipynb #76ea0384
 select_conv_backend = find_internal('_C._select_conv_backend')
@@ -36,6 +39,10 @@ sequence_number = find_internal('_C._autograd._get_sequence_nr')
 set_version_counter = find_internal('_C._autograd._unsafe_set_version_counter')
 functorch_active = find_internal('_C._are_functorch_transforms_active')
 
+# All convolutions, and those that are transposed, for `isinstance`
+transposed_conv_types = find_internal('nn.modules.conv._ConvTransposeNd', (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+conv_types = find_internal('nn.modules.conv._ConvNd', (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+
 # %% ../nbs/00_internals.ipynb #c9b028e0
 autocast_devices = find_internal('_C._autocast_supported_devices')
 get_fp32_precision = find_internal('_C._get_fp32_precision_getter')
@@ -43,11 +50,21 @@ set_fp32_precision = find_internal('_C._set_fp32_precision_setter')
 unscale_gradients = find_internal('_amp_foreach_non_finite_check_and_unscale_')
 without_torch_function = find_internal('_C.DisableTorchFunctionSubclass')
 
-def storage_id(t):
-    "A number that tensors which share their memory have in common"
-    return t.untyped_storage()._cdata
+def storage_id(
+    o, # A tensor, or its `untyped_storage()`
+) -> int:
+    "A number that is the same for all tensors that share their memory"
+    storage = o.untyped_storage() if isinstance(o, torch.Tensor) else o
+    if not hasattr(storage, '_cdata'): raise_missing('UntypedStorage._cdata')
+    return storage._cdata
 
 # %% ../nbs/00_internals.ipynb #1d322a0b
-def compiled_call(model): return model._compiled_call_impl
+def compiled_call(model:nn.Module):
+    "What `model.compile()` has stored, or None"
+    if not hasattr(model, '_compiled_call_impl'): raise_missing('nn.Module._compiled_call_impl')
+    return model._compiled_call_impl
 
-def set_compiled_call(model, call): model._compiled_call_impl = call
+def set_compiled_call(model:nn.Module, call):
+    "Let `model` call `call`, of `compiled_call`, or its own `forward` again if that is None"
+    compiled_call(model) # raises if torch has another name for it
+    model._compiled_call_impl = call

@@ -1,4 +1,4 @@
-"""Each convolution computed in the fastest correct way
+"""Compute each convolution in the fastest correct way
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/kernels.html.md"""
 
@@ -12,49 +12,50 @@ __all__ = ['modes', 'tuned_kernels', 'fixed_kernels', 'runs_repeat', 'kernel_cou
 import hashlib, math, threading, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakKeyDictionary
 import torch
 from fastcore.basics import patch
 from torch import nn
 from .cache import CacheFile, conditions, fixed_conditions
-from .choose import Decision, KernelChoice, by_condition, call_distance, decide, decide_as_nearest, is_right, tolerances
+from .choose import Decision, KernelChoice, Reason, call_distance, decide, decide_as, is_right, tolerances, unverified_choice
+from .layout import dense_strides, torch_format
 from .operators import has_cuda, register, register_operators, switch
 from .preserve import generators, other_settings, seed_all
-from fastxtend_cl.ways import (Call, as_is, can_tune, candidates, compute_forward, compute_gradients, deadly, kernels_wanted, strides_like,
-    trusted)
+from .report import Result, axes, ink, machine, number, plural, say_on, shorten
+from .ways import (Call, as_is, can_crash, can_tune, candidates, compute_forward, compute_gradients, kernels_wanted, trusted)
 
 # %% ../nbs/09_kernels.ipynb #f7c499de
 _most_machines,_most_calls = 8,4000
 
-_file = CacheFile('kernels.json', 3, 'choices of kernels')
+choices_file = CacheFile('kernels.json', 4, 'choices of kernels')
 
-def _machine(now): return hashlib.sha256(repr((fixed_conditions(), now)).encode()).hexdigest()[:16]
+def _machine(settings): return hashlib.sha256(repr((fixed_conditions(), settings)).encode()).hexdigest()[:16]
 
-def _key(call): return repr(call)
+def _dict(o): return o if isinstance(o, dict) else {}
 
-def _known_calls(machine):
-    "Key of a call to plain data"
-    calls = _file.read().get(machine, {}).get('calls')
-    return calls if isinstance(calls, dict) else {}
+def _saved_calls(machine):
+    "`repr` of a call to plain data"
+    return _dict(choices_file.read().get(machine, {}).get('calls'))
 
-def _keep_calls(machine, calls):
-    "Add `calls`, key to plain data"
+def _save_calls(machine, calls):
+    "Add `calls`, `repr` to plain data"
+    def used(m): return m['used'] if isinstance(m.get('used'), (int, float)) else 0
     def change(machines):
-        old = machines.pop(machine, {}).get('calls', {})
-        kept = {**(old if isinstance(old, dict) else {}), **calls}
+        kept = {**_dict(machines.pop(machine, {}).get('calls')), **calls}
         machines[machine] = dict(used=time.time(), about=fixed_conditions()[:2], calls=dict([*kept.items()][-_most_calls:]))
-        return {m: machines[m] for m in sorted(machines, key=lambda m: machines[m].get('used', 0))[-_most_machines:]}
-    _file.update(change)
+        return dict(sorted(machines.items(), key=lambda o: used(o[1]))[-_most_machines:])
+    choices_file.update(change)
 
 # %% ../nbs/09_kernels.ipynb #896017e5
 def _decision_from(d, call):
-    "A `Decision` from the cache, or None if it is not to be used"
-    try:
-        names = {k: {str(w): w for w in (*candidates(call, k), trusted(call, k))} for k in d}
-        choices = {k: KernelChoice(k, names[k][c['way']], str(c['reason']), {str(n): float(t) for n,t in c['seconds'].items()}, dict(c['errors']))
-            for k,c in d.items()}
-        if sorted(choices)!=sorted(kernels_wanted(call)): return None
+    "A `Decision` from the cache, or None if it is not valid"
+    def choice(name, c):
+        ways = {str(w): w for w in (*candidates(call, name), trusted(call, name))} # none that can crash
+        errors = {str(w): math.inf if e is None else float(e) for w,e in c['errors'].items()}
+        return KernelChoice(name, ways[c['way']], Reason(c['reason']), {str(w): float(t) for w,t in c['seconds'].items()}, errors, dict(c['failed']))
+    try: choices = {name: choice(name, d[name]) for name in kernels_wanted(call)}
     except (KeyError, TypeError, ValueError, AttributeError): return None
     return Decision(call, choices, timed=call.gpu or any(call.mask[:2]), cached=True)
 
@@ -62,136 +63,150 @@ def _decision_from(d, call):
 modes = 'survive', 'correct', 'tuned'
 _lock = threading.RLock()
 
-class _Now:
-    "What holds in this process"
-    def __init__(self):
-        self.stack,self.fixed,self.limit,self.now = [],[],10,None
-        self.books = defaultdict(dict) # (conditions, kind) to call key to `Decision`
-        self.layers = defaultdict(list) # Of timed decisions, by layer
-        self.right_in_a_row = Counter() # Shapes that were verified and not timed, by layer
-        self.known,self.new,self.log = {},defaultdict(dict),[]
+@dataclass
+class _Layer:
+    "What was decided on the shapes of one layer"
+    timed:list=field(default_factory=list) # Decisions after timing
+    right:float=0 # Shapes in a row whose ways were all right, of those that were not timed
 
-    def set(self):
-        switch.mode,self.limit = self.stack[-1] if self.stack else (None,10)
-        self.now = conditions()
+class _State:
+    "What is active in this process, and what was decided"
+    def __init__(self):
+        self.contexts,self.fixed = [],[] # open ones: (mode, limit) of `tuned_kernels`, and those of `fixed_kernels`
+        self.limit,self.settings = 10,None
+        self.decisions = defaultdict(dict) # (settings, mode) to key of a call to `Decision`
+        self.layers = defaultdict(_Layer) # By (settings, layer)
+        self.saved,self.unsaved,self.log = {},defaultdict(dict),[]
+
+    def update(self):
+        "Take over mode and limit of the innermost context, and torch's settings"
+        switch.mode,self.limit = self.contexts[-1] if self.contexts else (None,10)
+        self.settings = conditions()
 
     @property
-    def kind(self):
-        "The mode, or 'fixed' where runs have to repeat"
-        if switch.mode!='tuned': return switch.mode
-        return 'fixed' if runs_repeat() else 'tuned'
+    def mode(self):
+        "That of `switch`, or 'fixed' instead of 'tuned' if runs have to repeat"
+        return 'fixed' if switch.mode=='tuned' and runs_repeat() else switch.mode
 
-    def cached(self, call):
-        "What the cache says of `call`"
-        m = _machine(self.now)
-        if m not in self.known: self.known[m] = _known_calls(m)
-        d = self.known[m].get(_key(call))
+    @property
+    def known(self):
+        "Key of a call to `Decision`, for the current settings and mode"
+        return self.decisions[self.settings, self.mode]
+
+    def from_cache(self, call):
+        m = _machine(self.settings)
+        if m not in self.saved: self.saved[m] = _saved_calls(m)
+        d = self.saved[m].get(repr(call))
         return d and _decision_from(d, call)
 
-    def keep(self):
-        "Write what is new to the cache"
-        with _lock: new,self.new = self.new,defaultdict(dict)
-        for m,calls in new.items(): _keep_calls(m, calls)
+    def save(self):
+        with _lock: unsaved,self.unsaved = self.unsaved,defaultdict(dict)
+        for m,calls in unsaved.items(): _save_calls(m, calls)
 
-_now = _Now()
+_state = _State()
 
 # %% ../nbs/09_kernels.ipynb #76f463c3
 def open_contexts():
-    "The contexts of kernels that are open"
-    return [*_now.stack],[*_now.fixed]
+    "Open contexts of `tuned_kernels` and of `fixed_kernels`"
+    return [*_state.contexts],[*_state.fixed]
 
 def close_contexts(
     until, # Of `open_contexts`
 ):
-    "Close those that were opened since, as an interrupt leaves one that comes in its first or last lines"
+    "Close those opened since then: an interrupt in the first or last lines of a context may leave it open"
     with _lock:
-        _now.stack[:],_now.fixed[:] = until
-        _now.set()
+        _state.contexts[:],_state.fixed[:] = until
+        _state.update()
 
 other_settings.append((open_contexts, close_contexts))
 
 # %% ../nbs/09_kernels.ipynb #67388efa
 @contextmanager
 def tuned_kernels(
-    # 'tuned': the fastest correct way, timed at first sight. 'correct': torch's own, unless it computes wrong results.
-    # 'survive': torch's own, unless it can end the process
+    # 'tuned': the fastest correct way, timed when first seen. 'correct': torch's own unless it computes wrong results.
+    # 'survive': torch's own unless it can crash the process
     mode:str='tuned',
-    benchmark_limit:int=10, # Shapes of one layer that are timed, as `torch.backends.cudnn.benchmark_limit`; others take the nearest one's choice
-    model:nn.Module|None=None, # On a GPU, nothing is put between torch and cuDNN where this model has no choice; None: it may have
+    benchmark_limit:int=10, # Shapes of one layer to time, as `torch.backends.cudnn.benchmark_limit`; others use the choice for the nearest one
+    model:nn.Module|None=None, # The model to train: without layers to tune on a GPU it gets torch's operators as they are. None: not known
 ):
     """A context in which each convolution on a CPU, and each grouped one on a CUDA GPU, is computed in the fastest correct way
 
-    It holds for the whole process, in all threads, as torch's own flags do; the innermost of nested contexts counts. The first
-    step inside takes a few seconds longer, once per machine. Raises a `ValueError` for another mode."""
+    It applies to the whole process, all threads included, as torch's own flags do; the innermost of nested contexts counts. The
+    first step inside takes a few seconds longer, once per machine. Raises a `ValueError` for another mode."""
     if mode not in modes: raise ValueError(f"mode must be 'tuned', 'correct' or 'survive', got {mode!r}")
     if not isinstance(benchmark_limit, int) or benchmark_limit<0:
         raise ValueError(f'benchmark_limit must be a number of shapes, 0 or more, got {benchmark_limit!r}')
     own = (mode, benchmark_limit)
     with _lock:
         _install(mode, model)
-        _now.stack.append(own); _now.set()
+        _state.contexts.append(own); _state.update()
     try: yield
     finally:
         with _lock:
-            _now.stack[:] = [o for o in _now.stack if o is not own] # `close_contexts` may have closed it already
-            _now.set()
-        if switch.mode is None and _now.new: _now.keep()
+            _state.contexts[:] = [o for o in _state.contexts if o is not own] # `close_contexts` may have closed it already
+            _state.update()
+        if switch.mode is None and _state.unsaved: _state.save()
 
 @contextmanager
 def fixed_kernels():
-    """A context in which nothing is timed, so that runs repeat bit for bit: choices are those made before, or by correctness alone
+    """A context in which nothing is timed, so that runs repeat bit for bit: kernels are chosen as before, or by correctness alone
 
-    The same holds where `torch.use_deterministic_algorithms` or `torch.backends.cudnn.deterministic` is set, as fastai's `no_random` does."""
+    `torch.use_deterministic_algorithms` and `torch.backends.cudnn.deterministic` have the same effect, so fastai's `no_random` has it, too."""
     own = object()
-    with _lock: _now.fixed.append(own)
+    with _lock: _state.fixed.append(own)
     try: yield
     finally:
-        with _lock: _now.fixed[:] = [o for o in _now.fixed if o is not own]
+        with _lock: _state.fixed[:] = [o for o in _state.fixed if o is not own]
 
 # %% ../nbs/09_kernels.ipynb #010e5ca2
-def _find(kernel, ks, key, args, device):
-    "The `Decision` of a call that was not met yet in this mode"
-    if device.type=='cuda' and torch.cuda.is_current_stream_capturing(): return _as_torch # a graph allows no measuring
-    call = Call.of(args)
-    with _lock:
-        kind = _now.kind
-        book = _now.books[_now.now, kind]
-        if key in book: return book[key]
-        if len(book)>20_000: book.clear() # shapes without end
-        if kind=='survive': found = _known_deadly(call)
-        elif call.gpu and kind=='correct': found = _as_torch # no convolution was seen wrong there (benchmarks/results/gpu-faults-cuda.json)
-        else:
-            found = kind!='correct' and (_now.books[_now.now, 'tuned'].get(key) or _now.cached(call))
-            if found and found.timed and kind=='tuned': _add_timed(call, found)
-            if not found:
-                with torch.cuda.device(device) if call.gpu else nullcontext(): found = _new(kernel, ks, call, device, kind=='tuned')
-            _now.log.append(found)
-        book[key] = found
-    return found
-
 _as_torch = Decision(None, {})
 
-def _known_deadly(call):
-    bad = {k: deadly(call, as_is, k) for k in kernels_wanted(call)}
-    return Decision(call, {k: KernelChoice(k, trusted(call, k) if b else as_is, 'can end the process as is' if b else 'as is')
-        for k,b in bad.items()})
+def _find(op, key, args):
+    "The `Decision` on a call that is new in this mode"
+    device = args[1].device
+    if device.type=='cuda' and torch.cuda.is_current_stream_capturing(): return _as_torch # nothing can be measured inside a CUDA graph
+    with _lock:
+        known = _state.known
+        if key not in known:
+            if len(known)>20_000: known.clear() # shapes without end
+            found = _decision_on(op, key, Call.of(args), device)
+            known[key] = found
+        return known[key]
 
-def _add_timed(call, found): _now.layers[_now.now, call.layer].append(found)
+def _decision_on(op, key, call, device):
+    mode = _state.mode
+    if mode=='survive': return _without_crashes(call)
+    if call.gpu and mode=='correct': return _as_torch # no convolution was seen wrong there (benchmarks/results/gpu-faults-cuda.json)
+    found = None if mode=='correct' else _state.decisions[_state.settings, 'tuned'].get(key) or _state.from_cache(call)
+    if found is None:
+        with torch.cuda.device(device) if call.gpu else nullcontext(): found = _new_decision(op, call, device, mode=='tuned')
+    elif found.timed and mode=='tuned': _layer_of(call).timed.append(found)
+    _state.log.append(found)
+    return found
 
-def _new(kernel, ks, call, device, timed):
-    "Decide on a call; where enough shapes of its layer were timed, by the nearest one"
-    layer,backward = (_now.now,call.layer),any(call.mask[:2])
-    timed_ones,enough = _now.layers[layer],_now.right_in_a_row[layer]>=10*_now.limit
-    if timed and timed_ones and len(timed_ones)>=_now.limit:
-        near = min(timed_ones, key=lambda d: call_distance(d.call, call))
-        found = decide_as_nearest(kernel, ks, call, device, near, not enough)
-    elif not backward and enough: return Decision(call, {'forward': by_condition(call, 'forward')})
+def _without_crashes(call):
+    "torch's own kernels except those that can crash"
+    def choice(name):
+        if can_crash(call, as_is, name): return KernelChoice(name, trusted(call, name), Reason.crash)
+        return KernelChoice(name, as_is, Reason.as_is)
+    return Decision(call, {name: choice(name) for name in kernels_wanted(call)})
+
+def _layer_of(call): return _state.layers[_state.settings, call.layer]
+
+def _new_decision(op, call, device, tuned):
+    "Verify the ways and, if `tuned`, time them; with enough shapes of a layer, follow the nearest one"
+    layer,backward = _layer_of(call),any(call.mask[:2])
+    reliable = layer.right>=10*_state.limit
+    if tuned and layer.timed and len(layer.timed)>=_state.limit:
+        found = decide_as(op, call, device, min(layer.timed, key=lambda d: call_distance(d.call, call)), check=not reliable)
+    elif reliable and not backward: return Decision(call, {'forward': unverified_choice(call, 'forward')})
     else:
-        found = decide(kernel, ks, call, device, timed and (backward or call.gpu) and _now.limit>0)
-        if found.timed: _add_timed(call, found)
-        if timed: _now.new[_machine(_now.now)][_key(call)] = {k: c.to_dict() for k,c in found.choices.items()}
-    right = all(is_right(e) for c in found.choices.values() for e in c.errors.values())
-    if not found.timed: _now.right_in_a_row[layer] = _now.right_in_a_row[layer]+1 if right else -math.inf
+        found = decide(op, call, device, tuned and (backward or call.gpu) and _state.limit>0)
+        if found.timed: layer.timed.append(found)
+        if tuned: _state.unsaved[_machine(_state.settings)][repr(call)] = {name: c.to_dict() for name,c in found.choices.items()}
+    if not found.timed:
+        right = all(is_right(e) for c in found.choices.values() for e in c.errors.values())
+        layer.right = layer.right+1 if right else -math.inf
     return found
 
 # %% ../nbs/09_kernels.ipynb #9d956b33
@@ -201,13 +216,12 @@ def _conv_backward(kernel):
         g,x,w,_,stride,padding,dilation,transposed,output_padding,groups,mask = args
         key = (x.device, g.shape, g.stride(), x.shape, x.stride(), w.shape, w.stride(), g.dtype, x.dtype, w.dtype, *stride, *padding, *dilation,
             transposed, *output_padding, groups, *mask)
-        found = _now.books[_now.now, _now.kind].get(key)
+        found = _state.known.get(key)
         if found is None:
             if (not g.numel() or not x.numel() or g.dtype not in tolerances or not g.dtype==x.dtype==w.dtype or not any(mask[:2])
                     or len(stride)!=x.ndim-2): return kernel.call_boxed(ks, *args) # torch expands lists of one number later
-            found = _find(kernel, ks, key, args, x.device)
-        if found.plain: return kernel.call_boxed(ks, *args)
-        return _run(kernel, ks, found, args)
+            found = _find(partial(kernel.call_boxed, ks), key, args)
+        return kernel.call_boxed(ks, *args) if found.plain else _gradients(partial(kernel.call_boxed, ks), found, args)
     return f
 
 def _conv_forward(kernel):
@@ -216,154 +230,161 @@ def _conv_forward(kernel):
         x,w,bias,stride,padding,dilation,transposed,output_padding,groups = args
         key = (x.device, x.shape, x.stride(), w.shape, w.stride(), x.dtype, w.dtype, bias is None, *stride, *padding, *dilation, transposed,
             *output_padding, groups)
-        found = _now.books[_now.now, _now.kind].get(key)
+        found = _state.known.get(key)
         if found is None:
             if not x.numel() or x.dtype not in tolerances or x.dtype!=w.dtype or bias is not None and bias.dtype!=x.dtype or x.ndim!=w.ndim:
                 return kernel.call_boxed(ks, *args)
-            try: shape = _out_shape(*args)
+            try: shape = _output_shape(x, w, *args[3:])
             except ValueError: return kernel.call_boxed(ks, *args) # lists of one number, or of a wrong length
             if min(shape)<1: return kernel.call_boxed(ks, *args)
-            g = torch.empty_strided(shape, strides_like(shape, x), dtype=x.dtype, device='meta')
-            found = _find(kernel, ks, key, (g, x, w, None, *args[3:], (False, False, bias is not None)), x.device)
-        return kernel.call_boxed(ks, *args) if found.plain else compute_forward(kernel, ks, found.forward, args)
+            g = torch.empty_strided(shape, dense_strides(shape, torch_format(x)), dtype=x.dtype, device='meta')
+            found = _find(partial(kernel.call_boxed, ks), key, (g, x, w, None, *args[3:], (False, False, bias is not None)))
+        return kernel.call_boxed(ks, *args) if found.plain else compute_forward(partial(kernel.call_boxed, ks), found.forward, args)
     return f
 
-def _out_shape(x, w, bias, stride, padding, dilation, transposed, output_padding, groups):
+def _output_shape(x, w, *args):
+    stride,padding,dilation,transposed,output_padding,groups = args
     sides = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, output_padding, strict=True)
     if transposed: return (x.shape[0], w.shape[1]*groups, *((n-1)*s-2*p+d*(k-1)+o+1 for n,k,s,p,d,o in sides))
     return (x.shape[0], w.shape[0], *((n+2*p-d*(k-1)-1)//s+1 for n,k,s,p,d,_ in sides))
 
-def _run(kernel, ks, found, args):
-    "Compute both gradients as decided"
+def _gradients(op, found, args):
+    "Both gradients as decided"
     a,b,mask = found.dgrad,found.wgrad,args[-1]
-    if a is None or b is None or a==b: return compute_gradients(kernel, ks, a or b, args, mask)
-    gx = compute_gradients(kernel, ks, a, args, (True, False, False))[0]
-    return gx,*compute_gradients(kernel, ks, b, args, (False, True, mask[2]))[1:]
+    if a is None or b is None or a==b: return compute_gradients(op, a or b, args, mask)
+    gx = compute_gradients(op, a, args, (True, False, False))[0]
+    return gx,*compute_gradients(op, b, args, (False, True, mask[2]))[1:]
 
 # %% ../nbs/09_kernels.ipynb #5583036c
-_choices = WeakKeyDictionary()
+_tunable = WeakKeyDictionary() # models
 
 def _may_tune_on_cuda(model):
     if not has_cuda() or model is None: return has_cuda()
-    if model not in _choices: _choices[model] = can_tune(model, torch.device('cuda'))
-    return _choices[model]
+    if model not in _tunable: _tunable[model] = can_tune(model, torch.device('cuda'))
+    return _tunable[model]
 
 def _install(mode, model):
-    "Register what a mode needs; the way through Python costs a few microseconds a call, so a GPU's convolutions only for models that gain"
+    "Register what a mode needs for `model`"
     register_operators()
     for device in ['CPU', *['CUDA']*(mode=='tuned' and _may_tune_on_cuda(model))]:
         register(f'{device} convolutions', [('convolution', _conv_forward, device), ('convolution_backward', _conv_backward, device)])
 
 # %% ../nbs/09_kernels.ipynb #c2c91c1a
 def runs_repeat() -> bool:
-    "Whether nothing is timed at present, so that runs repeat: inside `fixed_kernels`, or where torch is told to be deterministic"
-    return bool(_now.fixed) or torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    "Whether nothing is timed, so that runs repeat: inside `fixed_kernels`, or if torch is set to be deterministic"
+    return bool(_state.fixed) or torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
 
 def kernel_count() -> int:
-    "Number of decisions made so far in this process"
-    return len(_now.log)
-
-_gradients = {'dgrad': 'input gradient', 'wgrad': 'weight gradient', 'forward': 'forward pass'}
-
-def _plural(n, word): return f'{n} {word}{"" if n==1 else "es" if word.endswith("s") else "s"}'
-
-def _how(way): return ('in ' if way.fp32 else '')+str(way)
+    "Number of decisions so far in this process"
+    return len(_state.log)
 
 def tuning_line(
     since:int=0, # Of `kernel_count`
 ) -> str|None:
-    "One line on what was decided after the first `since` decisions, or None if nothing had to be"
-    new = [d for d in _now.log[since:] if d.judged and not d.cached]
+    "One line on the decisions after the first `since` ones, or None if there was nothing to choose"
+    new = [d for d in _state.log[since:] if d.verified and not d.cached]
     if not new or not any(d.timed or c.corrected for d in new for c in d.choices.values()): return None
     parts = []
-    for name,word in _gradients.items():
-        cs = [d.choices[name] for d in new if name in d.choices]
-        for way in dict.fromkeys(c.way for c in cs if c.reason=='fastest'):
-            won = [c for c in cs if c.way==way and c.reason=='fastest']
+    for name in ('dgrad', 'wgrad', 'forward'):
+        choices = [d.choices[name] for d in new if name in d.choices]
+        faster = [c for c in choices if c.reason==Reason.fastest and c.ratio]
+        for way in dict.fromkeys(c.way for c in faster):
+            won = [c for c in faster if c.way==way]
             ratio = sum(c.seconds['as is'] for c in won)/sum(c.seconds[str(way)] for c in won)
-            parts.append(f'{_plural(len(won), word)} {_how(way)} ({ratio:.1f} times as fast)')
-        if n := sum(c.corrected for c in cs): parts.append(f'{_plural(n, word)} corrected')
+            parts.append(f'{plural(len(won), f"{name} kernel")} {"in " if way.fp32 else ""}{way} ({ratio:.1f} times as fast)')
+        if n := sum(c.corrected for c in choices): parts.append(f'{plural(n, f"{name} kernel")} corrected')
     verb,backward = 'Tuned' if any(d.timed for d in new) else 'Checked',[d for d in new if not d.forward]
-    return (f'{verb} {_plural(len(backward or new), "convolution")} in {sum(d.seconds for d in new):.1f} s: '
+    return (f'{verb} {plural(len(backward or new), "convolution")} in {sum(d.seconds for d in new):.1f} s: '
         + (', '.join(parts) or "torch's own kernels are the fastest"))
 
 # %% ../nbs/09_kernels.ipynb #cafac542
-_columns = 'convolution', '', 'computed', 'ms', 'torch ms', 'why'
+_purposes = {Reason.fastest: 'for speed', Reason.wrong: 'because torch computes it wrong', Reason.crash: 'because it can crash',
+    Reason.nearest: 'as for the nearest shape', Reason.unverified: 'not verified, out of memory'}
 
 @dataclass(repr=False)
-class KernelTable:
-    "What was decided for each call; one `KernelChoice` a row"
-    rows:list # Pairs of `Call` and `KernelChoice`
+class KernelTable(Result):
+    "How each kernel of each call is computed, and why"
+    rows:list # Pairs of `Call` and `KernelChoice`, slowest first
     seconds:float=0. # What deciding took in this process
+    conditions:dict=field(default_factory=dict)
+    left = 4
+
     @property
-    def verdict(self):
-        "One sentence"
-        if not self.rows: return 'No convolution has been computed inside `tuned_kernels` yet'
-        changed,bad = [c for _,c in self.rows if c.way!=as_is],sum(c.corrected for _,c in self.rows)
-        return (f'{len(changed)} of {_plural(len(self.rows), "kernel")} computed in another way than torch does, '
-            f'{bad} of them because that is wrong or can end the process; decided in {self.seconds:.1f} s')
+    def replaced(self): return [c for _,c in self.rows if c.way!=as_is]
+
+    @property
+    def verdict(self): return f'{len(self.replaced)} of {plural(len(self.rows), "kernel")} replaced' if self.rows else 'no kernels'
+
+    @property
+    def reason(self):
+        if not self.rows: return 'no convolution was computed inside `tuned_kernels` yet'
+        counts = Counter(c.reason for c in self.replaced)
+        parts = [f'{counts[r]} {purpose}' for r,purpose in _purposes.items() if counts[r]] or ["torch's own are correct and the fastest"]
+        return f'{", ".join(parts)}; decided in {self.seconds:.1f} s'
+
     def to_dict(self):
         "Plain data for JSON"
-        return dict(verdict=self.verdict, seconds=self.seconds, rows=[dict(call=str(k), **c.to_dict()) for k,c in self.rows])
+        return dict(verdict=self.verdict, reason=self.reason, seconds=self.seconds, conditions=self.conditions,
+            rows=[dict(call=str(k), **c.to_dict()) for k,c in self.rows])
 
 def kernel_table(
-    since:int=0, # Of `kernel_count`: only what was decided after it
+    since:int=0, # Of `kernel_count`: only decisions after it
 ) -> KernelTable:
-    "What was decided in this process, slowest first; forward passes are shown where torch's own is not used"
-    new = {(d.call,name): (d.call,c) for d in _now.log[since:] for name,c in d.choices.items() if name!='forward' or c.way!=as_is}
+    "What was decided in this process, slowest first; forward passes only if torch's own is replaced"
+    new = _state.log[since:]
+    rows = {(d.call,name): (d.call,c) for d in new for name,c in d.choices.items() if name!='forward' or c.way!=as_is}
     def cost(o): return -max(o[1].seconds.values(), default=0)
-    return KernelTable(sorted(new.values(), key=cost), sum(d.seconds for d in _now.log[since:] if not d.cached))
+    found_on = machine('cuda' if any(call.gpu for call,_ in rows) else 'cpu') if rows else {}
+    return KernelTable(sorted(rows.values(), key=cost), sum(d.seconds for d in new if not d.cached), found_on)
 
 # %% ../nbs/09_kernels.ipynb #aed6ccee
-def _shown(self, most=10):
-    "Rows that are computed in another way than torch does, and of the others as many as fit; and what to say of the rest"
-    left,shown = max(0, most-sum(c.way!=as_is for _,c in self.rows)),[]
-    for k,c in self.rows:
-        if c.way==as_is: left -= 1
-        if c.way!=as_is or left>=0: shown.append((k,c))
-    rest = len(self.rows)-len(shown)
-    return shown,[f'{rest} more as torch computes them: `rows` has all'] if rest else []
-
-def _cells(rows):
-    def ms(t): return '' if t is None else f'{1e3*t:.2f}'
-    def why(c): return f'{c.ratio:.1f}x' if c.reason=='fastest' and c.ratio else '' if c.reason=='as is' else c.reason
-    return [[str(k), c.kernel, str(c.way), ms(c.seconds.get(str(c.way))), ms(c.seconds.get('as is')), why(c)] for k,c in rows]
-
-def _short(s, n): return s if len(s)<=n else s[:n-1]+'…'
+@patch
+def shown(self:KernelTable,
+    n:int=10,
+) -> list:
+    "All rows of replaced kernels, and of the others as many as fit into `n` rows"
+    others = [i for i,(_,c) in enumerate(self.rows) if c.way==as_is][:max(0, n-len(self.replaced))]
+    return [o for i,o in enumerate(self.rows) if o[1].way!=as_is or i in others]
 
 @patch
-def __repr__(self:KernelTable):
-    if not self.rows: return self.verdict
-    shown,rest = _shown(self)
-    rows = [[_short(s, n) for s,n in zip(r, (50, 5, 16, 8, 8, 25))] for r in ([*_columns], *_cells(shown))]
-    width = [max(len(r[i]) for r in rows) for i in range(6)]
-    width[5] = min(width[5], 100-sum(width[:5])-5)
-    def line(r): return ' '.join(_short(s, w).rjust(w) if i in (3, 4) else _short(s, w).ljust(w) for i,(s,w) in enumerate(zip(r, width))).rstrip()
-    return '\n'.join([self.verdict, *map(line, rows), *rest])
+def cells(self:KernelTable, full=False):
+    if not self.rows: return []
+    def why(c): return f'{c.ratio:.1f}x as fast' if c.reason==Reason.fastest and c.ratio else '' if c.reason==Reason.as_is else str(c.reason)
+    def ms(t): return number(None if t is None else 1e3*t, '.2f')
+    def row(call, c):
+        way = str(c.way) if full else shorten(str(c.way), 16)
+        return [str(call), c.kernel, way, why(c), ms(c.seconds.get(str(c.way))), ms(c.seconds.get('as is'))]
+    return [['convolution', 'kernel', 'computed', 'why', 'ms', 'torch ms'], *(row(*o) for o in (self.rows if full else self.shown()))]
 
 @patch
-def _repr_markdown_(self:KernelTable):
-    if not self.rows: return self.verdict
-    shown,rest = _shown(self)
-    rows = [[*_columns], ['---', '---', '---', '--:', '--:', '---'], *_cells(shown)]
-    return '\n\n'.join([f'**{self.verdict}**', '\n'.join('| '+' | '.join(r)+' |' for r in rows), *rest])
+def remarks(self:KernelTable):
+    rest = len(self.rows)-len(self.shown())
+    return [f'{rest} more are computed as torch does: `.table()` shows all.'] if rest else []
 
+@patch
+def conditions_line(self:KernelTable):
+    c = self.conditions
+    return f'{c["device_name"]}, torch {c["torch"]}, {plural(c["threads"], "thread")}' if c else ''
+
+# %% ../nbs/09_kernels.ipynb #dba99523
 @patch
 def plot(self:KernelTable,
     ax=None, # matplotlib axes; None makes new ones
 ): # The axes
-    "Time of each gradient as torch computes it and as chosen, slowest first"
-    import matplotlib.pyplot as plt
+    "Time of each kernel as torch computes it and as chosen, slowest first"
     rows = [(k,c) for k,c in self.rows if c.seconds][:40]
-    if ax is None: ax = plt.subplots(figsize=(8, 1+0.22*max(len(rows), 2)))[1]
-    if not rows: ax.text(0.5, 0.5, self.verdict if not self.rows else 'Nothing was timed', ha='center', transform=ax.transAxes)
+    ax = axes(ax, len(rows), 8, 0.22)
+    if not rows: say_on(ax, 'nothing was timed' if self.rows else self.reason)
+    colors = {'as torch': 'tab:blue', 'replaced': 'tab:green', 'corrected': 'tab:red'}
     for i,(k,c) in enumerate(rows):
         own,torchs = c.seconds.get(str(c.way)),c.seconds.get('as is')
-        if torchs: ax.barh(i, 1e3*torchs, color='0.75', label='torch' if i==0 else None)
-        if own: ax.barh(i, 1e3*own, height=0.45, color='tab:red' if c.corrected else 'tab:green' if c.way!=as_is else 'tab:blue')
+        if torchs: ax.barh(i, 1e3*torchs, color='0.65')
+        if own: ax.barh(i, 1e3*own, height=0.45, color=colors['corrected' if c.corrected else 'as torch' if c.way==as_is else 'replaced'])
     ax.set_yticks(range(len(rows)), [f'{k}, {c.kernel}: {c.way}' for k,c in rows], fontsize=7)
     ax.invert_yaxis()
-    ax.set_xlabel('ms (grey: as torch computes it)')
+    ax.set_xlabel('ms (grey: torch)')
+    for label,color in {'torch': '0.65', **colors}.items(): ax.barh(0, 0, color=color, label=label)
+    if rows: ax.legend(fontsize=7, loc='lower right', labelcolor=ink())
     return ax
 
 # %% ../nbs/09_kernels.ipynb #99f04a8e
@@ -371,7 +392,7 @@ def plot(self:KernelTable,
 def less_random(
     seed:int=42, # For Python's, NumPy's and torch's generators on every device
 ):
-    "Repeatable random numbers, and no kernel chosen by time; afterwards every generator and cuDNN flag is as it was"
+    "Repeatable random numbers, and no kernel chosen by timing; afterwards all generators and cuDNN flags are restored"
     states = [(put,get()) for get,put in generators()]
     flags = torch.backends.cudnn.benchmark,torch.backends.cudnn.deterministic
     seed_all(seed)

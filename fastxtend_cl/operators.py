@@ -1,4 +1,4 @@
-"""Operators beside convolutions that lose the format, or are wrong in it
+"""Other operators that lose the memory format or are wrong in channels last
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/operators.html.md"""
 
@@ -14,54 +14,55 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from .internals import functorch_active
-from .layout import channels_last_formats, dense_like, is_channels_last, with_strides
+from .layout import channels_last_formats, dense_like, format_of, is_channels_last, with_strides
 
 # %% ../nbs/08_operators.ipynb #93dee900
 class Switch:
-    "Whether the replacements are active in this process: None, or a mode of `tuned_kernels`"
+    "The mode of `tuned_kernels` that is active in this process, or None"
     mode = None
 
 switch,_libraries = Switch(),{}
 
-def register(name, makers):
-    "Put each function of `makers`, (operator, maker, dispatch key), before the kernel that its operator has; once for each `name`"
+def register(
+    name:str, # Of the group; a second call with the same name does nothing
+    replacements:list, # Tuples: operator, function of the original kernel that returns the replacement, dispatch key
+):
+    "Replace kernels of `aten` operators"
     if name in _libraries: return
     lib = torch.library.Library('aten', 'IMPL')
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Warning only once for all operators') # torch 2.11 says that a kernel is replaced
-        for op,make,key in makers:
+        warnings.filterwarnings('ignore', 'Warning only once for all operators') # torch 2.11 warns that a kernel is replaced
+        for op,make,key in replacements:
             f = make(torch.library.get_kernel(f'aten::{op}', key))
-            lib.impl(op, torch.compiler.disable(f) if torch.__version__<'2.14' else f, key, with_keyset=True) # before, Dynamo compiled `f` itself
+            lib.impl(op, torch.compiler.disable(f) if torch.__version__<'2.14' else f, key, with_keyset=True) # Dynamo of torch 2.13 traces `f`
     _libraries[name] = lib
 
 @lru_cache(1)
 def has_cuda():
-    "Whether there is a CUDA device to use"
+    "Whether there is a CUDA device"
     return torch.version.cuda is not None and torch.cuda.is_available()
 
 # %% ../nbs/08_operators.ipynb #981f3d13
-# Position of the saved activation; the gradient is the first argument
-_strided = {'native_batch_norm_backward': 1, 'native_group_norm_backward': 1, 'threshold_backward': 1, 'hardtanh_backward': 1,
+# Index of the saved activation among the arguments; the gradient is the first
+_activation_at = {'native_batch_norm_backward': 1, 'native_group_norm_backward': 1, 'threshold_backward': 1, 'hardtanh_backward': 1,
     'hardswish_backward': 1, 'hardsigmoid_backward': 1, 'silu_backward': 1, 'gelu_backward': 1, 'leaky_relu_backward': 1,
     'mish_backward': 1, 'sigmoid_backward': 1, 'elu_backward': 5}
 _corrected = {'native_batch_norm_backward'}
 
-def _dense_in_a_format(x): return x.is_contiguous() or x.ndim in channels_last_formats and x.is_contiguous(memory_format=channels_last_formats[x.ndim])
-
-def _with_strides(kernel, at, always):
+def _with_activations_strides(kernel, at, corrects):
     def f(ks, g, *rest, **kw):
-        if switch.mode=='tuned' or always and switch.mode=='correct':
+        if switch.mode=='tuned' or corrects and switch.mode=='correct':
             x = rest[at-1]
-            if g.ndim>3 and g.stride()!=x.stride() and g.shape==x.shape and _dense_in_a_format(x): g = with_strides(g, x.stride(), g.dtype)
+            if g.ndim>3 and g.stride()!=x.stride() and g.shape==x.shape and format_of(x) not in (None, 'neither'): g = with_strides(g, x.stride(), g.dtype)
         return kernel.call_boxed(ks, g, *rest, **kw)
     return f
 
 # %% ../nbs/08_operators.ipynb #3ed4b8ce
 def _is_last(x):
-    "Whether `x` is a plain tensor in channels last, and reverse mode alone is at work"
+    "Whether `x` is a plain tensor in channels last, outside of functorch and forward mode"
     return type(x) is Tensor and is_channels_last(x) and not functorch_active() and unpack_dual(x).tangent is None
 
-def _last_copy(t): return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1) # vmap knows no other format
+def _last_copy(t): return t.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1) # vmap supports no other format
 
 class _Mean(torch.autograd.Function):
     @staticmethod
@@ -105,14 +106,14 @@ def _pad_circular(kernel):
     return f
 
 # %% ../nbs/08_operators.ipynb #76f463c2
-_large = 2**14 # numbers of an image, from which images one by one are faster than two copies of all
+_large_image = 2**14 # numbers
 
 def _instance_norm(kernel):
-    "torch's copies into contiguous order. Each image as a batch of its own for batch normalization computes the same, and keeps the format"
-    def f(ks, x, weight, bias, mean, var, use_batch, momentum, eps, cudnn):
-        if switch.mode=='tuned' and use_batch and mean is None and _is_last(x) and x.numel()>=_large*len(x)>0:
+    def f(ks, x, *args):
+        weight,bias,mean,_,use_batch,_,eps,cudnn = args
+        if switch.mode=='tuned' and use_batch and mean is None and _is_last(x) and x.numel()>=_large_image*len(x)>0:
             return torch.cat([torch.batch_norm(o, weight, bias, None, None, True, 0., eps, cudnn) for o in x.split(1)])
-        return kernel.call_boxed(ks, x, weight, bias, mean, var, use_batch, momentum, eps, cudnn)
+        return kernel.call_boxed(ks, x, *args)
     return f
 
 # %% ../nbs/08_operators.ipynb #34b0cd32
@@ -124,31 +125,30 @@ def _nll_backward(kernel):
 
 # %% ../nbs/08_operators.ipynb #09756c21
 def _pools_wrongly(kernel, ks, device):
-    "Whether the gradient of an average pool with padding is wrong in channels last, as in torch up to 2.13 on CUDA (issue 188344)"
+    "Whether the gradient of an average pool with padding is wrong in channels last"
     g,x = torch.arange(50., device=device).reshape(1, 2, 5, 5),torch.zeros(1, 2, 4, 4, device=device)
     a,b = (kernel.call_boxed(ks, *(o.contiguous(memory_format=f) for o in (g, x)), [2, 2], [1, 1], [1, 1], False, True, None)
         for f in (torch.contiguous_format, torch.channels_last))
     return not torch.allclose(a, b)
 
 def _avg_pool_backward(kernel):
-    wrong = {}
-    def f(ks, g, x, size, stride, padding, *rest):
-        args = size,stride,padding,*rest
-        if switch.mode in (None, 'survive') or not any(padding) or x.ndim!=4 or x.is_contiguous(): return kernel.call_boxed(ks, g, x, *args)
-        if x.device not in wrong: # a graph that is being captured allows no look at values
-            if x.is_cuda and torch.cuda.is_current_stream_capturing(): return _contiguous_pool(kernel, ks, g, x, args)
-            wrong[x.device] = _pools_wrongly(kernel, ks, x.device)
-        return _contiguous_pool(kernel, ks, g, x, args) if wrong[x.device] else kernel.call_boxed(ks, g, x, *args)
+    wrong = {} # by device
+    def pools_wrongly(ks, device):
+        if device not in wrong:
+            if device.type=='cuda' and torch.cuda.is_current_stream_capturing(): return True # no test inside a CUDA graph: assume the worst
+            wrong[device] = _pools_wrongly(kernel, ks, device)
+        return wrong[device]
+    def f(ks, g, x, *args):
+        padding = args[2]
+        if switch.mode in (None, 'survive') or not any(padding) or x.ndim!=4 or x.is_contiguous() or not pools_wrongly(ks, x.device):
+            return kernel.call_boxed(ks, g, x, *args)
+        return with_strides(kernel.call_boxed(ks, g.contiguous(), x.contiguous(), *args), dense_like(x.shape, x.stride()), x.dtype)
     return f
-
-def _contiguous_pool(kernel, ks, g, x, args):
-    return with_strides(kernel.call_boxed(ks, g.contiguous(), x.contiguous(), *args), dense_like(x.shape, x.stride()), x.dtype)
 
 # %% ../nbs/08_operators.ipynb #2476d8de
 def register_operators():
     "Register all replacements of this module"
-    register('CPU', [('nll_loss2d_backward', _nll_backward, 'CPU'),
-        *((n, partial(_with_strides, at=at, always=n in _corrected), 'CPU') for n,at in _strided.items()),
-        ('mean.dim', _mean, 'AutogradCPU'),
+    register('CPU', [('nll_loss2d_backward', _nll_backward, 'CPU'), ('mean.dim', _mean, 'AutogradCPU'),
+        *((n, partial(_with_activations_strides, at=at, corrects=n in _corrected), 'CPU') for n,at in _activation_at.items()),
         *((n, f, k) for n,f in (('_pad_circular', _pad_circular), ('instance_norm', _instance_norm)) for k in ('AutogradCPU', 'CPU'))])
     if has_cuda(): register('CUDA', [('avg_pool2d_backward', _avg_pool_backward, 'CUDA')])

@@ -291,7 +291,7 @@ def kept_plan(
     try:
         kept = plans.get(shape) if shape else next(reversed(plans.values()), None)
         return kept and replace(FormatPlan.from_dict(kept), cached=True)
-    except (AttributeError, KeyError, TypeError, ValueError) as e: plans_file.warn(f'{type(e).__name__}: {e}')
+    except (AttributeError, KeyError, TypeError, ValueError) as e: plans_file.unusable(f'{type(e).__name__}: {e}')
 
 def keep_plan(
     key:str, shape:str,

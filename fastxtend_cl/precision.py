@@ -1,4 +1,4 @@
-"""One vocabulary for what a step computes in
+"""One vocabulary for the precision of a training step
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/precision.html.md"""
 
@@ -27,31 +27,31 @@ def dtype_name(
     return 'fp32' if dtype is None else dtype_names.get(dtype, str(dtype).removeprefix('torch.'))
 
 def dtype_of(
-    name:str|None, # 'bf16', 'fp16', or None
-) -> torch.dtype|None:
-    "The dtype for autocast of that name"
-    return {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(name)
+    name:str|None, # 'bf16', 'fp16', or None; 'fp32' is no autocast, too
+) -> torch.dtype|None: # For autocast
+    "The inverse of `dtype_name`; raises a `KeyError` for another name"
+    return {None: None, 'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[name]
 
 def check_autocast(
     name:str, # Of the argument, for the message
-    dtype, # What was received
+    dtype, # Its value
     *also, # Other values that are allowed
 ):
-    "Raise a `ValueError` if `dtype` is none that autocast takes"
+    "Raise a `ValueError` unless `dtype` is None or a dtype of autocast"
     if dtype in (None, *low_precision, *also): return
     raise ValueError(f"{name} must be {', '.join(map(repr, also))}{', ' if also else ''}None, torch.float16 or torch.bfloat16, got {dtype!r}")
 
 def weights_dtype(
     model:nn.Module,
 ) -> torch.dtype:
-    "The dtype of the first parameter of floating point; `torch.float32` without one"
+    "The dtype of the first floating-point parameter; `torch.float32` if there is none"
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 def precision_name(
     model:nn.Module,
     dtype:torch.dtype|None=None, # For autocast
 ) -> str: # Such as 'bf16', or 'bf16 weights'
-    "What `model` computes in"
+    "Name of the precision that `model` computes in"
     own = weights_dtype(model)
     return dtype_name(dtype or own)+(' weights' if dtype is None and own in low_precision else '')
 
@@ -73,7 +73,7 @@ def _has_autocast(device, dtype):
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False): return False
     with warnings.catch_warnings():
-        warnings.simplefilter('error') # torch warns and switches itself off where it cannot
+        warnings.simplefilter('error') # where it is not supported, torch warns and disables autocast
         try: autocast(device.type, dtype=dtype)
         except (RuntimeError, Warning): return False
     return True
@@ -81,31 +81,31 @@ def _has_autocast(device, dtype):
 def autocast_dtypes(
     device:str|torch.device, # Such as 'cpu' or 'cuda:0'
 ) -> list: # Of dtypes, in the order fp16, bf16
-    "What autocast has on `device`; on a GPU, what it computes without emulation"
+    "Dtypes that autocast supports on `device`; on a GPU, without emulation"
     return [d for d in (torch.float16, torch.bfloat16) if _has_autocast(torch.device(device), d)]
 
 def native_dtypes(
     device:str|torch.device, # Such as 'cpu' or 'cuda:0'
 ) -> list: # Of dtypes, the usual one first
-    """What `device` is built for besides fp32
+    """Low-precision dtypes that `device` computes natively
 
-    CUDA: fp16, then bf16 where it is not emulated. CPU: bf16 where the processor has instructions for it. Others: what
-    `torch.get_autocast_dtype` says, if their autocast has it."""
+    CUDA: fp16, then bf16 unless it is emulated. CPU: bf16 if the processor has instructions for it. Others: the default of
+    `torch.get_autocast_dtype`, if autocast supports it."""
     device = torch.device(device)
     if device.type=='cpu': return [torch.bfloat16] if cpu_bf16() else []
     if not torch.amp.is_autocast_available(device.type): return []
-    has = autocast_dtypes(device)
-    return has if device.type=='cuda' else [d for d in has if d==torch.get_autocast_dtype(device.type)]
+    dtypes = autocast_dtypes(device)
+    return dtypes if device.type=='cuda' else [d for d in dtypes if d==torch.get_autocast_dtype(device.type)]
 
 def autocast_to(
     device:torch.device,
-    dtype:torch.dtype|None, # None: the precision of the weights, also inside another autocast
-):
-    "A context of autocast, also for devices without one"
+    dtype:torch.dtype|None, # None disables autocast, also inside another one
+): # A context
+    "Autocast to `dtype`; does nothing on devices without autocast"
     if not torch.amp.is_autocast_available(device.type): return nullcontext()
     return autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 def tf32_allowed() -> bool:
-    "Whether cuDNN may round the inputs of convolutions in fp32"
+    "Whether cuDNN may compute fp32 convolutions in TF32"
     try: return torch.backends.cudnn.allow_tf32
-    except RuntimeError: return True # torch refuses to say it where both of its interfaces were used
+    except RuntimeError: return True # torch raises if the new interface, `fp32_precision`, was used as well

@@ -1,4 +1,4 @@
-"""Ways to compute a convolution, and what is known of them
+"""Ways to compute a convolution, and the kernels that are known to fail
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/ways.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/ways.html.md"""
 
 # %% auto #0
 __all__ = ['as_is', 'canonical_contiguous', 'device_name', 'Call', 'Way', 'trusted', 'torchs_format', 'strides_in',
-           'torchs_formats', 'compute_gradients', 'compute_forward', 'strides_like', 'deadly', 'suspicious',
-           'deadly_layers', 'mask_of', 'kernels_wanted', 'can_tune', 'candidates']
+           'torchs_formats', 'compute_gradients', 'compute_forward', 'can_crash', 'suspicious', 'crashing_layers',
+           'mask_of', 'kernels_wanted', 'can_tune', 'candidates']
 
 # %% ../nbs/06_ways.ipynb #60ab2fae
 from contextlib import contextmanager
@@ -17,27 +17,26 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from .internals import conv_memory_format, current_autograd_node, select_conv_backend
+from .internals import conv_memory_format, conv_types, current_autograd_node, select_conv_backend, transposed_conv_types
 from .layout import channels_last_formats, dense_like, dense_strides, torch_format, with_strides
 from .precision import dtype_name, low_precision
 
 # %% ../nbs/06_ways.ipynb #8d292486
 def canonical_contiguous(t):
-    "`t` with the strides of a new contiguous tensor, also where sizes of 1 would allow others, by which torch would choose channels last"
+    "`t` with the strides of a new contiguous tensor; with sizes of 1 others are contiguous as well, and torch may take them for channels last"
     t,stride = t.contiguous(),dense_strides(t.shape)
     return t if t.stride()==stride else t.as_strided(t.shape, stride)
 
 # %% ../nbs/06_ways.ipynb #c3ccad47
 @lru_cache(64)
 def device_name(device):
-    "'cpu', or name of a GPU and version of cuDNN: what else decides which kernels run"
+    "'cpu', or the name of a GPU and the version of cuDNN, on which its kernels depend"
     if device.type!='cuda': return 'cpu'
     return f'{torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}'
 
 @dataclass(frozen=True)
 class Call:
-    "A call of `aten::convolution_backward` without its values"
+    "A call of `aten::convolution_backward`, without values"
     g:tuple # Shape, strides and dtype of the gradient of the output
     x:tuple # The same of the input
     w:tuple # The same of the weight
@@ -47,14 +46,14 @@ class Call:
     transposed:bool
     output_padding:tuple
     groups:int
-    mask:tuple # Which gradients are wanted: of input, weight and bias; of a forward pass, whether there is a bias
+    mask:tuple # Which gradients to compute: of input, weight and bias; for a forward pass the last one says whether there is a bias
     device:str='cpu' # Of `device_name`
 
     @classmethod
     def of(cls,
-        args, # What `aten::convolution_backward` was called with
+        args, # Of `aten::convolution_backward`
     ):
-        "The `Call` of these arguments"
+        "The `Call` with these arguments"
         g,x,w,_,stride,padding,dilation,transposed,output_padding,groups,mask = args
         tensors = [(tuple(t.shape),t.stride(),t.dtype) for t in (g, x, w)]
         return cls(*tensors, tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups, tuple(mask),
@@ -67,61 +66,63 @@ class Call:
     @property
     def gpu(self): return self.device!='cpu'
     @property
-    def low(self): return self.dtype in low_precision
+    def low_precision(self): return self.dtype in low_precision
     @property
     def contiguous(self):
-        "Whether the kernels will read input and weight as contiguous; where sizes of 1 leave that open, it is denied"
+        "Whether torch takes input and weight for contiguous; False if sizes of 1 leave that open"
         return all(stride==dense_strides(shape) for shape,stride,_ in (self.x, self.w))
     @property
     def sides(self):
-        "Sizes in space of what the convolution reads and writes; of a transposed one, of its gradient"
+        "Spatial sizes of input and output; for a transposed convolution of output and input, as in its dgrad"
         x,g = self.x[0][2:],self.g[0][2:]
         return (g, x) if self.transposed else (x, g)
     @property
     def layer(self):
-        "What all calls of one layer have in common"
+        "What all calls of a layer have in common"
         return self.w,self.args,self.dtype,self.contiguous,self.mask,self.device
 
 # %% ../nbs/06_ways.ipynb #324f448d
-def _all(ts): return f'{ts[0]}' if len({*ts})==1 else 'x'.join(map(str, ts))
+def _times(sizes): return 'x'.join(map(str, sizes))
 
 @patch
 def __str__(self:Call):
-    x,w,nd = self.x[0],self.w[0],len(self.stride)
-    out = w[1]*self.groups if self.transposed else w[0]
-    kind = 'depthwise' if self.groups>1 and self.groups==x[1]==out else f'{self.groups} groups' if self.groups>1 else ''
-    parts = [f'{"x".join(map(str, w[2:]))}{" transposed" if self.transposed else ""}, {x[1]} to {out}' if kind!='depthwise'
-        else f'{"x".join(map(str, w[2:]))}{" transposed" if self.transposed else ""} depthwise, {x[1]}',
-        kind if kind!='depthwise' else '', *(f'{n} {_all(v)}' for n,v in (('stride', self.stride), ('dilation', self.dilation)) if max(v)>1)]
-    return ', '.join(p for p in parts if p) + f', on {"x".join(map(str, (x[0], *x[2:])))} {dtype_name(self.dtype)}'
+    x,w,groups = self.x[0],self.w[0],self.groups
+    out = w[1]*groups if self.transposed else w[0]
+    depthwise = groups>1 and groups==x[1]==out
+    kernel = _times(w[2:])+' transposed'*self.transposed
+    parts = [f'{kernel} depthwise, {out}' if depthwise else f'{kernel}, {x[1]} to {out}']
+    if groups>1 and not depthwise: parts.append(f'{groups} groups')
+    for name,o in (('stride', self.stride), ('dilation', self.dilation)):
+        if max(o)>1: parts.append(f'{name} {o[0] if len({*o})==1 else _times(o)}')
+    return ', '.join(parts) + f', on {_times((x[0], *x[2:]))} {dtype_name(self.dtype)}'
 
 # %% ../nbs/06_ways.ipynb #6b72ffae
 @dataclass(frozen=True)
 class Way:
-    "How to compute a gradient"
+    "How to compute a kernel"
     fp32:bool=False
     contiguous:bool=False
     tiled:bool=False # wgrad only
     padded:bool=False # wgrad only
-    dense:bool=False # All groups as one, with zeros between them
+    dense:bool=False # All groups as one convolution, with zeros between them
 
-    def __str__(self): return ', '.join(n for n,on in vars(self).items() if on) or 'as is'
+    def __str__(self): return ', '.join(name for name,used in vars(self).items() if used) or 'as is'
 
 as_is = Way()
 
 def trusted(
     call:Call,
     kernel:str, # 'forward', 'dgrad' or 'wgrad'
-) -> Way: # fp32 and contiguous
-    "The way that others are verified against, and that replaces them where none is right"
-    way = Way(fp32=call.low, contiguous=True)
-    return replace(way, padded=True) if deadly(call, way, kernel) else way
+) -> Way: # In fp32 and contiguous
+    "The way that others are verified against, and that is used if none of them is right"
+    way = Way(fp32=call.low_precision, contiguous=True)
+    return replace(way, padded=True) if can_crash(call, way, kernel) else way
 
 # %% ../nbs/06_ways.ipynb #69506010
 def _starts(k): return [*range(0, k-3, 3), k-3] if k>3 else [0]
 
-def _tiled(kernel, ks, g, x, w, args):
-    "The weight gradient in tiles of 3x3 taps"
+def _tiled(op, g, x, w, args):
+    "wgrad in tiles of 3x3 taps"
     stride,(ph,pw),dilation,_,out,groups = args
     fmt = torch_format(x)
     g,x = g.contiguous(memory_format=fmt),F.pad(x.contiguous(memory_format=fmt), (pw, pw, ph, ph))
@@ -131,12 +132,11 @@ def _tiled(kernel, ks, g, x, w, args):
     for a in _starts(w.shape[2]):
         for b in _starts(w.shape[3]):
             part = x[:,:,a:a+(ho-1)*stride[0]+kh,b:b+(wo-1)*stride[1]+kw].contiguous(memory_format=fmt)
-            res[:,:,a:a+kh,b:b+kw] = kernel.call_boxed(ks, g, part, tile, None, stride, [0, 0], dilation, False,
-                out, groups, [False, True, False])[1]
+            res[:,:,a:a+kh,b:b+kw] = op(g, part, tile, None, stride, [0, 0], dilation, False, out, groups, [False, True, False])[1]
     return res
 
-def _written_out(g, x, stride, padding, dilation, transposed, *rest):
-    "Gradient, input and the other arguments with the zeros of the padding in memory"
+def _padded(g, x, stride, padding, dilation, transposed, *rest):
+    "Gradient, input and the other arguments of the same convolution with its padding in memory"
     pads = [p for p in reversed(padding) for _ in range(2)]
     g,x = (F.pad(g, pads),x) if transposed else (g,F.pad(x, pads))
     return g,x,[stride, [0]*len(padding), dilation, transposed, *rest]
@@ -148,91 +148,91 @@ def _dense(w, groups, fmt):
     return res
 
 def _blocks(w, groups):
-    "What is not zero in a dense weight; the last dimension counts the groups"
+    "The blocks of a dense weight that belong to its groups; the last dimension is the group"
     return w.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2)
 
 def _can_tile(call):
-    w,(stride,_,dilation,transposed,_,groups) = call.w[0],call.args
-    return len(w)==4 and groups>1 and max(w[2:])>3 and max(dilation)==1 and not transposed
+    w = call.w[0]
+    return len(w)==4 and call.groups>1 and max(w[2:])>3 and max(call.dilation)==1 and not call.transposed
 
 # %% ../nbs/06_ways.ipynb #ea5ea930
-def _ready(t, way):
+def _prepared(t, way):
+    "An argument as a way needs it"
     if way.fp32: t = t.float()
     return canonical_contiguous(t) if way.contiguous else t
 
-def _shell(t, way):
-    "A tensor for what a kernel needs the shape of and not the values"
+def _empty(t, way):
+    "The same without values, for an argument of which only the shape is needed"
     return torch.empty_strided(t.shape, dense_strides(t.shape) if way.contiguous else t.stride(),
         dtype=torch.float32 if way.fp32 else t.dtype, device=t.device)
 
 def torchs_format(x, w, bias, args):
-    "Memory format of what torch computes from input and weight, as `torch.compile` asks for it"
+    "Memory format of torch's result for this input and weight, as `torch.compile` determines it"
     backend = select_conv_backend(x, w, bias, *args)
-    if x.ndim==3: x,w = x.new_empty(x.shape).unsqueeze(2),w.unsqueeze(2) # torch copies the input into contiguous order
+    if x.ndim==3: x,w = x.new_empty(x.shape).unsqueeze(2),w.unsqueeze(2) # torch makes the input contiguous
     return conv_memory_format(x, w, backend)
 
 @lru_cache(4096)
 def strides_in(shape, stride, fmt):
-    "Strides of a tensor of `shape` in a memory format: `stride`, if that is one"
+    "Strides of a tensor of `shape` in a memory format: `stride` if it is in that format"
     flat,t = len(shape)==3,torch.empty_strided(shape, stride, device='meta')
     if flat: t = t.unsqueeze(2)
     if not t.is_contiguous(memory_format=fmt): t = torch.empty(t.shape, device='meta', memory_format=fmt)
     return (t.squeeze(2) if flat else t).stride()
 
-_own_formats = [False]
+_formats = dict(torchs=False)
 
 @contextmanager
 def torchs_formats():
-    "A context in which all ways answer in torch's own memory formats, so that these depend on no measurement"
-    old,_own_formats[0] = _own_formats[0],True
+    "A context in which all ways return torch's own memory formats, so that these do not depend on what was measured"
+    old,_formats['torchs'] = _formats['torchs'],True
     try: yield
-    finally: _own_formats[0] = old
+    finally: _formats['torchs'] = old
 
 def _gradient_strides(t, fmt):
-    "Strides for the gradient of `t`; outside of autograd, as in a compiled graph, those that torch would give it"
-    node = None if _own_formats[0] else current_autograd_node()
-    follows = node is not None and node.name()=='ConvolutionBackward0'
-    return dense_like(t.shape, t.stride()) if follows else strides_in(t.shape, t.stride(), fmt)
+    "Strides for the gradient of `t`: those of `t` in eager autograd, else, as in a compiled graph, those that torch would return"
+    node = None if _formats['torchs'] else current_autograd_node()
+    eager = node is not None and node.name()=='ConvolutionBackward0'
+    return dense_like(t.shape, t.stride()) if eager else strides_in(t.shape, t.stride(), fmt)
 
-def compute_gradients(kernel, ks, way, args, mask):
-    "Gradients of input, weight and bias that `mask` asks for, computed in one way"
+def compute_gradients(
+    op, # Torch's `aten::convolution_backward`, a function of its arguments
+    way:Way,
+    args, # Of `op`
+    mask, # Which gradients to compute, in place of the last argument
+):
+    "Gradients of input, weight and bias, computed in one way"
     g,x,w,bias,*rest,_ = args
-    if way==as_is: return kernel.call_boxed(ks, g, x, w, bias, *rest, list(mask))
+    if way==as_is: return op(g, x, w, bias, *rest, list(mask))
     groups,fmt = rest[-1],torchs_format(x, w, None, rest)
-    if way.padded: g,x,rest = _written_out(g, x, *rest)
+    if way.padded: g,x,rest = _padded(g, x, *rest)
     if way.dense: w,rest = _dense(w, groups, torch_format(x)),[*rest[:-1], 1]
-    gf,xf = _ready(g, way),_ready(x, way) if mask[1] else _shell(x, way)
-    if way.tiled:
-        gx,gw = None,_tiled(kernel, ks, gf, xf, w, rest)
-        gb = None
-    else:
-        wf = _ready(w, way) if mask[0] else _shell(w, way)
-        gx,gw,gb = kernel.call_boxed(ks, gf, xf, wf, bias, *rest, list(mask))
-    if mask[2] and (way.tiled or way.padded): gb = args[0].float().sum([0, *range(2, g.ndim)])
-    if mask[0]: gx = with_strides(gx, _gradient_strides(args[1], fmt), x.dtype)
-    if mask[1]:
-        w = args[2]
-        if way.dense: gw = _blocks(gw, groups).movedim(-1, 0).reshape(w.shape)
-        gw = with_strides(gw, _gradient_strides(w, fmt), w.dtype)
-    return gx if mask[0] else None,gw if mask[1] else None,gb.to(w.dtype) if mask[2] else None
+    ready_g,ready_x = _prepared(g, way),_prepared(x, way) if mask[1] else _empty(x, way)
+    if way.tiled: gx,gw,gb = None,_tiled(op, ready_g, ready_x, w, rest),None
+    else: gx,gw,gb = op(ready_g, ready_x, _prepared(w, way) if mask[0] else _empty(w, way), bias, *rest, list(mask))
+    x,w = args[1:3]
+    if way.dense and mask[1]: gw = _blocks(gw, groups).movedim(-1, 0).reshape(w.shape)
+    if way.tiled or way.padded: gb = args[0].float().sum([0, *range(2, g.ndim)]) if mask[2] else None
+    return (with_strides(gx, _gradient_strides(x, fmt), x.dtype) if mask[0] else None,
+        with_strides(gw, _gradient_strides(w, fmt), w.dtype) if mask[1] else None, gb.to(w.dtype) if mask[2] else None)
 
 # %% ../nbs/06_ways.ipynb #e2460165
-def compute_forward(kernel, ks, way, args):
+def compute_forward(
+    op, # Torch's `aten::convolution`, a function of its arguments
+    way:Way,
+    args, # Of `op`
+):
     "The output, computed in one way"
+    if way==as_is: return op(*args)
     x,w,bias,*rest = args
-    if way==as_is: return kernel.call_boxed(ks, *args)
-    fmt = torchs_format(*args[:3], rest)
+    fmt = torchs_format(x, w, bias, rest)
     if way.dense: w,rest = _dense(w, rest[-1], torch_format(x)),[*rest[:-1], 1]
-    y = kernel.call_boxed(ks, _ready(x, way), _ready(w, way), bias if bias is None else _ready(bias, way), *rest)
+    y = op(_prepared(x, way), _prepared(w, way), None if bias is None else _prepared(bias, way), *rest)
     return with_strides(y, strides_in(y.shape, y.stride(), fmt), x.dtype)
-
-def strides_like(shape, like):
-    "Strides of a tensor of `shape` in the format of `like`"
-    return dense_strides(tuple(shape), torch_format(like))
 
 # %% ../nbs/06_ways.ipynb #0ae2805e
 def _overhangs(call, i):
-    "For each output position in dimension `i`, how far its window reaches over the start and the end of the input"
+    "For each output position in dimension `i`, by how much its window overhangs the start and the end of the input"
     (src,dst),k,s,p,d = call.sides,call.w[0][2+i],call.stride[i],call.padding[i],call.dilation[i]
     return [(max(0, p-o*s), max(0, o*s-p+(k-1)*d+1-src[i])) for o in range(dst[i])]
 
@@ -251,16 +251,16 @@ def _deep_overhang(call):
     if len(call.stride)<3 or not call.padding[0]: return False
     ends = _overhangs(call, 0)
     start,end = (any(o) for o in zip(*ends))
-    return any(a and b for a,b in ends) or call.stride[0]>1 and start and end or call.low and (start or end)
+    return any(a and b for a,b in ends) or call.stride[0]>1 and start and end or call.low_precision and (start or end)
 
 @lru_cache(10_000)
-def deadly(
+def can_crash(
     call:Call,
     way:Way=as_is,
     kernel:str|None=None, # 'forward', 'dgrad' or 'wgrad'; None: any of them
-) -> bool: # Must not be run
-    "Whether a kernel of `call`, computed in this way, may end the process on a CPU"
-    if kernel is None: return any(deadly(call, way, k) for k in ('forward', 'dgrad', 'wgrad'))
+) -> bool: # Never run it
+    "Whether a kernel of `call`, computed in this way, can crash the process on a CPU"
+    if kernel is None: return any(can_crash(call, way, k) for k in ('forward', 'dgrad', 'wgrad'))
     if call.gpu or call.dtype==torch.float64: return False
     last = not (way.contiguous or call.contiguous)
     if kernel=='wgrad': return last and _narrow_pointwise(call) or not way.padded and _deep_overhang(call)
@@ -269,27 +269,27 @@ def deadly(
 # %% ../nbs/06_ways.ipynb #a7cf410c
 def suspicious(
     call:Call,
-) -> bool: # Do not trust its weight gradient in low precision
-    "Whether `call` is of a kind whose weight gradient in bf16 was seen wrong on a CPU"
-    if call.gpu or not call.low: return False
+) -> bool: # Do not use wgrad as is
+    "Whether `call` is of a kind whose wgrad in low precision was seen wrong on a CPU"
+    if call.gpu or not call.low_precision: return False
     (src,dst),w = call.sides,call.w[0]
     short = len(src)!=2 and any(n<d*(k-1)+1 for n,k,d in zip(src, w[2:], call.dilation))
     narrow = any(n<s and p for n,s,p in zip(src, call.stride, call.padding))
     thin = call.stride[-1]>1 and dst[-1]<=2
     return short or narrow or thin or max(call.dilation)>1 and w[1]%16>0
 
-def deadly_layers(
-    model:nn.Module, # Any model; not changed
+def crashing_layers(
+    model:nn.Module,
 ) -> list: # Dotted paths
-    """Convolutions of `model` that can end the process when they are trained in channels last on a CPU without `tuned_kernels`, as far as
-    that does not depend on the size of their input"""
+    """Convolutions of `model` that can crash the process when they train in channels last on a CPU without `tuned_kernels`, as far as that
+    does not depend on the size of their input"""
     def meta(shape): return tuple(shape),torch.empty(shape, device='meta', memory_format=channels_last_formats[len(shape)]).stride(),torch.float32
     res = []
     for n,m in model.named_modules():
-        if not isinstance(m, _ConvNd) or len(m.kernel_size)<2 or not m.in_channels: continue # a lazy one has none yet
-        nd,transposed,pad = len(m.kernel_size),isinstance(m, _ConvTransposeNd),m.padding
+        if not isinstance(m, conv_types) or len(m.kernel_size)<2 or not m.in_channels: continue # 0 channels: a lazy layer
+        nd,transposed,pad = len(m.kernel_size),isinstance(m, transposed_conv_types),m.padding
         if isinstance(pad, str): pad = tuple(d*(k-1)//2 if pad=='same' else 0 for d,k in zip(m.dilation, m.kernel_size))
-        src,dst = [8*s for s in m.stride],[8]*nd # sizes in which the stride divides
+        src,dst = [8*s for s in m.stride],[8]*nd # sizes that the stride divides
         x,y = (dst, src) if transposed else (src, dst)
         a,b = (m.in_channels, m.out_channels) if transposed else (m.out_channels, m.in_channels)
         w = (a, b//m.groups, *m.kernel_size) # not of `m.weight`, which a parametrization computes
@@ -306,32 +306,32 @@ def mask_of(call, kernel): return tuple(a and b for a,b in zip(_masks[kernel], c
 def kernels_wanted(call): return [k for k,on in zip(('dgrad', 'wgrad'), call.mask) if on] or ['forward']
 
 def _slow_on_a_gpu(groups, weight):
-    """Whether cuDNN was seen slow in channels last at convolutions of this kind: in two dimensions with groups of several channels, and,
-    in fp32, depthwise ones with kernels of 7x7 (benchmarks/results/convolutions-cuda.md)"""
+    """Whether cuDNN was seen to be slow in channels last at convolutions of this kind: in two dimensions with groups of several channels,
+    and, in fp32, depthwise with kernels of 7x7 (benchmarks/results/convolutions-cuda.md)"""
     return groups>1 and len(weight)==4 and (weight[1]>1 or max(weight[2:])>5)
 
 def can_tune(
     model:nn.Module,
     device:torch.device, # Where it trains
 ) -> bool:
-    "Whether `tuned_kernels` has a choice: on a CPU always, on a CUDA GPU where the model has convolutions that cuDNN computes slowly"
+    "Whether `tuned_kernels` has a choice: always on a CPU, on a CUDA GPU if `model` has convolutions that cuDNN computes slowly"
     if device.type!='cuda': return device.type=='cpu'
-    return any(isinstance(m, _ConvNd) and _slow_on_a_gpu(m.groups, (m.in_channels, m.in_channels//m.groups, *m.kernel_size)) for m in model.modules())
+    return any(isinstance(m, conv_types) and _slow_on_a_gpu(m.groups, (m.in_channels, m.in_channels//m.groups, *m.kernel_size)) for m in model.modules())
 
 def candidates(
     call:Call,
     kernel:str, # 'forward', 'dgrad' or 'wgrad'
 ) -> list: # Of `Way`s
-    "Ways to compute this, without those that may end the process"
-    if call.dtype==torch.float64: return [as_is] # torch's native kernels, for which nothing is known to be wrong
+    "Ways to choose from, without those that can crash"
+    if call.dtype==torch.float64: return [as_is] # torch's native kernels, which have no known faults
     layouts = (False, True) if any(s!=dense_strides(shape) for shape,s,_ in (call.g, call.x, call.w)) else (False,)
     if call.gpu:
         depthwise = call.w[0][1]==1
-        if not _slow_on_a_gpu(call.groups, call.w[0]) or depthwise and call.low: return [as_is]
+        if not _slow_on_a_gpu(call.groups, call.w[0]) or depthwise and call.low_precision: return [as_is]
         return [*(Way(contiguous=c) for c in layouts), *[Way(dense=True)]*(call.groups<=16 and not depthwise)]
-    dtypes = (False, True) if call.low else (False,)
-    ways = [Way(a, b) for b in layouts for a in dtypes]
+    fp32 = (False, True) if call.low_precision else (False,)
+    ways = [Way(a, b) for b in layouts for a in fp32]
     if kernel=='wgrad':
-        if _can_tile(call): ways += [Way(a, tiled=True) for a in dtypes]
-        if max(call.padding)>0 and (len(call.stride)==3 or suspicious(call)): ways += [Way(a, padded=True) for a in dtypes]
-    return [w for w in ways if not deadly(call, w, kernel)] or [trusted(call, kernel)]
+        if _can_tile(call): ways += [Way(a, tiled=True) for a in fp32]
+        if max(call.padding)>0 and (len(call.stride)==3 or suspicious(call)): ways += [Way(a, padded=True) for a in fp32]
+    return [w for w in ways if not can_crash(call, w, kernel)] or [trusted(call, kernel)]

@@ -1,5 +1,5 @@
-"""`kept_memory`, and what `Learner.fit` does by it: page faults are counted in processes of their own, what the allocator was told
-is noted elsewhere. No test asserts a time"""
+"""`kept_memory`, in `Learner.fit` too: page faults are counted in processes of their own; other tests record how the allocator was set.
+No test asserts a time"""
 import os, shutil, subprocess, sys, threading
 from pathlib import Path
 import pytest, torch
@@ -7,11 +7,11 @@ import fastai.callback.schedule # fit_one_cycle
 from fastai.callback.core import Callback
 from fastxtend_cl import memory
 from fastxtend_cl.all import *
-from fastxtend_cl.memory import _glibc
+from fastxtend_cl.memory import can_keep_memory, is_memory_error
 from helpers import caught_warnings, fit, quiet, tiny_learner
 
 root = Path(__file__).resolve().parent.parent
-glibc = pytest.mark.skipif(_glibc() is None, reason='not the allocator of glibc, or told otherwise by the environment')
+glibc = pytest.mark.skipif(not can_keep_memory(), reason="macOS, Windows, or an allocator other than glibc's, or one set by the environment")
 
 # Page faults
 
@@ -35,9 +35,9 @@ def alone(program):
     assert r.returncode==0, r.stderr
 
 measuring = """
-with kept_memory() as told:
+with kept_memory() as kept:
     faults(20)
-    assert told and faults()<usual/4
+    assert kept and faults()<usual/4
     with kept_memory(False) as inner: assert inner is False and faults(1)>usual/20
     faults(20)
     assert faults()<usual/4
@@ -65,7 +65,7 @@ assert seen(learn.to_contiguous())[1] in (32<<20, None) # its page faults depend
 
 @glibc
 @pytest.mark.parametrize('program', [measuring, training], ids=['measuring', 'training'])
-def test_memory_is_kept_meanwhile_and_given_back_afterwards(program):
+def test_memory_is_kept_inside_and_given_back_afterwards(program):
     """In a process of its own: here a hole in the heap might serve as well
 
     Given back is what was free at the end; a hole that lies between other pieces of the heap is faulted in once more and then serves again"""
@@ -75,7 +75,7 @@ def test_memory_is_kept_meanwhile_and_given_back_afterwards(program):
 def test_environment_has_the_last_word(monkeypatch):
     monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '100')
     assert not can_keep_memory()
-    with kept_memory() as told: assert told is False
+    with kept_memory() as kept: assert kept is False
 
 left = """
 def busy(sizes=(1, 2, 4, 6, 30), n=10):
@@ -102,9 +102,8 @@ def test_the_thresholds_left_behind_take_no_more_page_faults_than_glibcs_own():
 asking = """
 from fastxtend_cl.memory import given_back_from
 def near(n): return all(n-4096<=given_back_from()<=n+8192 for _ in range(3)) # asking changes nothing
-def told(n): ctypes.CDLL(None).mallopt(-3, n)
 for n in (5<<20, 200<<10, 31<<20):
-    told(n)
+    ctypes.CDLL(None).mallopt(-3, n)
     assert near(n), n
 with kept_memory(): assert given_back_from() is None
 assert near(32<<20)
@@ -116,11 +115,11 @@ assert near(32<<20)
 """
 
 adapting = """
-from fastxtend_cl.memory import _malloc, given_back_from
-malloc,_,free,_ = _malloc()
+from fastxtend_cl.memory import _heap, given_back_from
+heap = _heap()
 largest = given_back_from()
 for n in (3<<20, 12<<20, 7<<20): # glibc takes the largest piece freed so far, up to 32 MiB
-    free(malloc(n))
+    heap.free(heap.malloc(n))
     largest = max(largest, n)
     assert largest-4096<=given_back_from()<=largest+8192, (n, largest, given_back_from())
 """
@@ -136,7 +135,7 @@ with kept_memory():
     assert alone>usual/20 and (n := faults(1))<alone/10, (n, alone)
 """
 
-newer = pytest.mark.skipif(memory._malloc() is None, reason='not the allocator of glibc, or older than 2.33')
+newer = pytest.mark.skipif(memory._heap() is None, reason='macOS, Windows, or not glibc 2.33 or later')
 
 @newer
 @pytest.mark.parametrize('program', [asking, adapting, finding], ids=['asked', 'adapted', 'touched'])
@@ -148,7 +147,7 @@ def test_an_allocator_that_cannot_be_asked(monkeypatch):
 
 # Other allocators
 
-stand_in = """
+replacement = """
 #include <stddef.h>
 extern void *__libc_malloc(size_t);
 extern void *__libc_memalign(size_t, size_t);
@@ -160,8 +159,8 @@ void *malloc(size_t n) { return __libc_malloc(n); }
 """
 
 asks = """
-from fastxtend_cl.memory import can_keep_memory, kept_memory, poisoned_memory, _other_allocator
-with kept_memory() as kept, poisoned_memory() as poisoned: print(can_keep_memory(), kept, poisoned, _other_allocator(), sep=';')
+from fastxtend_cl.memory import can_keep_memory, kept_memory, poisoned_memory, other_allocator
+with kept_memory() as kept, poisoned_memory() as poisoned: print(can_keep_memory(), kept, poisoned, other_allocator(), sep=';')
 """
 
 def asked(**env):
@@ -172,9 +171,9 @@ def asked(**env):
 
 @glibc
 @pytest.mark.parametrize('flags', [[], ['-DALIGNED']], ids=['malloc', 'posix_memalign'])
-def test_an_allocator_that_stands_in_for_glibcs_is_seen(flags, tmp_path):
+def test_an_allocator_that_replaces_glibcs_is_detected(flags, tmp_path):
     if not (gcc := shutil.which('gcc')): pytest.skip('there is no gcc')
-    (tmp_path/'a.c').write_text(stand_in)
+    (tmp_path/'a.c').write_text(replacement)
     so = tmp_path/'libother.so.2'
     subprocess.run([gcc, '-shared', '-fPIC', *flags, '-o', so, tmp_path/'a.c'], check=True)
     assert asked()==['True', 'True', 'True', 'None']
@@ -183,13 +182,13 @@ def test_an_allocator_that_stands_in_for_glibcs_is_seen(flags, tmp_path):
 def test_a_c_library_without_glibcs_functions(monkeypatch):
     "As musl, and the C library of macOS"
     monkeypatch.setattr(memory.ctypes, 'CDLL', lambda name: object())
-    assert not can_keep_memory() and memory._other_allocator()=='a C library other than glibc'
+    assert not can_keep_memory() and memory.other_allocator()=='a C library other than glibc'
     with kept_memory() as kept, memory.poisoned_memory() as poisoned: assert kept is poisoned is False
 
-# What the allocator is told
+# How the allocator is set
 
 class Libc:
-    "Notes whether memory is kept, and how often what is free was given back"
+    "Records whether memory is kept, and how often free memory was given back"
     def __init__(self): self.kept,self.trims,self.values = False,0,{}
     def mallopt(self, what, value):
         self.values[what] = value
@@ -215,40 +214,40 @@ def test_contexts_nest(libc):
     with kept_memory(False): assert libc.trims==2, 'nothing changes'
 
 def test_thresholds_nest(libc):
-    "One that is not said is that of the context around"
-    def told(): return libc.values[-3],libc.values[-1]
+    "The default is that of the enclosing context"
+    def thresholds(): return libc.values[-3],libc.values[-1]
     usual = 32<<20,64<<20
     with kept_memory(False, 5<<20):
-        assert told()==(5<<20, 10<<20) and libc.trims==1
+        assert thresholds()==(5<<20, 10<<20) and libc.trims==1
         with kept_memory():
             assert libc.kept
-            with kept_memory(False): assert told()==(5<<20, 10<<20) and not libc.kept
-        with kept_memory(False): assert told()==(5<<20, 10<<20)
-        with kept_memory(False, 6<<20): assert told()==(6<<20, 12<<20)
-        assert told()==(5<<20, 10<<20)
-    assert told()==usual
+            with kept_memory(False): assert thresholds()==(5<<20, 10<<20) and not libc.kept
+        with kept_memory(False): assert thresholds()==(5<<20, 10<<20)
+        with kept_memory(False, 6<<20): assert thresholds()==(6<<20, 12<<20)
+        assert thresholds()==(5<<20, 10<<20)
+    assert thresholds()==usual
     before = libc.trims
     with kept_memory(False, 32<<20):
         with kept_memory(): assert libc.kept
-    assert libc.trims==before+1 and told()==usual, 'given back at the end, although no threshold changes then'
+    assert libc.trims==before+1 and thresholds()==usual, 'given back at the end, although no threshold changes then'
 
 def test_contexts_of_two_threads_may_overlap(libc):
     entered,leave = threading.Event(),threading.Event()
     def other():
-        with kept_memory() as told:
-            assert told is False, 'large tensors of another thread are given back all the same'
+        with kept_memory() as kept:
+            assert kept is False, 'large tensors of another thread are given back all the same'
             entered.set(); leave.wait(60)
     t = threading.Thread(target=other)
     t.start(); entered.wait(60)
-    with kept_memory() as told: assert told and libc.kept
+    with kept_memory() as kept: assert kept and libc.kept
     assert libc.kept, 'the other has not left'
     leave.set(); t.join()
-    assert not libc.kept and not memory._wishes
+    assert not libc.kept and not memory._open
 
 # Training
 
 class See(Callback):
-    "What the allocator has been told while batches are trained"
+    "Whether memory is kept while batches are trained"
     def __init__(self, libc, raises=None): self.libc,self.raises,self.seen = libc,raises,[]
     def after_batch(self):
         self.seen.append(self.libc.kept)
@@ -275,7 +274,7 @@ def test_training_in_channels_last_keeps_memory(libc):
 def test_interrupted_training_leaves_the_allocator_as_it_was(libc, error):
     learn = cl(tiny_learner())
     with pytest.raises(type(error) if isinstance(error, Exception) else error): trained(learn, libc, raises=error)
-    assert not libc.kept and not memory._wishes
+    assert not libc.kept and not memory._open
     assert trained(learn, libc)=={True} and not libc.kept
 
 def test_the_argument(libc):
@@ -288,14 +287,14 @@ def test_the_argument(libc):
     with pytest.raises(TypeError, match='keep_memory must be True or False, got None'): learn.to_channelslast(keep_memory=None)
     assert not learn._grab_cbs(ChannelsLastCallback)
 
-def test_without_effect_nothing_is_said(monkeypatch):
+def test_no_warning_without_effect(monkeypatch):
     monkeypatch.setenv('MALLOC_ARENA_MAX', '1')
     with caught_warnings() as w: fit(cl(tiny_learner()))
-    assert not w and not memory._wishes
+    assert not w and not memory._open
 
 def test_on_a_gpu_the_allocator_of_the_cpu_is_left_alone(libc, monkeypatch):
-    from fastxtend_cl import channelslast
-    monkeypatch.setattr(channelslast, 'learner_device', lambda learn: torch.device('cuda:1'))
+    from fastxtend_cl import callbacks
+    monkeypatch.setattr(callbacks, 'learner_device', lambda learn: torch.device('cuda:1'))
     assert trained(tiny_learner().add_cb(ChannelsLastCallback()), libc)=={False}
 
 poison = '''
@@ -304,14 +303,28 @@ from fastxtend_cl.memory import poisoned_memory
 def fresh(): return torch.empty(100_000).abs().min().item()
 def huge(): return min(fresh() for _ in range(5))>1e38
 before = huge()
-with poisoned_memory() as told: inside = huge()
-print(before, told, inside, huge())
+with poisoned_memory() as poisoned: inside = huge()
+print(before, poisoned, inside, huge())
 '''
 
-@pytest.mark.skipif(not can_keep_memory() or 'LD_PRELOAD' in os.environ, reason="this is for glibc's allocator")
+@pytest.mark.skipif(not can_keep_memory() or 'LD_PRELOAD' in os.environ, reason="macOS, Windows, or an allocator other than glibc's")
 @pytest.mark.parametrize('own', [None, '128'])
-def test_memory_is_poisoned_meanwhile(own):
-    "What torch gets holds huge numbers; afterwards it is as the user has set it"
+def test_memory_is_poisoned_inside(own):
+    "torch gets memory with huge numbers; afterwards the user's setting is restored"
     env = {**os.environ, **({} if own is None else {'MALLOC_PERTURB_': own})}
     r = subprocess.run([sys.executable, '-c', poison], capture_output=True, text=True, env=env)
     assert r.stdout.split()==[str(own is not None), 'True', 'True', str(own is not None)], r.stderr
+
+# Out of memory
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:125] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.'), RuntimeError('MPS backend out of memory')], ids=str)
+def test_errors_of_memory_are_known(error): assert is_memory_error(error)
+
+def test_torchs_own_error_of_memory_is_known():
+    with pytest.raises(RuntimeError) as e: torch.empty(1<<60, dtype=torch.uint8)
+    assert is_memory_error(e.value)
+
+@pytest.mark.parametrize('error', [RuntimeError('shape mismatch'), ValueError('memory_format must be a string'), KeyboardInterrupt(), OSError(28, 'No space left on device')], ids=str)
+def test_other_errors_are_not(error): assert not is_memory_error(error)
