@@ -11,7 +11,7 @@ from fastxtend_cl.kernels import kernel_count, kernel_table, tuning_line
 from fastxtend_cl.memory import kept_memory
 from fastxtend_cl.timing import device_clock, why_failed
 from common import Results, cell, compared, geometric, machine, markdown, paired, run_child
-from networks import as_fastai, learner, models, others, ready, refuse_deadly, shape_of, shapes
+from networks import as_fastai, learner, models, others, ready, refuse_crashing, shape_of, shapes
 
 base,again,fastai,plain,ours,ours_fp32 = ('contiguous fp32','contiguous fp32, again',"fastai's to_channelslast()",
     'tune=False','to_channelslast()','use_amp=False')
@@ -21,7 +21,7 @@ arms = {base: lambda learn: None, again: lambda learn: None, fastai: as_fastai, 
 def step_of(name, arm, device, shape):
     "A function that trains one step"
     learn = learner(name, shape, device)
-    if arm==fastai: refuse_deadly(learn)
+    if arm==fastai: refuse_crashing(learn)
     arms[arm](learn)
     return ready(learn)
 

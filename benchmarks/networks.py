@@ -9,7 +9,7 @@ from fastai.vision.all import (AMPMode, Callback, CrossEntropyLossFlat, DataLoad
     TensorMask, create_unet_model)
 import fastxtend_cl.all
 from fastxtend_cl import cli
-from fastxtend_cl.ways import deadly_layers
+from fastxtend_cl.ways import crashing_layers
 
 # Name to the shape of a batch: twelve on which the package was developed, and others that nothing was fitted to
 models = {'resnet18': (16, 3, 128, 128), 'resnet50': (8, 3, 128, 128), 'mobilenet_v2': (16, 3, 128, 128),
@@ -53,9 +53,9 @@ def ready(learn):
 def mixed(learn): # what `to_channelslast` of fastai and fastxtend adds; its autocast is CUDA's, whatever the device
     learn.add_cb(MixedPrecision(AMPMode.FP16))
 
-def refuse_deadly(learn):
+def refuse_crashing(learn):
     "Raise where torch's own kernels could end the process in channels last"
-    if learn.dls.device.type=='cpu' and (layers := deadly_layers(learn.model)):
+    if learn.dls.device.type=='cpu' and (layers := crashing_layers(learn.model)):
         raise RuntimeError(f'not run: the kernels of {layers[0]} can end the process (oneDNN issue 6035)')
 
 def as_fastai(learn):

@@ -20,7 +20,7 @@ from fastxtend_cl.amp import amp_dtypes, native_amp_mode
 from fastxtend_cl.memory import kept_memory
 from fastxtend_cl.timing import why_failed
 from common import Results, busy, geometric, machine, markdown, ms_of, paired, ratio_of, run_child
-from networks import Times, as_fastai, learner, mixed, models, ready, refuse_deadly, shape_of, shapes
+from networks import Times, as_fastai, learner, mixed, models, ready, refuse_crashing, shape_of, shapes
 
 fastai,epoch = "fastai's to_channelslast()",150
 
@@ -38,13 +38,13 @@ class Plain(Callback):
 
 def plain(learn, channels_last, low):
     if channels_last:
-        if low is None: refuse_deadly(learn)
+        if low is None: refuse_crashing(learn)
         apply_channels_last(learn.model)
     if low and learn.dls.device.type=='cuda': mixed(learn); low = None
     learn.add_cb(Plain(channels_last, low and amp_dtypes[low]))
 
 def own(learn):
-    refuse_deadly(learn)
+    refuse_crashing(learn)
     as_fastai(learn)
 
 def arms(device):
