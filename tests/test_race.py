@@ -1,4 +1,4 @@
-"`to_channelslast(plan='auto')`: real training steps race, whatever happens meanwhile"
+"`to_channelslast(plan='auto')`: training steps compare settings, whatever happens meanwhile"
 import json, os, pickle, sys, time
 from contextlib import nullcontext
 from pathlib import Path
@@ -192,6 +192,15 @@ def test_an_error_of_the_users_is_an_error(race, capsys):
     assert setting(learn)==base and 'excluded' not in capsys.readouterr().out
     assert plan(fit_out(learn, 12)).arm==won and len(plan(learn).rows)==4, 'no setting was to blame'
 
+class FailsInValidation(Callback):
+    def after_pred(self):
+        if not self.training: raise RuntimeError("the user's")
+
+def test_an_error_in_validation_is_an_error(race, capsys):
+    learn = race()
+    with pytest.raises(RuntimeError, match="the user's"): fit(learn, cbs=FailsInValidation())
+    assert setting(learn)==base and 'excluded' not in capsys.readouterr().out and not learn.race.open_race.race.failed
+
 @pytest.mark.parametrize('how', ['dicts', 'no targets', 'loss that is a number'])
 def test_unusual_batches(race, how):
     "Inputs in a dict, batches without a target, and a loss for the log that is no tensor"
@@ -241,7 +250,7 @@ def with_layer(where, how):
 @pytest.mark.parametrize('where,left', [('autocast', {base, 'channels last fp32'}), ('last', {base, 'contiguous bf16'})])
 @pytest.mark.parametrize('how,said', [(raises, 'NotImplementedError: "planted" not implemented'), (RaisesBackward.apply, 'out of memory: OutOfMemoryError: planted'), (no_number, 'the loss is nan')],
     ids=['forward', 'backward', 'nan'])
-def test_a_setting_that_fails_leaves_the_race(race, capsys, where, left, how, said):
+def test_a_setting_that_fails_is_excluded(race, capsys, where, left, how, said):
     learn = race(model=with_layer(where, how))
     fit_out(learn, 12)
     out,p = capsys.readouterr().out,plan(learn)
@@ -250,7 +259,7 @@ def test_a_setting_that_fails_leaves_the_race(race, capsys, where, left, how, sa
     assert all(torch.isfinite(q).all() for q in learn.model.state_dict().values() if q.is_floating_point())
 
 @pytest.mark.parametrize('how', [raises, RaisesBackward.apply, no_number])
-def test_a_batch_made_again_trains_as_if_nothing_had_happened(race, how):
+def test_a_retried_batch_trains_as_if_nothing_had_happened(race, how):
     "Weights, statistics of batch norm and random numbers end where they end without a race"
     def trained(to):
         with less_random(1):
@@ -400,7 +409,7 @@ def eager_compile(monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, backend='eager'))
 
 @pytest.mark.parametrize('faster', [True, False])
-def test_the_winner_races_itself_compiled(race, eager_compile, faster, capsys):
+def test_the_fastest_is_compared_with_itself_compiled(race, eager_compile, faster, capsys):
     learn = race({**speeds, f'{won}, compiled': 0.25 if faster else 0.6}, compile=True)
     fit_out(learn, 14)
     p = plan(learn)
@@ -421,22 +430,22 @@ def test_a_model_that_does_not_compile_is_a_line(race, monkeypatch, capsys):
     assert plan(learn).arm==won==setting(learn) and f'{won}, compiled excluded: Unsupported: planted' in capsys.readouterr().out
     assert plan(learn).rows[-1].verdict=='failed'
 
-def test_an_error_of_the_users_in_the_last_heat(race, eager_compile):
-    "The winner of the settings is the baseline there: it does not leave the race"
+def test_an_error_of_the_users_while_compiled_is_compared(race, eager_compile):
+    "The fastest setting is the baseline there: it is not excluded"
     learn = race({**speeds, f'{won}, compiled': 0.25}, compile=True)
     while not (learn.race.open_race and learn.race.open_race.settings): fit(learn)
     with pytest.raises(RuntimeError, match="the user's"): fit(learn, 2, cbs=AlwaysFails(3))
     assert setting(learn) in (won, base)
     assert plan(fit_out(learn, 20)).arm==f'{won}, compiled'
 
-def test_between_the_heats_the_winner_rests(race, eager_compile):
+def test_the_fastest_setting_stays_while_compiled_is_compared(race, eager_compile):
     learn = race({**speeds, f'{won}, compiled': 0.25}, compile=True)
     while not (learn.race.open_race and learn.race.open_race.settings): fit(learn)
     assert setting(learn)==won
 
-# Found earlier
+# Saved plans
 
-def test_a_plan_is_found_once(race, capsys):
+def test_a_saved_plan_is_used(race, capsys):
     first = plan(fit_out(race(), 8))
     capsys.readouterr()
     again = fit(race())
@@ -446,7 +455,7 @@ def test_a_plan_is_found_once(race, capsys):
     assert not plan(anew).cached and plan(anew).arm=='contiguous bf16'
     assert plan(fit(race())).arm=='contiguous bf16', 'which is kept'
 
-def test_without_training_and_with_it_have_one_cache(race, monkeypatch):
+def test_plans_with_and_without_training_share_a_cache(race, monkeypatch):
     from test_plan import proof, row
     monkeypatch.setattr(plans, 'bench_formats', lambda *a, **kw: proof(row(won, .5, verdict='faster')))
     learn = tiny_learner(dls(), cbs=See())
@@ -456,7 +465,7 @@ def test_without_training_and_with_it_have_one_cache(race, monkeypatch):
     fit_out(race({**speeds, 'contiguous bf16': 0.2}, plan='refresh'), 8)
     assert tiny_learner(dls(), cbs=See()).plan_channelslast(amp_mode='bf16').arm=='contiguous bf16'
 
-def test_a_compiled_plan_is_found(race, eager_compile):
+def test_a_saved_compiled_plan_is_used(race, eager_compile):
     fast = {**speeds, f'{won}, compiled': 0.25}
     fit_out(race(fast, compile=True), 14)
     learn = fit(race(fast, compile=True))
@@ -464,7 +473,7 @@ def test_a_compiled_plan_is_found(race, eager_compile):
 
 # Where steps cannot alternate
 
-def test_where_runs_have_to_repeat(race, capsys):
+def test_where_runs_must_be_reproducible(race, capsys):
     learn = race()
     with less_random(): fit(learn, 2)
     assert set(learn.see.train)=={won}=={setting(learn)} and 'Not comparing settings, because runs must be reproducible, and timings are not: no saved plan, using channels last bf16.' in (out := capsys.readouterr().out)
