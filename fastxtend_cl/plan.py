@@ -98,7 +98,10 @@ def cells(self:FormatPlan, full=False):
     return [['setting', 'verdict', 'ratio', '99 %', 'ms', 'rounds', *['first s']*full], *map(line, self.rows)]
 
 @patch
-def remarks(self:FormatPlan): return [*(f'{r.arm}: {r.reason}.' for r in self.rows if r.reason and r.verdict!='inconclusive'), *self.notes]
+def remarks(self:FormatPlan):
+    reasons = [f'{r.arm}: {r.reason}.' for r in self.rows if r.reason and r.verdict!='inconclusive']
+    dropped = any(r.verdict=='slower' and r.low is None for r in self.rows)
+    return [*reasons, *['Settings without an interval were dropped early: they were clearly slower than the fastest.']*dropped, *self.notes]
 
 @patch
 def conditions_line(self:FormatPlan):

@@ -114,6 +114,7 @@ def test_clearly_slower_settings_are_dropped_early():
     assert [len(race.seconds[n]) for n in 'abcd']==[8, 3, 3, 8] and race.blocks_done==22
     verdicts = {r.arm: r.verdict for r in race.rows()}
     assert verdicts=={'a': 'baseline', 'd': 'faster', 'b': 'slower', 'c': 'slower'}
+    assert 'Settings without an interval were dropped early' in str(FormatPlan('d', rows=race.rows())) and 'dropped early' not in str(found())
     assert run({'a': 0.1, 'b': 0.2, 'c': 0.3}, 0.02).blocks_done==9, 'three rounds, where the baseline is far ahead'
 
 def test_what_is_not_proven_goes_on_to_the_next_look():
