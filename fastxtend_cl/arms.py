@@ -6,7 +6,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/arms.html.md"""
 
 # %% auto #0
 __all__ = ['Arm', 'setting_name', 'setting_of', 'baseline_name', 'format_arms', 'usual_arms', 'chosen_arms', 'compile_alone',
-           'timed_step', 'ArmState', 'StepArm', 'step_arm', 'Judge']
+           'compiled_arm', 'set_compiled', 'timed_step', 'ArmState', 'StepArm', 'step_arm', 'Judge']
 
 # %% ../nbs/18_arms.ipynb #4f9b4a43
 import inspect, math, zlib
@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
-from .check import PlantedNoise, epsilon, margin, rounding_unit
+from .check import PlantedNoise, relative_rounding, rounding_unit, safety_factor
 from .convert import conv_params
 from .internals import compiled_call, set_compiled_call
 from .kernels import tuned_kernels
@@ -137,6 +137,27 @@ def compile_alone(
     run uncompiled (torch 2.14)"""
     has = 'isolate_recompiles' in inspect.signature(torch.compile).parameters
     model.compile(**({'isolate_recompiles': True} if has else {}))
+
+def compiled_arm(
+    arm:Arm,
+) -> Arm:
+    "The same setting with a compiled model"
+    return replace(arm, name=f'{arm.name}, compiled', compile=True)
+
+def set_compiled(
+    model:nn.Module,
+    compile:bool,
+    kept:dict|None=None, # Keeps the compiled model for the next time
+):
+    "Compile `model` in place, or undo that; a model that the user has compiled stays compiled"
+    call,kept = compiled_call(model),{} if kept is None else kept
+    if not compile and getattr(call, 'by_plan', False): set_compiled_call(model, None)
+    elif compile and call is None:
+        if kept.get('model') is not model:
+            compile_alone(model)
+            compiled_call(model).by_plan = True
+            kept.update(model=model, call=compiled_call(model))
+        set_compiled_call(model, kept['call'])
 
 def _infer(step, dtype):
     if step.model.training: step.model.eval()
@@ -261,7 +282,7 @@ def _shift(step, size, seed):
 
 def _rounding(step, arm):
     "Relative rounding of an arm; a function of the user may compute in any precision"
-    return epsilon['bf16'] if arm.setup else max(rounding_unit(step, arm.autocast(step)), epsilon.get(dtype_name(weights_dtype(step.model)), 0.))
+    return relative_rounding['bf16'] if arm.setup else max(rounding_unit(step, arm.autocast(step)), relative_rounding.get(dtype_name(weights_dtype(step.model)), 0.))
 
 class _OutOfTime(Exception): pass
 
@@ -278,7 +299,7 @@ class Judge:
             seed_all(1000*point+seed)
             if point: _shift(self.step, 0.01, point)
             if not unit: return _outcome(self.step, _scaled_step(self.step, arm.kept, f))
-            noise = PlantedNoise(lambda k: unit, unit, seed, lambda k: (0., epsilon['fp32'])) # sums over pixels round, too
+            noise = PlantedNoise(lambda k: unit, unit, seed, lambda k: (0., relative_rounding['fp32'])) # sums over pixels round, too
             noise.attach(self.step.model)
             try:
                 with torch.compiler.set_stance('force_eager'): return _outcome(self.step, _scaled_step(self.step, arm.kept, f))
@@ -311,7 +332,7 @@ class Judge:
             out,moved = self.baseline(point, unit)
             new = self.at(arm, point) if point else ours
             if out is None or new is None: return set()
-            off = {n for n,d in _apart(new, out).items() if n in off and d>_tolerance+margin*moved[n]}
+            off = {n for n,d in _apart(new, out).items() if n in off and d>_tolerance+safety_factor*moved[n]}
         return off
 
     def reject(self, ours, off):

@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from .internals import storage_id
+from .internals import conv_types, storage_id
 from .layout import channels_last_formats, dense_strides, format_of, has_storage, is_expanded, restride, tensors_in
 from .report import some_of
 from .ways import crashing_layers
@@ -35,7 +34,7 @@ def convolutions(
     model:nn.Module, # Any model, also compiled or parametrized
 ) -> dict: # Dotted path to module
     "The 2-D and 3-D convolutions of `model`, including transposed and lazy ones"
-    return {n:m for n,m in model.named_modules() if isinstance(m, _ConvNd) and len(m.kernel_size)>=2}
+    return {n:m for n,m in model.named_modules() if isinstance(m, conv_types) and len(m.kernel_size)>=2}
 
 # %% ../nbs/10_convert.ipynb #46fc7f34
 def conv_params(
@@ -222,7 +221,7 @@ def convert_format(
 def _kernel_warnings(model):
     "Warnings of layers whose kernels can end the process in a training loop on a CPU, unless `tuned_kernels` avoids them"
     names = [n or type(model).__name__ for n in crashing_layers(model)] if any(p.device.type=='cpu' for p in model.parameters()) else []
-    return [FormatWarning(f'the gradient kernels of {some_of(names)} can end the process in channels last on a CPU: '
+    return [FormatWarning(f'the gradient kernels of {some_of(names)} can crash the process in channels last on a CPU: '
         'train inside `with tuned_kernels():`, which avoids them')] if names else []
 
 # %% ../nbs/10_convert.ipynb #069d3623

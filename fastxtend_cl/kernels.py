@@ -307,7 +307,7 @@ class KernelTable(Result):
     rows:list # Pairs of `Call` and `KernelChoice`, slowest first
     seconds:float=0. # What deciding took in this process
     conditions:dict=field(default_factory=dict)
-    left = 4
+    text_columns = 4
 
     @property
     def replaced(self): return [c for _,c in self.rows if c.way!=as_is]

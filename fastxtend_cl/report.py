@@ -66,7 +66,7 @@ def markdown_table(
 # %% ../nbs/04_report.ipynb #9e82ebbf
 class Result:
     "What a question is answered with: `verdict` and `reason`, a table, remarks, and the conditions under which it was found"
-    left = 2 # columns of the table that hold text
+    text_columns = 2 # of the table; the others hold numbers
 
     def cells(self,
         full:bool=False, # All rows and columns
@@ -85,7 +85,7 @@ class Result:
     def table(self) -> str:
         "Everything that was found, as text"
         cells = self.cells(full=True)
-        return text_table(cells, self.left, 10_000) if cells else self.reason
+        return text_table(cells, self.text_columns, 10_000) if cells else self.reason
 
     def about(self):
         "Print the conditions under which it was found"
@@ -101,12 +101,12 @@ class Result:
 
     def __repr__(self):
         cells = self.cells()
-        return '\n'.join([f'{self.verdict}: {self.reason}', *([text_table(cells, self.left)] if cells else []), *self.remarks(),
+        return '\n'.join([f'{self.verdict}: {self.reason}', *([text_table(cells, self.text_columns)] if cells else []), *self.remarks(),
             *filter(None, [self.conditions_line()])])
 
     def _repr_markdown_(self):
         cells = self.cells()
-        return '\n\n'.join([f'**{self.verdict}**: {self.reason}', *([markdown_table(cells, self.left)] if cells else []), *self.remarks(),
+        return '\n\n'.join([f'**{self.verdict}**: {self.reason}', *([markdown_table(cells, self.text_columns)] if cells else []), *self.remarks(),
             *(f'<small>{o}</small>' for o in [self.conditions_line()] if o)])
 
 # %% ../nbs/04_report.ipynb #96f7223a

@@ -159,7 +159,7 @@ class FormatTrace(Result):
     ops:list=field(default_factory=list)
     conditions:dict=field(default_factory=dict) # Device, versions, threads, batch
     seconds:float=0. # What the trace took
-    left = 4 # columns of text
+    text_columns = 4 # columns of text
 
     @property
     def ok(self): return not self.rows

@@ -1,11 +1,11 @@
-"The plan: what competes, what wins, how it is kept, and how a Learner trains by it"
+"The plan: which settings compete, which one wins, how plans are saved, and how a Learner trains by one"
 import inspect, json, random, subprocess, sys, threading
 from pathlib import Path
 import pytest, torch
 from fastai.callback.fp16 import AMPMode
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from hypothesis import given, settings as examples, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from helpers import AveragedCopy, caught_warnings, dls_of, fit, labels, process_group, quiet, random_images, tiny_learner, two_processes
 import fastxtend_cl.all
@@ -13,9 +13,10 @@ from fastxtend_cl import plan as module
 from fastxtend_cl.amp import kernels_mode
 from fastxtend_cl.arms import Arm
 from fastxtend_cl.bench import BenchRow, FormatBench
-from fastxtend_cl.convert import FormatWarning
+from fastxtend_cl.cache import CacheWarning
 from fastxtend_cl.layout import format_of
-from fastxtend_cl.plan import FormatPlan, Race, batch_shape, plans_file, kept_plan, plan_formats, plan_key, settings
+from fastxtend_cl.plan import (FormatPlan, Race, add_compiled_row, competing_arms, load_plan, plan_formats, plan_key, plans_file, save_plan,
+    shape_key, tie_or_inconclusive)
 from fastxtend_cl.step import TrainingStep
 
 low = torch.bfloat16
@@ -46,17 +47,17 @@ def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('FASTXTEND_CL_CACHE', s
 
 # Settings
 
-def names(*args, **kwargs): return [a.name for a in settings(*args, **kwargs)]
+def names(*args, **kwargs): return [a.name for a in competing_arms(*args, **kwargs)]
 
 def test_settings_that_compete():
     assert names(net(), Arm('baseline', dtype=None))==[base, 'channels last fp32'], 'the format of the weights'
     assert names(net(), Arm('baseline', dtype=None), low)==[base, 'channels last fp32', 'contiguous bf16', won]
     assert names(net(), Arm('baseline', 'channels_last', low), low)==[won, base, 'channels last fp32', 'contiguous bf16']
     assert names(net().to(memory_format=torch.channels_last), Arm('baseline', dtype=None))[0]=='channels last fp32'
-    assert names(net(), Arm('baseline', dtype=torch.float16), low)==['contiguous fp16', base, 'channels last fp32', 'contiguous bf16', won], 'what it has counts'
-    for dtype,name in ((torch.float64, 'fp64'), (torch.bfloat16, 'bf16'), (torch.float16, 'fp16')):
+    assert names(net(), Arm('baseline', dtype=torch.float16), low)==['contiguous fp16', base, 'channels last fp32', 'contiguous bf16', won], 'its own precision counts'
+    for dtype,name in ((torch.float64, 'fp64'), (torch.bfloat16, 'bf16 weights'), (torch.float16, 'fp16 weights')):
         assert names(net().to(dtype), Arm('baseline', dtype=low), low)==[f'contiguous {name}', f'channels last {name}'], 'autocast would change nothing'
-    assert {a.tuned for a in settings(net(), Arm('baseline', dtype=None), tuned=True)}=={True}
+    assert {a.tuned for a in competing_arms(net(), Arm('baseline', dtype=None), tuned=True)}=={True}
 
 # The race
 
@@ -67,28 +68,28 @@ def run(true, noise=0., seed=0, **kwargs):
     return race
 
 @given(st.lists(st.floats(0.01, 1.), min_size=2, max_size=6), st.integers(0, 9))
-@examples(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_without_noise_the_fastest_wins(times, seed):
     true = {f's{i}': t for i,t in enumerate(times)}
     race,best = run(true, seed=seed),min(true, key=true.get)
-    assert race.used<=race.blocks, 'the blocks are not used up'
-    if true[race.base]==true[best]: assert race.winner==race.base, 'a tie keeps the baseline'
-    else: assert true[race.winner]<=1.02*true[best] and true[race.winner]<true[race.base] or len(true)>5
+    assert race.blocks_done<=race.max_blocks, 'the blocks are not used up'
+    if true[race.baseline]==true[best]: assert race.winner==race.baseline, 'a tie keeps the baseline'
+    else: assert true[race.winner]<=1.02*true[best] and true[race.winner]<true[race.baseline] or len(true)>5
     rows = race.rows()
-    assert rows[0].arm==race.base and rows[0].verdict=='baseline' and {r.arm for r in rows}==set(true)
-    assert all(r.verdict=='faster' for r in rows if r.arm==race.winner!=race.base)
+    assert rows[0].arm==race.baseline and rows[0].verdict=='baseline' and {r.arm for r in rows}==set(true)
+    assert all(r.verdict=='faster' for r in rows if r.arm==race.winner!=race.baseline)
 
 @given(st.data())
-@examples(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_whatever_fails(data):
     "Settings fail at any time; the race ends with one that did not"
     true = {n: data.draw(st.floats(0.05, 0.2)) for n in 'abcd'}
     race = Race(true)
     for _ in range(100):
         if race.over: break
-        if race.current!=race.base and data.draw(st.integers(0, 5))==0: race.fail(race.current, 'planted')
+        if race.current!=race.baseline and data.draw(st.integers(0, 5))==0: race.fail(race.current, 'planted')
         else: race.add(true[race.current])
-    assert race.over and race.winner not in race.failed and race.used<=race.blocks
+    assert race.over and race.winner not in race.failed and race.blocks_done<=race.max_blocks
     rows = {r.arm: r for r in race.rows()}
     assert set(rows)==set(true) and all((r.verdict=='failed')==(n in race.failed) and (r.reason=='planted')==(n in race.failed) for n,r in rows.items())
 
@@ -108,12 +109,13 @@ def test_simulated_with_noise():
     assert share(true, 0.05, 'd')>=0.995 and share(true, 0.2, 'd')>=0.93
     assert share({'a': 0.1, 'b': 0.13, 'c': 0.12, 'd': 0.2}, 0.1, 'a')==1, 'the baseline is the fastest'
 
-def test_clearly_slower_settings_leave_early():
+def test_clearly_slower_settings_are_dropped_early():
     race = run({'a': 0.16, 'b': 0.11, 'c': 0.14, 'd': 0.085}, 0.02)
-    assert [len(race.seconds[n]) for n in 'abcd']==[8, 3, 3, 8] and race.used==22
+    assert [len(race.seconds[n]) for n in 'abcd']==[8, 3, 3, 8] and race.blocks_done==22
     verdicts = {r.arm: r.verdict for r in race.rows()}
     assert verdicts=={'a': 'baseline', 'd': 'faster', 'b': 'slower', 'c': 'slower'}
-    assert run({'a': 0.1, 'b': 0.2, 'c': 0.3}, 0.02).used==9, 'three rounds, where the baseline is far ahead'
+    assert 'Settings without an interval were dropped early' in str(FormatPlan('d', rows=race.rows())) and 'dropped early' not in str(found())
+    assert run({'a': 0.1, 'b': 0.2, 'c': 0.3}, 0.02).blocks_done==9, 'three rounds, where the baseline is far ahead'
 
 def test_what_is_not_proven_goes_on_to_the_next_look():
     "One round of eight that says otherwise, and none of the next six"
@@ -127,26 +129,25 @@ def test_what_is_not_proven_goes_on_to_the_next_look():
     assert race.round==14 and race.winner=='a' and row.verdict=='inconclusive' and row.reason=='b seems 1.11 times as fast, but not by more than the noise'
 
 def test_too_few_blocks():
-    race = run({'a': 0.2, 'b': 0.1}, blocks=10)
+    race = run({'a': 0.2, 'b': 0.1}, max_blocks=10)
     assert race.winner=='a' and race.rows()[1].verdict=='inconclusive' and race.rows()[1].reason=='8 rounds needed, 5 measured'
 
-def test_a_tie_by_noise_is_decided_another_time():
-    "What would matter is not kept as an answer"
+def test_a_tie_that_may_matter_is_not_saved():
     for ratio,verdict in ((1.2, 'inconclusive'), (1.04, 'tie'), (0.8, 'tie')):
-        r = module.undecided(row(won, 1., verdict='tie', ratio=ratio, low=0.7, high=1.5))
+        r = tie_or_inconclusive(row(won, 1., verdict='tie', ratio=ratio, low=0.7, high=1.5))
         assert r.verdict==verdict
-        module.keep_plan('k', str(ratio), a_plan(arm=base, rows=[row(base, 1., verdict='baseline'), r]))
-    assert [kept_plan('k', s) is None for s in ('1.2', '1.04', '0.8')]==[True, False, False]
-    assert module.undecided(row(won, .5, verdict='faster')).verdict=='faster'
+        save_plan('k', str(ratio), a_plan(arm=base, rows=[row(base, 1., verdict='baseline'), r]))
+    assert [load_plan('k', s) is None for s in ('1.2', '1.04', '0.8')]==[True, False, False]
+    assert tie_or_inconclusive(row(won, .5, verdict='faster')).verdict=='faster'
 
 # The result
 
 @pytest.mark.parametrize('plan,verdict,words', [
     (found(), 'faster', f'{won} is 2.00 times as fast as {base}, 1.80 to 2.20'),
-    (found(1., 'tie'), 'no faster setting', f'no setting is faster than {base} by more than the noise'),
+    (found(1., 'tie'), 'no faster setting', f'no setting is faster by more than the noise; keeping {base}'),
     (found(1., 'inconclusive', rows=[row(base, 1., verdict='baseline'), row(won, 1., verdict='inconclusive', reason='8 rounds needed, 4 measured')]),
         'inconclusive', f'8 rounds needed, 4 measured; keeping {base}'),
-    (a_plan(notes=['The race has not begun.']), 'not measured', won)])
+    (a_plan(notes=['A note.']), 'not measured', f'{won} was not compared with other settings')])
 def test_verdicts(plan, verdict, words):
     assert (plan.verdict,plan.reason)==(verdict, words) and plan.changes==(verdict=='faster')
     assert str(plan).splitlines()[0]==f'{verdict}: {words}' and plan._repr_markdown_().startswith(f'**{verdict}**: {words}')
@@ -157,12 +158,13 @@ def test_verdicts(plan, verdict, words):
 
 def test_what_is_shown():
     p = found(conditions=dict(shape=[4, 3, 16, 16], device_name='a chip', torch='2.14', date='2026-11-26'), steps=88, notes=['A note.'])
-    assert str(p).splitlines()[1:]==['setting                       ratio          99 %    ms  rounds',
+    assert str(p).splitlines()[1:]==['setting             verdict   ratio          99 %    ms  rounds',
         'contiguous fp32     baseline   1.00  0.90 to 1.10  1000      12', 'channels last bf16  faster     2.00  1.80 to 2.20   500      12',
-        'A note.', 'Found in 88 training steps, 4x3x16x16, a chip, torch 2.14, 2026-11-26.']
+        'A note.', 'Measured in 88 training steps, 4x3x16x16, a chip, torch 2.14, 2026-11-26.']
+    assert 'first s' in p.table() and 'first s' not in str(p)
     failed = found(rows=[row(base, 1., verdict='baseline'), row(won, .5, verdict='faster'), BenchRow('channels last fp32', 'failed', 'out of memory')])
     failed.seconds = 7.
-    assert 'channels last fp32: out of memory.' in str(failed) and 'Found in 7 s.' in str(failed)
+    assert 'channels last fp32: out of memory.' in str(failed) and 'Measured in 7 s.' in str(failed)
     assert max(map(len, str(failed).splitlines()))<=100
 
 def test_the_plot_is_never_empty():
@@ -171,21 +173,21 @@ def test_the_plot_is_never_empty():
     ax = found().plot()
     assert [l.get_label() for l in ax.lines]==[base, won] and ax.get_title()==f'faster: {won}'
     assert a_plan(arm=base, rows=[row(base, 1., blocks={})]).plot().texts
-    with pytest.raises(ValueError, match='nothing was measured for this plan, so there is nothing to draw'): a_plan().plot()
+    assert a_plan().plot().texts[0].get_text()==f'{won} was not compared with other settings'
 
-def test_a_plan_that_is_none():
+def test_invalid_plans():
     with pytest.raises(ValueError, match="memory_format must be 'contiguous' or 'channels_last', got 'nhwc'"): FormatPlan('a', 'nhwc')
     with pytest.raises(ValueError, match="autocast must be 'bf16', 'fp16' or None, got torch.bfloat16"): FormatPlan('a', autocast=low)
 
 def test_a_compiled_winner():
     rows,arm = [row(base, 1., verdict='baseline'), row(won, .5, verdict='faster')],Arm(won, 'channels_last', low)
     more = row(f'{won}, compiled', .4, verdict='faster', ratio=1.25, low=1.2, high=1.3, first_seconds=30.4)
-    got,best = module.add_compiled(rows, more, arm)
+    got,best = add_compiled_row(rows, arm, more)
     assert [r.arm for r in got]==[base, f'{won}, compiled', won] and best==Arm(f'{won}, compiled', 'channels_last', low, True)
     assert got[1].ratio==2.5 and got[1].reason==f'1.25 times as fast as {won}, 1.20 to 1.30; compiling took 30 s'
-    got,best = module.add_compiled(rows, row(f'{won}, compiled', .5, verdict='tie', ratio=1.), arm)
+    got,best = add_compiled_row(rows, arm, row(f'{won}, compiled', .5, verdict='tie', ratio=1.))
     assert best is arm
-    got,best = module.add_compiled(rows, BenchRow(f'{won}, compiled', 'failed', 'planted'), arm)
+    got,best = add_compiled_row(rows, arm, BenchRow(f'{won}, compiled', 'failed', 'planted'))
     assert best is arm and got[-1].verdict=='failed' and got[-1].reason=='planted'
 
 # Without training
@@ -199,7 +201,7 @@ def measured(monkeypatch, *benches):
     return asked
 
 @pytest.mark.parametrize('arm,fields', [('channels last fp32', ('channels_last', None)), (won, ('channels_last', 'bf16')), ('contiguous bf16', ('contiguous', 'bf16'))])
-def test_the_winner_becomes_the_plan(monkeypatch, arm, fields):
+def test_the_fastest_setting_becomes_the_plan(monkeypatch, arm, fields):
     asked = measured(monkeypatch, proof(row(arm, 0.5, verdict='faster')))
     p = plan_formats(step_of(), low)
     assert (p.memory_format, p.autocast, p.arm, p.changes, p.ratio, p.verdict)==(*fields, arm, True, 2, 'faster') and p.baseline==base
@@ -214,7 +216,7 @@ def test_what_is_not_proven_keeps_the_baseline(monkeypatch, verdict):
     assert p.verdict==('inconclusive' if verdict=='inconclusive' else 'no faster setting')
     assert plan_formats(step_of(autocast=low)).cached==(verdict!='inconclusive'), 'more time may give a verdict'
 
-def test_compiled_is_the_last_heat(monkeypatch):
+def test_the_fastest_is_compared_with_itself_compiled(monkeypatch):
     asked = measured(monkeypatch, proof(row(won, .5, verdict='faster')), proof(row(f'{won}, compiled', .8, verdict='faster', first_seconds=9.8)))
     p = plan_formats(step_of(), low, compile=True)
     (first,_),(second,kw) = asked
@@ -222,7 +224,7 @@ def test_compiled_is_the_last_heat(monkeypatch):
     assert (p.arm, p.memory_format, p.autocast, p.compile)==(f'{won}, compiled', 'channels_last', 'bf16', True) and p.ratio==2.5
     assert f'{won}, compiled: 1.25 times as fast as {won}' in str(p) and 'compiling took 9 s' in str(p)
 
-def test_whole_search_leaves_no_trace_and_says_what_it_found(capsys):
+def test_planning_restores_everything_and_prints_nothing(capsys):
     step = step_of(autocast=low)
     before,state = [p.clone() for p in step.model.parameters()],torch.get_rng_state()
     p = plan_formats(step, seconds=5, bar=False)
@@ -241,10 +243,9 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="cache must be True, False or 'refresh', got 'no'"): plan_formats(step_of(), cache='no')
 
 @pytest.mark.parametrize('precision', ['bf16', 'as it is', torch.float64, 16, AMPMode.BF16])
-def test_a_precision_that_is_none(precision):
-    with pytest.raises(ValueError, match="precision must be None, torch.float16, torch.bfloat16 or 'as is', got "):
-        plan_formats(step_of(), precision)
-    with pytest.raises(ValueError, match="dtype must be None, torch.float16, torch.bfloat16 or 'as is', got "): Arm('a', dtype=precision)
+def test_invalid_precisions(precision):
+    with pytest.raises(ValueError, match="precision must be 'as is', None, torch.float16 or torch.bfloat16, got "): plan_formats(step_of(), precision)
+    with pytest.raises(ValueError, match="dtype must be 'as is', None, torch.float16 or torch.bfloat16, got "): Arm('a', dtype=precision)
 
 @pytest.mark.parametrize('at', [1, 2])
 def test_interrupted_anywhere(monkeypatch, at):
@@ -259,13 +260,13 @@ def test_interrupted_anywhere(monkeypatch, at):
 
 # Cache
 
-def fake_search(monkeypatch, plan):
+def fake_measure(monkeypatch, plan):
     calls = []
-    monkeypatch.setattr(module, '_find', lambda *a: calls.append(1) or plan)
+    monkeypatch.setattr(module, '_measure', lambda *a: calls.append(1) or plan)
     return calls
 
-def test_a_plan_is_found_once(monkeypatch):
-    calls = fake_search(monkeypatch, found())
+def test_a_plan_is_measured_once(monkeypatch):
+    calls = fake_measure(monkeypatch, found())
     step = step_of(autocast=low)
     first = plan_formats(step)
     assert not first.cached and plan_formats(step).cached and plan_formats(step).arm==won and len(calls)==1
@@ -273,12 +274,12 @@ def test_a_plan_is_found_once(monkeypatch):
     assert len(calls)==4, 'another shape of the batch is another plan'
     assert json.loads(plans_file.path.read_text())['version']==plans_file.version
 
-def key(step, *more, low=None, baseline=Arm('baseline', dtype=None)): return plan_key(step.model, step.optimizer, settings(step.model, now, low), *more)
+def key(step, *more, low=None, baseline=Arm('baseline', dtype=None)): return plan_key(step.model, step.optimizer, competing_arms(step.model, baseline, low), *more)
 
 def test_what_changes_the_key(monkeypatch):
     base = key(step_of())
     assert key(step_of(net(seed=5)))==base, 'values do not matter'
-    assert plan_key(nn.DataParallel(net()), step_of().optimizer, settings(net(), Arm('baseline', dtype=None)))==base
+    assert plan_key(nn.DataParallel(net()), step_of().optimizer, competing_arms(net(), Arm('baseline', dtype=None)))==base
     frozen = net(); frozen[0].requires_grad_(False)
     strided = net(); strided[0].stride = (2, 2)
     wider = nn.Sequential(*net()[:6], nn.Conv2d(8, 14, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(14, 2))
@@ -296,47 +297,47 @@ def test_what_changes_the_key(monkeypatch):
 
 def test_batch_shapes():
     x = torch.zeros(4, 3, 8, 8)
-    assert batch_shape((x,))=='4x3x8x8' and batch_shape([x, {'a': x[:2]}])=='4x3x8x8, 2x3x8x8'
+    assert shape_key((x,))=='4x3x8x8' and shape_key([x, {'a': x[:2]}])=='4x3x8x8, 2x3x8x8'
 
 def test_the_latest_of_any_shape():
-    for shape,arm in (('a', 'x'), ('b', 'y'), ('a', 'z')): module.keep_plan('k', shape, found(arm=arm))
-    assert [kept_plan('k', s).arm for s in ('a', 'b', None)]==['z', 'y', 'z'] and kept_plan('other') is None and kept_plan('k', 'c') is None
+    for shape,arm in (('a', 'x'), ('b', 'y'), ('a', 'z')): save_plan('k', shape, found(arm=arm))
+    assert [load_plan('k', s).arm for s in ('a', 'b', None)]==['z', 'y', 'z'] and load_plan('other') is None and load_plan('k', 'c') is None
 
-@pytest.mark.parametrize('text', ['{', '[]', '{"version": 99, "plans": {}}', '{"version": 4, "plans": 3}', ''])
+@pytest.mark.parametrize('text', ['{', '[]', '{"version": 99, "data": {}}', f'{{"version": {plans_file.version}, "data": 3}}', ''])
 def test_a_damaged_or_foreign_file(monkeypatch, text):
-    fake_search(monkeypatch, found())
+    fake_measure(monkeypatch, found())
     plans_file.path.parent.mkdir(parents=True)
     plans_file.path.write_text(text)
     with caught_warnings() as w: plan_formats(step_of())
-    assert [o for o in w if issubclass(o.category, FormatWarning) and 'cannot be used and will be written anew' in str(o.message)]
+    assert [o for o in w if issubclass(o.category, CacheWarning) and 'cannot be used and will be measured again' in str(o.message)]
     with caught_warnings() as w: assert plan_formats(step_of()).cached
     assert not w
 
 @pytest.mark.parametrize('kept', [{'k': 3}, {'k': {'a': {'arm': 'x'}}}, {'k': {'a': 5}}])
 def test_a_plan_that_cannot_be_read(kept):
     plans_file.path.parent.mkdir(parents=True)
-    plans_file.path.write_text(json.dumps(dict(version=4, plans=kept)))
-    with caught_warnings() as w: assert kept_plan('k', 'a') is None
-    assert 'cannot be used and will be written anew' in str(w[0].message)
+    plans_file.path.write_text(json.dumps(dict(version=plans_file.version, data=kept)))
+    with caught_warnings() as w: assert load_plan('k', 'a') is None
+    assert 'cannot be used and will be measured again' in str(w[0].message)
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
-    fake_search(monkeypatch, found())
+    fake_measure(monkeypatch, found())
     (tmp_path/'file').write_text('')
     monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path/'file'))
     with caught_warnings() as w: assert plan_formats(step_of()).arm==won
-    assert any('the plan is not kept' in str(o.message) for o in w)
+    assert any('the plans are not kept' in str(o.message) for o in w)
 
 def test_two_may_write_at_once():
-    threads = [threading.Thread(target=lambda i=i: [keep_plan(f'{i}', 'a', found()) for _ in range(5)]) for i in range(4)]
+    threads = [threading.Thread(target=lambda i=i: [save_plan(f'{i}', 'a', found()) for _ in range(5)]) for i in range(4)]
     for t in threads: t.start()
     for t in threads: t.join()
     kept = plans_file.read()
     assert kept and set(kept)<=set('0123') and all(FormatPlan.from_dict(o['a'])==found() for o in kept.values())
     assert [p.name for p in plans_file.path.parent.iterdir()]==['plans.json']
 
-def test_the_file_does_not_grow_for_ever(monkeypatch):
-    monkeypatch.setattr(module, '_most_kept', 3)
-    for i in range(5): module.keep_plan(str(i), 'a', found())
+def test_the_size_of_the_file_is_limited(monkeypatch):
+    monkeypatch.setattr(module, '_most_plans', 3)
+    for i in range(5): save_plan(str(i), 'a', found())
     assert list(plans_file.read())==['2', '3', '4']
 
 @pytest.mark.parametrize('platform,env,place',
@@ -344,7 +345,7 @@ def test_the_file_does_not_grow_for_ever(monkeypatch):
         ('linux', {'XDG_CACHE_HOME': '/x'}, '/x/fastxtend_cl/plans.json'),
     ('darwin', {'HOME': '/h'}, '/h/Library/Caches/fastxtend_cl/plans.json'),
     ('win32', {'LOCALAPPDATA': '/l'}, '/l/fastxtend_cl/plans.json')])
-def test_where_it_is_kept(monkeypatch, platform, env, place):
+def test_where_plans_are_saved(monkeypatch, platform, env, place):
     for k in ('FASTXTEND_CL_CACHE', 'XDG_CACHE_HOME'): monkeypatch.delenv(k, raising=False)
     for k,v in env.items(): monkeypatch.setenv(k, v)
     monkeypatch.setattr(sys, 'platform', platform)
@@ -520,7 +521,7 @@ def worker(folder):
     with process_group() as rank:
         p = plan_formats(step_of(), low, seconds=5, bar=False)
         for r in p.rows: r.verdict = 'tie' if r.verdict=='inconclusive' else r.verdict # also where the machine is too busy for a verdict
-        module._find = lambda *a: p
+        module._measure = lambda *a: p
         plan_formats(step_of(), low, cache='refresh')
         torch.distributed.barrier()
         again = plan_formats(step_of(), low)

@@ -56,7 +56,7 @@ def described(learn):
     assert getattr(learn, 'channels_last', None) is (cl[0] if cl else None) and getattr(learn, 'mixed_precision', None) in (amps or [None])
     assert all(cb.learn is learn for cb in learn.cbs) and all(type(cb) is ChannelsLastCallback for cb in cl)
     return dict(all=sorted(type(cb).__name__ for cb in learn.cbs), amp=[(type(cb), cb.amp_mode, settings_of(cb)) for cb in amps],
-        race=[cb.base.name for cb in learn._grab_cbs(RaceCallback)],
+        race=[cb.baseline.name for cb in learn._grab_cbs(RaceCallback)],
         channels_last=[(cb.plan and cb.plan.arm, cb.tune, cb.memory_format, cb.kernels, cb.keep_memory) for cb in cl])
 
 def not_compiled(f, **kwargs):
