@@ -89,17 +89,13 @@ def learner_device(
     return torch.device((model or data if now else data or model) or 'cpu')
 
 def callback_of(
-    learn:Learner,
-    cls:type|tuple, # Of callbacks
+    learn:Learner, cls:type|tuple, # Of callbacks
 ): # None: it has no such callback
     "The first callback of `learn` that is a `cls`"
     return next((cb for cb in learn.cbs if isinstance(cb, cls)), None)
 
-def defines(
-    cb, # A callback
-    name:str, # Of an event or an attribute
-) -> bool:
-    "Whether `cb` itself has `name`"
+def defines(cb, name):
+    "Whether the callback `cb` itself has an event or attribute `name`"
     return hasattr(type(cb), name) or name in vars(cb)
 
 # %% ../nbs/21_amp.ipynb #70def188
@@ -140,12 +136,18 @@ class DeviceMixedPrecision(MixedPrecision):
         self.paused = paused
         if self._contexts: self.autocast,self.learn.scaler = self._contexts[paused]
 
+    def after_loss(self): self.leave()
+
+    def after_fit(self):
+        super().after_fit()
+        self._contexts = None
+
     def leave(self):
         "Leave autocast, if inside"
         if self._entered: self.autocast.__exit__(None, None, None)
         self._entered = False
 
-# %% ../nbs/21_amp.ipynb #88a2985e
+# %% ../nbs/21_amp.ipynb #923ffe33
 @patch
 def before_fit(self:DeviceMixedPrecision):
     "Make autocast and `GradScaler` for the model's device"
@@ -166,17 +168,6 @@ def before_batch(self:DeviceMixedPrecision):
     torch.clear_autocast_cache() # otherwise old weights stay in use where another autocast was never left
     self.autocast.__enter__()
     self._entered = True
-
-@patch
-def after_loss(self:DeviceMixedPrecision):
-    "Leave autocast"
-    self.leave()
-
-@patch
-def after_fit(self:DeviceMixedPrecision):
-    "Drop autocast and `GradScaler`"
-    super(DeviceMixedPrecision, self).after_fit()
-    self._contexts = None
 
 # %% ../nbs/21_amp.ipynb #6f95130d
 @patch
@@ -237,19 +228,13 @@ def _autocast_left(amps):
             elif cb.autocast is not None and _autocast_depth()>depth: # fastai's own stays inside if a batch ends before its loss
                 cb.autocast.__exit__(None, None, None)
 
-# %% ../nbs/21_amp.ipynb #c14e63e1
-def fastais(
-    name:str, # Of a method of `Learner`
-):
-    "fastai's own method, also where this package has wrapped it before"
-    method = getattr(Learner, name)
-    return getattr(method, '_wrapped', method)
+# %% ../nbs/21_amp.ipynb #7737240b
+def fastais(name):
+    "fastai's own method of `Learner`, also where this package has wrapped it before"
+    return getattr(getattr(Learner, name), '_wrapped', getattr(Learner, name))
 
-def keep_signature(
-    method, # Of this package
-    original, # fastai's
-):
-    "Give `method` the signature of the `original` that it calls"
+def keep_signature(method, original):
+    "Give `method`, of this package, the signature of fastai's `original` that it calls"
     method._wrapped,method.__signature__ = original,inspect.signature(original)
 
 _fastai_one_batch = fastais('one_batch')

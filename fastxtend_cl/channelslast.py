@@ -32,7 +32,7 @@ import fastxtend_cl.files # `save`, `load` and `export` of a Learner
 # %% ../nbs/25_channelslast.ipynb #e8127577
 _all_ = ['ChannelsLastCallback', 'ChannelsLastTfm', 'less_random'] # as before version 0.2
 
-# %% ../nbs/25_channelslast.ipynb #d87c4c4a
+# %% ../nbs/25_channelslast.ipynb #bf73d824
 def training_mode(
     learn:Learner,
     device:torch.device|None=None, # None: that of the next fit
@@ -50,9 +50,7 @@ def current_setting(
     fmt = cb.memory_format if isinstance(cb, ChannelsLastCallback) else 'channels_last' if cb else None
     return Arm('baseline', fmt, amp_dtypes.get(training_mode(learn)))
 
-def plan_baseline(
-    learn:Learner,
-) -> Arm:
+def plan_baseline(learn:Learner) -> Arm:
     "The setting that a plan is compared with: the current one, or the one from before a race"
     race = callback_of(learn, RaceCallback)
     return race.base if race else current_setting(learn)
@@ -72,11 +70,8 @@ def allowed_mode(
     return own.amp_mode if own and device.type=='cuda' else native_amp_mode(device)
 
 # %% ../nbs/25_channelslast.ipynb #a2392a97
-def _check_arguments(
-    flags, # Name to value of the arguments that must be True or False
-    scaler_args,
-):
-    "Raise a `TypeError` for values that are not True or False, and for arguments that neither `to_channelslast` nor `GradScaler` has"
+def _check_arguments(flags, scaler_args):
+    "Raise a `TypeError` for `flags` that are not True or False, and for arguments that neither `to_channelslast` nor `GradScaler` has"
     for k,v in scaler_args.items():
         if k in inspect.signature(plan_formats).parameters:
             raise TypeError(f'unknown argument {k!r}; it belongs to `plan_channelslast`: '

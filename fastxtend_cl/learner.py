@@ -100,6 +100,7 @@ def _refuse(learn, cbs):
         f'training step. Make a step from its parts, {steps}, and pass it to `check_formats`, `trace_formats` or `bench_formats`. '
         f'If the model trains the same without them, use `with learn.removed_cbs([{theirs}]): ...`')
 
+# %% ../nbs/26_learner.ipynb #5a674df9
 def _give_batch(learn, b, device, cbs=None):
     "Give `learn` the batch `b` as the model gets it, with the callbacks `cbs` or else its own"
     learn._split(to_device(b, device))

@@ -10,7 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 from helpers import caught_warnings, device, fit, labels, of_class, quiet, random_images, tiny_cnn, tiny_learner
-from fastxtend_cl import amp, precision
+from fastxtend_cl import amp, channelslast, precision
 from fastxtend_cl.amp import DeviceMixedPrecision, amp_modes, as_amp_mode, check_amp_mode, check_scaler_args, learner_device, native_amp_mode
 from fastxtend_cl.precision import cpu_bf16
 from fastxtend_cl.convert import NoEffectWarning
@@ -76,6 +76,18 @@ def test_wrong_scaler_arguments(kwargs, error, text):
 
 def test_a_misspelled_argument_of_the_callback_itself():
     with pytest.raises(TypeError, match=r"^unknown argument 'ampmode'; did you mean 'amp_mode'\?$"): DeviceMixedPrecision(ampmode='bf16')
+
+@pytest.mark.parametrize('cb,mode', [(None, FP16), (lambda: DeviceMixedPrecision(), FP16), (lambda: DeviceMixedPrecision('bf16'), BF16),
+    (lambda: MixedPrecision('bf16'), BF16)], ids=['nothing', 'native', 'bf16', "fastai's"])
+def test_a_plan_on_a_gpu_may_choose_what_the_learner_has(cb, mode, fake_cuda, monkeypatch):
+    fake_cuda(bf16=True)
+    monkeypatch.setattr(channelslast, 'learner_device', lambda learn: torch.device('cuda:0'))
+    learn = tiny_learner(cbs=cb and cb())
+    assert channelslast.allowed_mode(learn, True, None)==mode and channelslast.allowed_mode(learn, False, None) is None
+    if cb:
+        assert channelslast.current_setting(learn).dtype==amp.amp_dtypes[mode]
+        learn.mixed_precision.paused = True
+        assert channelslast.allowed_mode(learn, True, None)==mode, 'also while a race trains without it'
 
 def test_right_scaler_arguments():
     check_scaler_args(dict(init_scale=1024., growth_factor=2, backoff_factor=0.5, growth_interval=10, enabled=True))
@@ -154,6 +166,13 @@ def test_device_of_a_learner():
     assert learner_device(learn)==torch.device('meta')
     learn.model = nn.ReLU()
     assert learner_device(learn)==torch.device('cpu')
+
+def test_device_of_the_model_at_the_moment():
+    learn = tiny_learner()
+    learn.model.to('meta')
+    assert learner_device(learn, now=True)==torch.device('meta') and learner_device(learn)==learn.dls.device
+    learn.model = nn.ReLU()
+    assert learner_device(learn, now=True)==learn.dls.device
 
 def test_device_of_data_without_one():
     class Own:

@@ -1,5 +1,5 @@
 "The command line: what is printed where, exit statuses, and one line for each wrong argument"
-import inspect, json, subprocess, sys, types
+import functools, importlib, inspect, json, subprocess, sys, types
 import pytest, torch
 from torch import nn
 from fastxtend_cl import cli
@@ -81,21 +81,25 @@ def test_bench_check_leaves_out_the_wrong(own, capsys):
     rows = {r['arm']:r for r in json.loads(capsys.readouterr().out)['rows']}
     assert rows['channels last fp32']['verdict']=='failed' and rows['channels last fp32']['reason'].startswith('wrong: ')
 
-@pytest.mark.parametrize('command', [['bench', '--check', '--seconds', '1'], ['check'], ['trace']], ids=lambda c: c[0])
-def test_slow_commands_print_nothing_but_json(own, capsys, monkeypatch, command):
-    "As if all took longer than the two seconds after which a bar is shown"
-    from fastxtend_cl import check, trace
-    monkeypatch.setattr(check._Pace, 'wall', lambda self: 3.)
-    make = trace._Costs.__init__
-    monkeypatch.setattr(trace._Costs, '__init__', lambda self, device, budget: make(self, device, 3.))
+@pytest.mark.parametrize('command', [['bench', '--seconds', '1'], ['check'], ['trace']], ids=lambda c: c[0])
+def test_json_is_alone_whatever_else_is_printed(own, capsys, monkeypatch, command):
+    module,name = importlib.import_module(f'fastxtend_cl.{command[0]}'),f'{command[0]}_formats'
+    real,bars = getattr(module, name),[]
+    @functools.wraps(real)
+    def noisy(step, **kwargs):
+        print('a progress bar')
+        bars.append(kwargs.get('bar'))
+        return real(step, **kwargs)
+    monkeypatch.setattr(module, name, noisy)
     assert main([command[0], 'own_models:right', *command[1:], '--json', *tiny])==0
-    json.loads(capsys.readouterr().out)
+    out,err = capsys.readouterr()
+    assert json.loads(out) and 'a progress bar' in err and bars[0] is not True
 
 def test_a_terminal_gets_rich_tables(own, capsys, monkeypatch):
     monkeypatch.setattr(cli, '_terminal', lambda: True)
-    assert main(['check', 'own_models:right', *tiny])==0
+    assert main(['kernels', 'own_models:right', *tiny])==0
     out = capsys.readouterr().out
-    assert '━' in out or '─' in out and '<details>' not in out
+    assert ('━' in out or '─' in out) and '</' not in out and '**' not in out
 
 def test_trace_calls_trace_formats(own, capsys, monkeypatch):
     class Answer:
@@ -129,7 +133,8 @@ def test_trace_calls_trace_formats(own, capsys, monkeypatch):
     (['check', 'vit_b_16', '--bs', '2', '--size', '32', '--device', 'cpu'], 'vit_b_16: '),
     (['trace', 'resnet18', '--seconds', '0'], '--seconds must be 1 to 86400, got 0.0'),
     (['plan', 'own_models:right', '--amp', 'int8'], '--amp must be fp16, bf16, native or none, got int8'),
-    (['demo', '--arch', 'resnet1001'], "unknown architecture 'resnet1001'; use one of fastai, torchvision or timm"),
+    (['demo', '--arch', 'resnet1001'], "unknown model 'resnet1001'; use one of torchvision or timm"),
+    (['demo', '--arch', 'own_models:number'], 'own_models:number must return a torch.nn.Module'),
     (['demo', '--epochs', '0'], '--epochs must be 1 to 100, got 0'),
     (['benhc', 'resnet18'], "unknown command 'benhc'; did you mean 'bench'?"),
     (['train', 'resnet18'], "unknown command 'train'; did you mean 'trace'?"),

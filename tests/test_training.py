@@ -47,7 +47,7 @@ from helpers import (AveragedCopy, SeeBatch, assert_same_snapshot, caught_warnin
     random_images, snapshot, state_follows, tensor_dls, tiny_cnn, tiny_double, tiny_learner)
 from fastxtend_cl import convert as fmt
 import fastxtend_cl.channelslast # the methods of `Learner`
-from fastxtend_cl.amp import DeviceMixedPrecision
+from fastxtend_cl.amp import DeviceMixedPrecision, kernels_mode
 from fastxtend_cl.callbacks import ChannelsLastCallback, ChannelsLastTfm
 from fastxtend_cl.kernels import less_random
 from fastxtend_cl.plan import FormatPlan
@@ -572,6 +572,22 @@ def test_calls_of_fastais_methods(to, name, args, kwargs, tmp_path, monkeypatch)
         theirs = outcome(tiny_learner(path=tmp_path))
     if isinstance(theirs, str) or isinstance(ours, str): assert ours==theirs
     else: assert ours[::2]==theirs[::2] and ours[1]==pytest.approx(theirs[1], rel=1e-3)
+
+def test_a_learner_that_does_not_use_this_package_trains_bit_for_bit_the_same(monkeypatch):
+    ours = fit(tiny_learner(cbs=[SeeBatch, AveragedCopy]), 2)
+    with monkeypatch.context() as m:
+        Plain(m)
+        theirs = fit(tiny_learner(cbs=[SeeBatch, AveragedCopy]), 2)
+    assert furthest(ours.model, theirs.model)==0 and ours.recorder.losses[-1]==theirs.recorder.losses[-1]
+    assert [type(cb) for cb in ours.cbs]==[type(cb) for cb in theirs.cbs] and kernels_mode(ours) is None
+    assert is_contiguous(ours) and ours.see_batch.x=={'nchw'}
+
+def test_names_of_version_0_1_are_where_they_were():
+    got = {}
+    exec('from fastxtend_cl.channelslast import *', got)
+    from fastxtend_cl import callbacks, channelslast, kernels
+    for n,module in dict(ChannelsLastCallback=callbacks, ChannelsLastTfm=callbacks, less_random=kernels).items():
+        assert got[n] is getattr(channelslast, n) is getattr(module, n)
 
 class Stateless:
     "An optimizer that keeps what it knows in its own way"
