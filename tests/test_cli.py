@@ -29,6 +29,7 @@ def right(): return net()
 def wrong(): return net(Faulty())
 def step(): return TrainingStep(net(), torch.randn(2, 5, 16, 16), torch.randn(2, 10), nn.functional.mse_loss)
 def number(): return 3
+def small(): return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 ''')
     monkeypatch.chdir(tmp_path)
     yield
@@ -160,10 +161,9 @@ def test_commands_share_their_arguments(capsys):
         assert all(f'--{o}' in text for o in arguments(command)) and 'Samples a batch' in text and 'Print one JSON object' in text
     assert all(('seconds' in arguments(c))==(c!='kernels') for c in own)
 
-def test_demo_begins_its_result_with_the_verdict(capsys, monkeypatch):
-    "And says of each arm what training came to"
-    small = ['demo', '--device', 'cpu', '--epochs', '1', '--arch', 'xresnet18', '--size', '32', '--bs', '256', '--seconds', '1']
-    assert main(small)==0
+def test_demo_begins_its_result_with_the_verdict(own, capsys):
+    "A table of the arms and the answer of the check follow"
+    assert main(['demo', '--device', 'cpu', '--epochs', '1', '--arch', 'own_models:small', '--size', '32', '--bs', '256', '--seconds', '2'])==0
     out = capsys.readouterr().out
     last = out[out.rindex('is it faster?'):].splitlines()[1:]
     assert last[0].split(':')[0] in ('faster', 'tie', 'fastest already', 'inconclusive') and last[1].split()[:2]==['s/epoch', 'ratio']
