@@ -6,11 +6,12 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/amp.html.md"""
 
 # %% auto #0
 __all__ = ['amp_dtypes', 'scaler_args', 'amp_modes', 'native_amp_mode', 'as_amp_mode', 'check_amp_mode', 'check_scaler_args',
-           'learner_device', 'DeviceMixedPrecision', 'kernels_mode', 'keep_signature']
+           'learner_device', 'callback_of', 'defines', 'DeviceMixedPrecision', 'kernels_mode', 'fastais',
+           'keep_signature']
 
 # %% ../nbs/21_amp.ipynb #31a03514
 import inspect, warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from numbers import Number
 import torch
@@ -23,24 +24,22 @@ from fastcore.meta import delegates
 from torch.amp import GradScaler, autocast
 from .convert import NoEffectWarning
 from .kernels import tuned_kernels
-from .precision import autocast_dtypes, cpu_bf16, native_dtypes
+from .precision import autocast_dtypes, cpu_bf16, dtype_name, dtype_of, native_dtypes
 
 # %% ../nbs/21_amp.ipynb #530dcacc
-amp_dtypes = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
+amp_dtypes = {m: dtype_of(m.value) for m in AMPMode}
 
-# %% ../nbs/21_amp.ipynb #d52a75b8
 def amp_modes(
     device:str|torch.device, # Such as 'cpu' or 'cuda:0'
 ) -> list: # `AMPMode`s, in the order fp16, bf16
-    "Modes that autocast has on `device`; for a GPU, those that it computes without emulation"
-    return [m for m,d in amp_dtypes.items() if d in autocast_dtypes(device)]
+    "Modes that autocast supports on `device`; on a GPU, those that it computes without emulation"
+    return [AMPMode(dtype_name(d)) for d in autocast_dtypes(device)]
 
-# %% ../nbs/21_amp.ipynb #f976e5dc
 def native_amp_mode(
     device:str|torch.device, # Such as 'cpu' or 'cuda:0'
 ) -> AMPMode|None: # None: train in fp32
     "The mode that `device` is built for: the first of `native_dtypes`"
-    return next((m for d in native_dtypes(device) for m,o in amp_dtypes.items() if o==d), None)
+    return next((AMPMode(dtype_name(d)) for d in native_dtypes(device)), None)
 
 # %% ../nbs/21_amp.ipynb #aad0aa64
 def as_amp_mode(
@@ -48,19 +47,17 @@ def as_amp_mode(
 ) -> AMPMode:
     "`mode` as an `AMPMode`, or a `ValueError`"
     try: return AMPMode(mode)
-    except ValueError:
-        raise ValueError(f'amp_mode is one of {", ".join(repr(m.value) for m in AMPMode)}, received {mode!r}') from None
+    except ValueError: raise ValueError(f"amp_mode must be 'fp16' or 'bf16', got {mode!r}") from None
 
-# %% ../nbs/21_amp.ipynb #9fc655e4
 def check_amp_mode(
-    mode:AMPMode, # The mode asked for
-    device:str|torch.device, # Where it shall run
+    mode:AMPMode,
+    device:str|torch.device, # Where it should run
 ):
-    "Raise a `ValueError` that names the modes of `device` if `mode` is none of them"
+    "Raise a `ValueError` if autocast does not support `mode` on `device`"
     modes = amp_modes(device)
     if mode in modes: return
-    has = 'it has ' + ' and '.join(m.value for m in modes) if modes else 'it has none: train in fp32 with `use_amp=False`'
-    raise ValueError(f'mixed precision in {mode.value} is not available on {device}: {has}')
+    way_out = f'use {" or ".join(m.value for m in modes)}' if modes else 'train in fp32 with `use_amp=False`'
+    raise ValueError(f'{mode.value} mixed precision is not available on {device}: {way_out}')
 
 # %% ../nbs/21_amp.ipynb #83205132
 scaler_args = [p for p in inspect.signature(GradScaler).parameters if p!='device']
@@ -69,111 +66,124 @@ def check_scaler_args(
     kwargs:dict, # Arguments for `GradScaler`, except its device
     own:tuple=(), # Names of the caller's other arguments, one of which may be misspelled
 ):
-    """Raise a `TypeError` for arguments that `GradScaler` does not have or that are no numbers, a `ValueError` for
-    values it refuses"""
+    "Raise a `TypeError` for unknown arguments and for values that are not numbers, a `ValueError` for values that `GradScaler` rejects"
     names = dict.fromkeys([*own, *scaler_args])
     if wrong := next((k for k in kwargs if k not in scaler_args), None):
         near = get_close_matches(wrong.lower(), names, 1)
         if near: raise TypeError(f'unknown argument {wrong!r}; did you mean {near[0]!r}?')
-        raise TypeError(f'unknown argument {wrong!r}: choose from {", ".join(names)}')
+        raise TypeError(f'unknown argument {wrong!r}; choose from {", ".join(names)}')
     if wrong := [f'{k}={v!r}' for k,v in kwargs.items() if not isinstance(v, Number)]:
-        raise TypeError(f'GradScaler takes numbers, received {", ".join(wrong)}')
+        raise TypeError(f'arguments of GradScaler must be numbers, got {", ".join(wrong)}')
     try: GradScaler('cpu', **{**kwargs, 'enabled': True})
-    except AssertionError as e: raise ValueError(f'GradScaler refuses {kwargs}: {e}') from None
+    except AssertionError as e: raise ValueError(f'GradScaler rejects {kwargs}: {e}') from None
 
 # %% ../nbs/21_amp.ipynb #be916b02
 def learner_device(
     learn:Learner,
-) -> torch.device: # That of its data, or else that of its model
-    "The device that the next fit of `learn` will run on"
-    try: device = getattr(getattr(learn, 'dls', None), 'device', None) # plain PyTorch loaders have none
-    except IndexError: device = None # fastai's `DataLoaders` without a loader
-    if device is None: device = next((p.device for p in learn.model.parameters()), 'cpu')
-    return torch.device(device)
+    now:bool=False, # Where the model is at the moment
+) -> torch.device:
+    "The device of the next fit: that of the data, or else that of the model"
+    try: data = getattr(getattr(learn, 'dls', None), 'device', None) # plain PyTorch loaders have none
+    except IndexError: data = None # fastai's `DataLoaders` without a loader
+    model = next((p.device for p in learn.model.parameters()), None)
+    return torch.device((model or data if now else data or model) or 'cpu')
+
+def callback_of(
+    learn:Learner, cls:type|tuple, # Of callbacks
+): # None: it has no such callback
+    "The first callback of `learn` that is a `cls`"
+    return next((cb for cb in learn.cbs if isinstance(cb, cls)), None)
+
+def defines(cb, name):
+    "Whether the callback `cb` itself has an event or attribute `name`"
+    return hasattr(type(cb), name) or name in vars(cb)
 
 # %% ../nbs/21_amp.ipynb #70def188
 @delegates(GradScaler, but=['device'])
 class DeviceMixedPrecision(MixedPrecision):
-    "Mixed precision training by PyTorch's autocast and `GradScaler`, on the device that the `Learner` is on"
-    paused,_means = False,None
+    "Mixed precision training by PyTorch's autocast and `GradScaler`, on the device of the `Learner`"
+    paused,_contexts = False,None
     kernels = 'correct' # For `tuned_kernels`: a few convolutions have wrong gradients in bf16, in any memory format
     def __init__(self,
-        amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'; None takes what the device does natively
+        amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'; None: the native mode of the device
         **kwargs
     ):
         check_scaler_args(kwargs, ('amp_mode',))
         self.amp_mode = None if amp_mode is None else as_amp_mode(amp_mode)
-        self.kwargs,self.autocast,self._entered,self._said = kwargs,None,False,None
+        self.kwargs,self.autocast,self._entered,self._explained = kwargs,None,False,None
 
     @property
     def name(self): return 'mixed_precision'
 
-    def mode_on(self,
+    def requested_mode(self,
         device:str|torch.device, # Where training runs
     ) -> AMPMode|None: # None: fp32
-        "The mode used on `device`; a `ValueError` if the one asked for is impossible there"
-        return None if self.paused else self._mode(device)
-
-    def _mode(self, device):
+        "The mode on `device`, also while paused; raises a `ValueError` if `device` does not support it"
         if self.amp_mode is None: return native_amp_mode(device)
         check_amp_mode(self.amp_mode, device)
         return self.amp_mode
 
-    def before_fit(self):
-        "Make autocast and `GradScaler` for the model's device"
-        device = next((p.device for p in self.model.parameters()), learner_device(self.learn))
-        mode = self._mode(device)
-        self.explain(device)
-        self.leave()
-        scaled = mode==AMPMode.FP16 and self.kwargs.get('enabled', True)
-        low = autocast(device.type, dtype=amp_dtypes.get(mode), enabled=mode is not None),GradScaler(device.type, **{**self.kwargs, 'enabled': scaled})
-        self._means = low,(autocast(device.type, enabled=False),GradScaler(device.type, enabled=False))
-        self.scales = L()
-        self.pause(self.paused)
+    def mode_on(self,
+        device:str|torch.device, # Where training runs
+    ) -> AMPMode|None: # None: fp32
+        "The mode on `device`, None while paused"
+        return None if self.paused else self.requested_mode(device)
 
     def pause(self,
-        paused:bool=True, # Or False, to go on
+        paused:bool=True, # False: go on
     ):
-        "Train in the precision of the weights meanwhile; the scale of the loss stays for later. Between optimizer steps only"
+        "Train in the precision of the weights for now, and keep the loss scale for later; call it between optimizer steps"
         self.paused = paused
-        if self._means: self.autocast,self.learn.scaler = self._means[paused]
+        if self._contexts: self.autocast,self.learn.scaler = self._contexts[paused]
 
-    def before_batch(self):
-        "Enter autocast"
-        torch.clear_autocast_cache() # where another autocast was never left, nothing else does: old weights would stay in use
-        self.autocast.__enter__()
-        self._entered = True
-
-    def after_loss(self):
-        "Leave autocast"
-        self.leave()
+    def after_loss(self): self.leave()
 
     def after_fit(self):
-        "Forget autocast and `GradScaler`"
         super().after_fit()
-        self._means = None
+        self._contexts = None
 
     def leave(self):
         "Leave autocast, if inside"
         if self._entered: self.autocast.__exit__(None, None, None)
         self._entered = False
 
+# %% ../nbs/21_amp.ipynb #923ffe33
+@patch
+def before_fit(self:DeviceMixedPrecision):
+    "Make autocast and `GradScaler` for the model's device"
+    device = learner_device(self.learn, now=True)
+    mode = self.requested_mode(device)
+    self.explain(device)
+    self.leave()
+    def contexts(mode, **kwargs):
+        return autocast(device.type, dtype=amp_dtypes.get(mode), enabled=mode is not None),GradScaler(device.type, **kwargs)
+    scaled = mode==AMPMode.FP16 and self.kwargs.get('enabled', True)
+    self._contexts = contexts(mode, **{**self.kwargs, 'enabled': scaled}),contexts(None, enabled=False) # by `paused`
+    self.scales = L()
+    self.pause(self.paused)
+
+@patch
+def before_batch(self:DeviceMixedPrecision):
+    "Enter autocast"
+    torch.clear_autocast_cache() # otherwise old weights stay in use where another autocast was never left
+    self.autocast.__enter__()
+    self._entered = True
+
 # %% ../nbs/21_amp.ipynb #6f95130d
 @patch
 def explain(self:DeviceMixedPrecision,
     device:str|torch.device, # Where training runs
 ):
-    "Say once which precision is used on `device`, where that was not the user's own choice"
+    "Print once which precision `device` uses where the user left it open; warn of arguments without effect"
     device = torch.device(device)
-    mode = self._mode(device)
-    if self.paused or self._said==(device,mode): return
-    self._said = (device,mode)
+    mode = self.requested_mode(device)
+    if self.paused or self._explained==(device,mode): return
+    self._explained = (device,mode)
     if self.amp_mode is None and device.type!='cuda':
         if mode is None: warnings.warn(_why_fp32(device), NoEffectWarning, stacklevel=2)
         elif not rank_distrib():
-            print(f'Mixed precision on {device}: {mode.value}, '
-                + (f'which this processor computes natively ({cpu_bf16()})' if device.type=='cpu'
-                    else "the default of its autocast"))
+            why = f'which this processor computes natively ({cpu_bf16()})' if device.type=='cpu' else 'the default of its autocast'
+            print(f'Mixed precision on {device}: {mode.value}, {why}')
     idle = [k for k in self.kwargs if k!='enabled']
     if idle and mode!=AMPMode.FP16:
         warnings.warn(f'{", ".join(idle)} of GradScaler without effect: only fp16 scales the loss, '
@@ -181,7 +191,7 @@ def explain(self:DeviceMixedPrecision,
 
 def _why_fp32(device):
     why = ('this processor has no instructions for bf16 (AVX512-BF16, AMX or Arm BF16)' if device.type=='cpu'
-        else 'autocast has no mode there')
+        else 'its autocast supports neither fp16 nor bf16')
     return f'Mixed precision has no effect on {device}: {why}; training is in fp32'
 
 # %% ../nbs/21_amp.ipynb #4f57531e
@@ -189,7 +199,7 @@ def kernels_mode(
     learn:Learner,
 ) -> str|None: # 'tuned', 'correct', or None: as torch does
     "The mode of `tuned_kernels` that `learn` trains in: the strongest that its callbacks ask for"
-    asked = [cb.kernels for cb in learn.cbs if hasattr(type(cb), 'kernels')] # an instance would ask Learner and model, too
+    asked = [cb.kernels for cb in learn.cbs if defines(cb, 'kernels')]
     asked = [k for k in asked if isinstance(k, str)] # a callback of somebody else may mean something else by it
     return next((m for m in ('tuned', 'correct') if m in asked), None)
 
@@ -198,34 +208,51 @@ def _autocast_depth():
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
 
-_fastai_one_batch = getattr(Learner.one_batch, '_wrapped', Learner.one_batch)
+@contextmanager
+def _as_in_a_fit(amps):
+    "Prepare those of the mixed precision callbacks `amps` that are outside of a fit, and clean up afterwards"
+    outside = [cb for cb in amps if isinstance(cb, DeviceMixedPrecision) and cb.autocast is None]
+    for cb in outside: cb.before_fit()
+    try: yield
+    finally:
+        for cb in outside: cb.after_fit()
+
+@contextmanager
+def _autocast_left(amps):
+    "Leave the autocast that a batch has entered, however the batch ends"
+    depth = _autocast_depth()
+    try: yield
+    finally:
+        for cb in amps:
+            if isinstance(cb, DeviceMixedPrecision): cb.leave()
+            elif cb.autocast is not None and _autocast_depth()>depth: # fastai's own stays inside if a batch ends before its loss
+                cb.autocast.__exit__(None, None, None)
+
+# %% ../nbs/21_amp.ipynb #7737240b
+def fastais(name):
+    "fastai's own method of `Learner`, also where this package has wrapped it before"
+    return getattr(getattr(Learner, name), '_wrapped', getattr(Learner, name))
+
+def keep_signature(method, original):
+    "Give `method`, of this package, the signature of fastai's `original` that it calls"
+    method._wrapped,method.__signature__ = original,inspect.signature(original)
+
+_fastai_one_batch = fastais('one_batch')
+
+def _rescued(learn, e):
+    "Whether a callback has undone what the failed batch changed, so that it can run again"
+    return any([cb.rescue_batch(e) for cb in learn.cbs if defines(cb, 'rescue_batch')])
 
 @patch
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`, with the kernels and the precision that the callbacks ask for"
-    mode,depth = kernels_mode(self),_autocast_depth()
+    mode = kernels_mode(self)
     amps = [cb for cb in self.cbs if isinstance(cb, MixedPrecision)] # without fastcore's L, which takes tens of microseconds
-    ours = [cb for cb in amps if isinstance(cb, DeviceMixedPrecision)]
-    outside = [cb for cb in ours if cb.autocast is None] # of a fit
-    for cb in outside: cb.before_fit()
-    with tuned_kernels(mode, model=self.model) if mode else nullcontext():
-        try:
-            while True:
-                try: return _fastai_one_batch(self, i, b)
-                except Exception as e:
-                    if not any([cb.rescue_batch(e) for cb in self.cbs if hasattr(type(cb), 'rescue_batch')]): raise
-                finally:
-                    for cb in ours: cb.leave()
-                    for cb in amps: # fastai's own stays inside where a batch ends before its loss
-                        if cb.autocast is not None and _autocast_depth()>depth: cb.autocast.__exit__(None, None, None)
-        finally:
-            for cb in outside: cb.after_fit()
-
-def keep_signature(
-    method, # Of this package
-    original, # fastai's
-):
-    "Give `method` the signature of the `original` that it calls"
-    method._wrapped,method.__signature__ = original,inspect.signature(original)
+    with _as_in_a_fit(amps), tuned_kernels(mode, model=self.model) if mode else nullcontext():
+        while True:
+            try:
+                with _autocast_left(amps): return _fastai_one_batch(self, i, b)
+            except Exception as e:
+                if not _rescued(self, e): raise
 
 keep_signature(Learner.one_batch, _fastai_one_batch)

@@ -18,7 +18,7 @@ from fastai.torch_core import TensorImageBase, TensorMask, rank_distrib
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fasttransform import DisplayedTransform
-from .amp import keep_signature, learner_device
+from .amp import callback_of, defines, fastais, keep_signature, learner_device
 from .convert import FormatWarning, conv_params, convert_format, format_warnings
 from .kernels import kernel_count, tuning_line
 from .layout import as_channels_last, format_of
@@ -36,7 +36,7 @@ class ChannelsLastTfm(DisplayedTransform):
 
 # %% ../nbs/23_callbacks.ipynb #15904a1b
 def not_converted(learn):
-    "Warnings of what stays contiguous: parameters of the model, and networks that loss and callbacks hold beside it"
+    "Warnings about what stays contiguous: parameters of the model, and networks that loss and callbacks hold besides it"
     res,own = format_warnings(learn.model),{id(p) for p in conv_params(learn.model).values()}
     seen = {id(m): m for m in learn.model.modules()}
     for name,holder in [('the loss', learn.loss_func), *((type(cb).__name__, cb) for cb in learn.cbs)]:
@@ -48,6 +48,7 @@ def not_converted(learn):
                     'with the model: `apply_channels_last(network)` does that'))
     return res
 
+# %% ../nbs/23_callbacks.ipynb #3ed6ca5f
 class ChannelsLastCallback(ChannelsLast):
     "Train with model and inputs in channels last"
     # Needs to run before callbacks that wrap or copy the model, and before CastToTensor (9) removes the types of the batch
@@ -59,58 +60,58 @@ class ChannelsLastCallback(ChannelsLast):
         keep_memory:bool=True, # On a CPU, keep freed memory while `Learner.fit` runs, where the allocator can
     ):
         super().__init__()
-        self.plan,self.tune,self.keep_memory,self.tfm,self._said,self._since = plan,tune,keep_memory,ChannelsLastTfm(),set(),kernel_count()
+        self.plan,self.tune,self.keep_memory,self.tfm = plan,tune,keep_memory,ChannelsLastTfm()
         self.memory_format = plan.memory_format if plan else 'channels_last' # of model and batch
-        self.amp_displaced = None
+        self.amp_displaced,self._warned,self._since = None,set(),kernel_count()
 
     @property
     def kernels(self):
         "The mode of `tuned_kernels` for each batch"
         return 'tuned' if self.tune else 'correct'
 
+    def __call__(self, event_name):
+        "Call `self.{event_name}` if it's defined"
+        if defines(self, event_name): return super().__call__(event_name) # fastai would look for it in Learner and model: 9 us, eleven times a batch
+
     def before_fit(self):
-        "Convert the model, its gradients and the optimizer's state, where that has not been done"
+        "Convert the model, its gradients and the optimizer state, if they are not converted"
         self._since = kernel_count()
         convert_format(self.learn.model, self.memory_format, self.learn.opt)
         if self.memory_format=='channels_last': self.warn_once(not_converted(self.learn))
 
     def before_batch(self):
         "Convert image-like inputs and targets"
-        if self.plan is not None: self.notice_size()
+        if self.plan is not None: self.check_size()
         if self.memory_format=='channels_last': # PyTorch's loaders give lists, which a transform would not look into
             self.learn.xb,self.learn.yb = self.tfm(tuple(self.learn.xb)),self.tfm(tuple(self.learn.yb))
 
     def after_fit(self):
-        "Say in one line which kernels were tuned, if any"
+        "Print in one line which kernels were tuned, if any"
         line = tuning_line(self._since)
         if line and not rank_distrib(): print(line)
 
-    def notice_size(self):
-        "Warn once of each input size that the plan was not made for"
-        made,x = self.plan.conditions.get('shape'),first(self.learn.xb)
-        if not made or not isinstance(x, torch.Tensor) or list(x.shape[1:])==made[1:]: return
-        if self.learn._grab_cbs(RaceCallback): return # which is held again
-        def text(s): return 'x'.join(map(str, s))
-        self.warn_once([FormatWarning(f'the plan was made for inputs of {text(made[1:])}, and for {text(x.shape[1:])} '
-            'another may be faster: `to_channelslast(plan="auto")` plans again')])
+# %% ../nbs/23_callbacks.ipynb #2a794542
+@patch
+def check_size(self:ChannelsLastCallback):
+    "Warn once of each input size that the plan was not made for"
+    made,x = self.plan.conditions.get('shape'),first(self.learn.xb)
+    if not made or not isinstance(x, torch.Tensor) or list(x.shape[1:])==made[1:]: return
+    if callback_of(self.learn, RaceCallback): return # it races again
+    def text(shape): return 'x'.join(map(str, shape))
+    self.warn_once([FormatWarning(f'the plan was made for inputs of {text(made[1:])}, and for {text(x.shape[1:])} '
+        'another may be faster: `to_channelslast(plan="auto")` plans again')])
 
-    def __call__(self, event_name):
-        "Call `self.{event_name}` if it's defined"
-        # An event that is not defined is looked for in the Learner and its model, which takes 9 microseconds,
-        # eleven times a batch
-        if hasattr(type(self), event_name) or event_name in vars(self):
-            return super().__call__(event_name)
-
-    def warn_once(self,
-        messages:list, # Of `FormatWarning`
-    ):
-        "Give those warnings that have not been given yet"
-        new = [w for w in messages if str(w) not in self._said]
-        for w in new: warnings.warn(w, stacklevel=3)
-        self._said.update(map(str, new))
+@patch
+def warn_once(self:ChannelsLastCallback,
+    messages:list, # Of `FormatWarning`
+):
+    "Issue those warnings that have not been issued yet"
+    new = [w for w in messages if str(w) not in self._warned]
+    for w in new: warnings.warn(w, stacklevel=3)
+    self._warned.update(map(str, new))
 
 # %% ../nbs/23_callbacks.ipynb #8bcd2f53
-_fastai_fit = getattr(Learner.fit, '_wrapped', Learner.fit)
+_fastai_fit = fastais('fit')
 
 @patch
 def fit(self:Learner,
@@ -125,6 +126,6 @@ def fit(self:Learner,
     with kept_memory() if any(cb.keep_memory for cb in ours) and learner_device(self).type=='cpu' else nullcontext():
         try: return _fastai_fit(self, n_epoch, lr, wd, cbs, *args, **kwargs)
         finally:
-            for cb in self._grab_cbs(RaceCallback): cb.rest()
+            if race := callback_of(self, RaceCallback): race.rest()
 
 keep_signature(Learner.fit, _fastai_fit)

@@ -1,4 +1,4 @@
-"""What a Learner writes is plain fastai
+"""Checkpoints and exports are plain fastai
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/files.html.md"""
 
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Pipeline
-from .amp import DeviceMixedPrecision, keep_signature, learner_device
+from .amp import DeviceMixedPrecision, callback_of, fastais, keep_signature, learner_device
 from .callbacks import ChannelsLastCallback, ChannelsLastTfm
 from .convert import align_optimizer_state, temporarily_contiguous
 from .layout import as_contiguous, format_of
@@ -30,7 +30,7 @@ from .race import RaceCallback
 
 # %% ../nbs/24_files.ipynb #cfc30032
 class _ContiguousState:
-    "What `save_model` sees of a model or an optimizer: its `state_dict`, with channels-last tensors contiguous"
+    "A model or an optimizer for `save_model`: its `state_dict`, with channels-last tensors contiguous"
     def __init__(self, o): self.o = o
     def state_dict(self): return _contiguous_copy(self.o.state_dict())
 
@@ -43,13 +43,13 @@ def _contiguous_copy(o):
     return type(o)(map(_contiguous_copy, o)) if type(o) in (list,tuple,L) else o
 
 # %% ../nbs/24_files.ipynb #c1df6e55
-_fastai_save,_fastai_load,_fastai_export = (getattr(o, '_wrapped', o) for o in (Learner.save, Learner.load, Learner.export))
+_fastai_save,_fastai_load,_fastai_export = map(fastais, ('save', 'load', 'export'))
 
 @patch
 @delegates(save_model)
 def save(self:Learner, file, **kwargs):
     "Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, in contiguous format"
-    if not self._grab_cbs(ChannelsLastCallback): return _fastai_save(self, file, **kwargs)
+    if not callback_of(self, ChannelsLastCallback): return _fastai_save(self, file, **kwargs)
     file,opt = join_path_file(file, self.path/self.model_dir, ext='.pth'),getattr(self, 'opt', None)
     save_model(file, _ContiguousState(get_model(self.model)), None if opt is None else _ContiguousState(opt), **kwargs)
     return file
@@ -58,7 +58,7 @@ keep_signature(Learner.save, _fastai_save)
 
 # %% ../nbs/24_files.ipynb #efadc2cf
 def _state_by_param(opt):
-    "Whether `opt`, and what it wraps, keeps a state by parameter, as PyTorch's and fastai's do"
+    "Whether `opt` and the optimizer that it wraps keep a state by parameter, as PyTorch's and fastai's do"
     return all(isinstance(getattr(o, 'state', None), Mapping)
         for o in (opt, *(vars(opt)[n] for n in ('opt', 'optimizer') if n in vars(opt))))
 
@@ -75,7 +75,7 @@ keep_signature(Learner.load, _fastai_load)
 
 # %% ../nbs/24_files.ipynb #b404fc38
 def _plain_callback(cb, device):
-    "What stands for `cb` in an export, or None"
+    "What replaces `cb` in an export, or None"
     if isinstance(cb, (ChannelsLastCallback, RaceCallback)): return None
     if not isinstance(cb, DeviceMixedPrecision): return cb
     mode = cb.mode_on(device)
@@ -88,7 +88,7 @@ def _pipelines(learn):
 
 def _is_ours(learn):
     "Whether `learn` has anything of this package"
-    return (learn._grab_cbs((ChannelsLastCallback, RaceCallback, DeviceMixedPrecision))
+    return (callback_of(learn, (ChannelsLastCallback, RaceCallback, DeviceMixedPrecision)) is not None
         or any(isinstance(f, ChannelsLastTfm) for p in _pipelines(learn) for f in p.fs))
 
 def _models_of(learn):

@@ -1,4 +1,4 @@
-"""What a `Learner` can be asked about channels last
+"""Check, trace, benchmark and plan from a `Learner`
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/learner.html.md"""
 
@@ -12,6 +12,7 @@ import dis
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 from itertools import takewhile
 from types import FunctionType
 import torch
@@ -26,11 +27,10 @@ from fastai.torch_core import apply, to_device
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from .amp import DeviceMixedPrecision, amp_dtypes, as_amp_mode, kernels_mode, learner_device
-from .arms import Arm
+from .amp import DeviceMixedPrecision, amp_dtypes, as_amp_mode, callback_of, defines, kernels_mode, learner_device
 from .bench import FormatBench, bench_formats
 from .callbacks import ChannelsLastCallback
-from .channelslast import allowed_mode, present
+from .channelslast import allowed_mode, current_setting, plan_baseline, training_mode
 from .check import FormatCheck, check_formats
 from .convert import convolutions
 from .layout import tensors_in
@@ -44,8 +44,8 @@ from .trace import FormatTrace, trace_formats
 def _alone(dl, keep_workers=False):
     "A shallow copy of `dl` that reads in this process, or in as many new ones as `dl`"
     if isinstance(dl, Iterator):
-        raise ValueError(f'the training data is an iterator ({type(dl).__name__}), from which no batch can be taken '
-            'without loss: make the step from parts, `TrainingStep(model, inputs, targets, loss_func, optimizer)`')
+        raise ValueError(f'the training data is an iterator ({type(dl).__name__}), which loses each batch that is drawn from it: '
+            'make the step from parts, `TrainingStep(model, inputs, targets, loss_func, optimizer)`')
     if not isinstance(dl, (DataLoader, torch.utils.data.DataLoader)): return dl
     res = object.__new__(type(dl))
     vars(res).update(vars(dl))
@@ -64,7 +64,7 @@ _no_data = ('the Learner has no training data: give it `dls` with at least one b
 
 def _train_dl(learn):
     try: dl = learn.dls.train
-    except (AttributeError, IndexError, TypeError): raise ValueError(_no_data) from None
+    except (AttributeError, IndexError, TypeError): dl = None
     try: empty = dl is None or len(dl)==0
     except TypeError: empty = False # an iterable data set has no length
     if empty: raise ValueError(_no_data)
@@ -73,35 +73,36 @@ def _train_dl(learn):
 # %% ../nbs/26_learner.ipynb #f687e75a
 _early = 'before_fit','before_epoch','before_train'
 
-def _has(cb, event): return hasattr(type(cb), event) or event in vars(cb) # an instance would ask Learner and model, too
-
 def _changes_batch(cb):
     "Whether `cb` changes batches and can do so outside of a fit"
-    return _has(cb, 'before_batch') and (isinstance(cb, ChannelsLastCallback) or not any(_has(cb, e) for e in _early))
+    return defines(cb, 'before_batch') and (isinstance(cb, ChannelsLastCallback) or not any(defines(cb, e) for e in _early))
 
 def _assigned(cb, events=None):
-    "Names of the attributes that the code of `cb` assigns, in `events` or anywhere; fastai's own is known, and left out"
+    "Names of the attributes that the code of `cb` assigns, in `events` or anywhere; without fastai's own code"
     def known(c): return c.__module__.startswith('fastai.') and c.__module__!='fastai.vision.gan'
     own = [cb, *(c for c in takewhile(lambda c: c is not Callback, type(cb).__mro__) if not known(c))]
     fs = [getattr(f, '__func__', f) for o in own for n,f in vars(o).items() if events is None or n in events]
     return {i.argval for f in fs if isinstance(f, FunctionType) for i in dis.get_instructions(f) if i.opname=='STORE_ATTR'}
 
 def _takes_over(cb):
-    """Whether `cb` makes the batches or exchanges the model, with preparations in the course of a fit, such as fastai's `GANTrainer`;
-    without MixUp and its like the model is the same"""
+    """Whether `cb` makes the batches or exchanges the model during a fit, such as fastai's `GANTrainer`; MixUp and similar
+    callbacks leave the model the same"""
     if isinstance(cb, (ChannelsLastCallback, MixHandler)): return False
-    batches = _has(cb, 'before_batch') and any(_has(cb, e) for e in _early) and {'xb','yb'} & _assigned(cb)
+    batches = defines(cb, 'before_batch') and any(defines(cb, e) for e in _early) and {'xb','yb'} & _assigned(cb)
     return bool(batches or 'model' in _assigned(cb, (*_early, 'before_batch')))
 
 def _refuse(learn, cbs):
-    names,parts = ', '.join(type(cb).__name__ for cb in cbs),[n for n,m in learn.model.named_children() if not n.isdigit() and convolutions(m)]
-    which = ' and '.join(f'`TrainingStep(learn.model{n and "."+n}, inputs, targets, loss_func, optimizer)`' for n in parts[:3] or [''])
-    raise ValueError(f'{names}: callbacks that prepare the batch or exchange the model during a fit, so this '
-        f'Learner has no single training step. Make a step from its parts, {which}, and pass it to `check_formats`, `trace_formats` or `bench_formats`. If the '
-        f'model trains the same without them, use `with learn.removed_cbs([{", ".join(f"learn.{cb.name}" for cb in cbs)}]): ...`')
+    "Raise a `ValueError` that names the callbacks `cbs` and what to do instead"
+    names,theirs = ', '.join(type(cb).__name__ for cb in cbs),', '.join(f'learn.{cb.name}' for cb in cbs)
+    parts = [n for n,m in learn.model.named_children() if not n.isdigit() and convolutions(m)]
+    steps = ' and '.join(f'`TrainingStep(learn.model{n and "."+n}, inputs, targets, loss_func, optimizer)`' for n in parts[:3] or [''])
+    raise ValueError(f'{names}: callbacks that prepare the batch or exchange the model during a fit, so this Learner has no single '
+        f'training step. Make a step from its parts, {steps}, and pass it to `check_formats`, `trace_formats` or `bench_formats`. '
+        f'If the model trains the same without them, use `with learn.removed_cbs([{theirs}]): ...`')
 
+# %% ../nbs/26_learner.ipynb #5a674df9
 def _give_batch(learn, b, device, cbs=None):
-    "Let `learn` have the batch `b`, as a model would get it with `cbs`, or those that it has"
+    "Give `learn` the batch `b` as the model gets it, with the callbacks `cbs` or else its own"
     learn._split(to_device(b, device))
     learn.iter,learn.training = 0,True
     for cb in L(learn.cbs if cbs is None else cbs).sorted('order').filter(_changes_batch):
@@ -110,10 +111,11 @@ def _give_batch(learn, b, device, cbs=None):
         if not isinstance(cb, ChannelsLastCallback) and _wiring(learn)!=before: _refuse(learn, [cb])
 
 def _wiring(learn):
-    "Model and loss, their parts and modes, and what is trained"
+    "Model and loss, their parts and modes, and which parameters are trained"
     modules = [m for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module) for m in o.modules()]
     modes = [(n,v) for m in modules for n,v in vars(m).items() if isinstance(v, (bool, str))]
-    return [id(learn.model),id(learn.loss_func),*map(id, modules)],modes,[p.requires_grad for m in modules for p in m.parameters(recurse=False)]
+    trained = [p.requires_grad for m in modules for p in m.parameters(recurse=False)]
+    return [id(learn.model),id(learn.loss_func),*map(id, modules)],modes,trained
 
 def _strides_in_channels_last(learn, b, device):
     "Shape and strides of each tensor of the batch `b`, as a model in channels last would get it"
@@ -133,27 +135,25 @@ def _first_batch(learn, dl, device):
 
 # %% ../nbs/26_learner.ipynb #d303be47
 def _kept_transforms(dl):
-    """Keep the transforms of `dl`, with the values of their tensors and arrays; those of model and data set need no
-    copy, since nothing writes to them here"""
+    "Preserve the transforms of `dl`, with the values of their tensors and arrays; nothing writes to those of model and data set here"
     return Preserved(*[getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')])
 
 # %% ../nbs/26_learner.ipynb #c2da3588
 def _kept_weights(learn):
-    "Keep the model, with its values if a callback of the user's may write to them before a batch, as some clip weights"
+    "Preserve the model, with its values if a callback of the user may write to them before a batch, to clip weights for example"
     own = any(_changes_batch(cb) and not type(cb).__module__.startswith(('fastai.', 'fastxtend_cl.')) for cb in learn.cbs)
     return Preserved(learn.model, learn.loss_func, values=own)
 
-def _autocast(learn, device):
-    "The dtype and the scale of the loss that the callbacks of `learn` train with on `device`"
-    if first(learn._grab_cbs(NonNativeMixedPrecision)):
-        raise ValueError('the Learner trains with NonNativeMixedPrecision, whose own copies of the weights are no part '
+def _precision(learn, device):
+    "The autocast dtype and the loss scale that `learn` trains with on `device`"
+    if callback_of(learn, NonNativeMixedPrecision):
+        raise ValueError('the Learner trains with NonNativeMixedPrecision, whose copies of the weights are not part '
             'of a step: call `learn.to_non_native_fp32()` first')
-    cb = first(learn._grab_cbs(MixedPrecision))
+    cb = callback_of(learn, MixedPrecision)
     if cb is None: return {}
-    mode = cb.mode_on(device) if isinstance(cb, DeviceMixedPrecision) else cb.amp_mode if device.type=='cuda' else None
-    scale = (cb.kwargs.get('init_scale', TrainingStep.loss_scale)
-        if cb.kwargs.get('enabled', True) or not isinstance(cb, DeviceMixedPrecision) else 1.)
-    return dict(autocast=amp_dtypes.get(mode), loss_scale=scale)
+    scaled = cb.kwargs.get('enabled', True) or not isinstance(cb, DeviceMixedPrecision)
+    return dict(autocast=amp_dtypes.get(training_mode(learn, device)),
+        loss_scale=cb.kwargs.get('init_scale', TrainingStep.loss_scale) if scaled else 1.)
 
 def _new_opt(learn):
     "The optimizer that the next fit would make; changes `learn`"
@@ -166,15 +166,14 @@ def _new_opt(learn):
 def from_learner(cls:TrainingStep,
     learn:Learner, # Not changed; its next epoch sees what it would have seen
 ) -> TrainingStep:
-    """The first training step of `learn`: its own model, batch after its own transforms, loss, optimizer, precision and kernels
+    """The first training step of `learn`: its model, batch after its transforms, loss, optimizer, precision and kernels
 
-    A `Learner` without an optimizer gets none; the step has the one that a fit would make. Raises a `ValueError` if
-    there is no training data, target or loss."""
+    If `learn` has no optimizer yet, the step has the one that a fit would make. Raises a `ValueError` if there is no
+    training data, target or loss."""
     if not callable(learn.loss_func):
         raise ValueError(f'the Learner has no loss: set `learn.loss_func`, which is {learn.loss_func!r}')
-    dl,p = _train_dl(learn),first(learn.model.parameters())
-    device = learner_device(learn) if p is None else p.device
-    precision = _autocast(learn, device)
+    dl,device = _train_dl(learn),learner_device(learn, now=True)
+    precision = _precision(learn, device)
     if cbs := learn.cbs.filter(_takes_over): _refuse(learn, cbs)
     with Preserved(learn, *learn.cbs, dl, values=False), _kept_transforms(dl), _kept_weights(learn):
         inputs,targets,strides = _first_batch(learn, _alone(dl), device)
@@ -183,7 +182,7 @@ def from_learner(cls:TrainingStep,
         tuned=kernels_mode(learn) or False)
 
 # %% ../nbs/26_learner.ipynb #b6eb73d1
-class WrongStepError(RuntimeError): "A training step that is wrong in channels last; the message says where"
+class WrongStepError(RuntimeError): "A training step is wrong in channels last; the message says where"
 
 @patch
 def check_channelslast(self:Learner,
@@ -191,30 +190,29 @@ def check_channelslast(self:Learner,
     seconds:float=15., # Aim of what it takes; for a large step less is measured then, and the result says what was left out
     bar:bool=True, # Show a progress bar if it takes over two seconds
 ) -> FormatCheck:
-    """Compare the first training step with double precision, in channels last, or in the format of the plan that the `Learner` has, and
-    contiguous; the `Learner` is afterwards as it was"""
-    cb = first(self._grab_cbs(ChannelsLastCallback))
+    """Compare the first training step, contiguous and in channels last or the format of the `Learner`'s plan, with double precision
+
+    The `Learner` is afterwards as it was."""
+    cb = callback_of(self, ChannelsLastCallback)
     res = check_formats(TrainingStep.from_learner(self), memory_format=cb.memory_format if cb else 'channels_last', seconds=seconds, bar=bar)
     if raise_on_wrong and res.ok is False: raise WrongStepError(str(res))
     return res
 
 # %% ../nbs/26_learner.ipynb #d849ae4c
 @patch
-def trace_channelslast(self:Learner) -> FormatTrace:
-    """Trace the first training step in channels last: which modules and operators lose the format, and what that takes;
-    the `Learner` is afterwards as it was"""
-    return trace_formats(TrainingStep.from_learner(self))
+@delegates(trace_formats)
+def trace_channelslast(self:Learner, **kwargs) -> FormatTrace:
+    """Trace the first training step in channels last: which modules and operators lose the format, and what that costs
+
+    The `Learner` is afterwards as it was."""
+    return trace_formats(TrainingStep.from_learner(self), **kwargs)
 
 # %% ../nbs/26_learner.ipynb #572a3615
-def _present(learn):
-    "How the next fit of `learn` would make a step"
-    cb = first(learn._grab_cbs(ChannelsLastCallback))
-    return Arm('baseline', cb.memory_format, keep_memory=_keeps_memory(learn)) if cb else Arm('baseline')
-
 def _keeps_memory(learn):
-    "Whether fits of `learn` in channels last keep memory; None where that is no question"
-    cb = first(learn._grab_cbs(ChannelsLastCallback))
-    return None if learner_device(learn).type!='cpu' else cb.keep_memory if cb else True
+    "Whether fits of `learn` in channels last keep memory; None where that has no effect"
+    if learner_device(learn).type!='cpu': return None
+    cb = callback_of(learn, ChannelsLastCallback)
+    return cb.keep_memory if cb else True
 
 # %% ../nbs/26_learner.ipynb #c8c3c8f2
 class _Batches:
@@ -235,32 +233,35 @@ class _Batches:
 @delegates(bench_formats, but=['loader','baseline'])
 def bench_channelslast(self:Learner,
     # Names from `format_arms`, `Arm`s, and names with functions of the step, in a list or a dict;
-    # None: all of `format_arms` but the present
+    # None: all of `usual_arms` except the baseline
     arms=None,
     epochs:bool=True, # Measure with the data loader too
     **kwargs
 ) -> FormatBench:
-    """Measure the first training step in each format and precision against the present, paired; the `Learner` is
-    afterwards as it was
+    """Measure the first training step in each format and precision against the current setting, paired
 
-    On a CPU an arm keeps memory as a fit with `to_channelslast` would, the present as the next fit."""
-    step,dl = TrainingStep.from_learner(self),_train_dl(self)
-    baseline,kwargs = _present(self),{'keep_memory': _keeps_memory(self), **kwargs}
-    if not epochs: return bench_formats(step, arms, baseline=baseline, **kwargs)
+    On a CPU an arm keeps memory as a fit with `to_channelslast` would, the baseline as the next fit. The `Learner` is
+    afterwards as it was."""
+    step,dl,keep = TrainingStep.from_learner(self),_train_dl(self),_keeps_memory(self)
+    baseline = replace(current_setting(self), keep_memory=keep if callback_of(self, ChannelsLastCallback) else None)
+    kwargs = {'baseline': baseline, 'keep_memory': keep, **kwargs}
+    if not epochs: return bench_formats(step, arms, **kwargs)
     with Preserved(self, *self.cbs, dl, values=False), _kept_transforms(dl):
-        return bench_formats(step, arms, baseline=baseline, loader=_Batches(self, step.device), **kwargs)
+        return bench_formats(step, arms, loader=_Batches(self, step.device), **kwargs)
 
 # %% ../nbs/26_learner.ipynb #52e4f646
 @patch
 @delegates(plan_formats, but=['precision','tune','baseline'])
 def plan_channelslast(self:Learner,
     use_amp:bool=True, # Mixed precision is allowed
-    amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'. None: what the `Learner` has, or else what its device does natively
+    amp_mode:str|AMPMode|None=None, # 'fp16' or 'bf16'; None: the mode that the `Learner` has, or else the native one of its device
     tune:bool=True, # With tuned kernels
     **kwargs
 ) -> FormatPlan: # For `to_channelslast(plan=...)`
-    """The fastest proven setting for the first training step, measured without training; the `Learner` is afterwards as it was
+    """The fastest proven setting for the first training step, measured without training
 
-    `to_channelslast(plan='auto')` finds it while it trains, and takes the one found here at once."""
-    mode = allowed_mode(self, use_amp, None if amp_mode is None else as_amp_mode(amp_mode))
-    with kept_memory() if _keeps_memory(self) else nullcontext(): return plan_formats(TrainingStep.from_learner(self), amp_dtypes.get(mode), tune=tune, baseline=present(self), **kwargs)
+    `to_channelslast(plan='auto')` finds it while it trains, and uses one found here at once. The `Learner` is afterwards
+    as it was."""
+    low = amp_dtypes.get(allowed_mode(self, use_amp, None if amp_mode is None else as_amp_mode(amp_mode)))
+    with kept_memory() if _keeps_memory(self) else nullcontext():
+        return plan_formats(TrainingStep.from_learner(self), low, tune=tune, baseline=plan_baseline(self), **kwargs)

@@ -10,7 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 from helpers import caught_warnings, device, fit, labels, of_class, quiet, random_images, tiny_cnn, tiny_learner
-from fastxtend_cl import amp
+from fastxtend_cl import amp, channelslast, precision
 from fastxtend_cl.amp import DeviceMixedPrecision, amp_modes, as_amp_mode, check_amp_mode, check_scaler_args, learner_device, native_amp_mode
 from fastxtend_cl.precision import cpu_bf16
 from fastxtend_cl.convert import NoEffectWarning
@@ -20,10 +20,10 @@ dtypes = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 modes_here = [m.value for m in amp_modes(device)]
 
 @pytest.fixture
-def no_bf16(monkeypatch): monkeypatch.setattr(amp, '_cpu_flags', lambda: {'avx2', 'avx512f'})
+def no_bf16(monkeypatch): monkeypatch.setattr(precision, '_cpu_flags', lambda: {'avx2', 'avx512f'})
 
 @pytest.fixture
-def with_bf16(monkeypatch): monkeypatch.setattr(amp, '_cpu_flags', lambda: {'avx2', 'avx512_bf16'})
+def with_bf16(monkeypatch): monkeypatch.setattr(precision, '_cpu_flags', lambda: {'avx2', 'avx512_bf16'})
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
@@ -52,7 +52,7 @@ def both(dtype): return {(True, dtype), (False, dtype)}
 
 @pytest.mark.parametrize('mode', ['fp8', 16, None, 'FP16', torch.float16])
 def test_wrong_mode(mode):
-    with pytest.raises(ValueError, match=r"^amp_mode is one of 'fp16', 'bf16', received "): as_amp_mode(mode)
+    with pytest.raises(ValueError, match=r"^amp_mode must be 'fp16' or 'bf16', got "): as_amp_mode(mode)
 
 def test_modes_by_name_and_by_value():
     assert [as_amp_mode(m) for m in ('fp16', 'bf16', FP16, BF16)]==[FP16, BF16]*2
@@ -61,12 +61,12 @@ def test_modes_by_name_and_by_value():
 @pytest.mark.parametrize('kwargs,error,text', [
     (dict(growth=2), TypeError, r"^unknown argument 'growth'; did you mean 'growth_factor'\?$"),
     (dict(Init_Scale=2), TypeError, r"^unknown argument 'Init_Scale'; did you mean 'init_scale'\?$"),
-    (dict(device='cuda'), TypeError, "^unknown argument 'device': choose from "),
+    (dict(device='cuda'), TypeError, "^unknown argument 'device'; choose from "),
     (dict(init_scale=1., b=2, c=3), TypeError,
-        "^unknown argument 'b': choose from (amp_mode, )?init_scale, growth_factor, backoff_factor, growth_interval, enabled$"),
-    (dict(init_scale='big'), TypeError, r"^GradScaler takes numbers, received init_scale='big'$"),
-    (dict(growth_factor=None), TypeError, 'GradScaler takes numbers, received growth_factor=None'),
-    (dict(growth_factor=0.5), ValueError, r'^GradScaler refuses .*The growth factor must be > 1.0'),
+        "^unknown argument 'b'; choose from (amp_mode, )?init_scale, growth_factor, backoff_factor, growth_interval, enabled$"),
+    (dict(init_scale='big'), TypeError, r"^arguments of GradScaler must be numbers, got init_scale='big'$"),
+    (dict(growth_factor=None), TypeError, 'arguments of GradScaler must be numbers, got growth_factor=None'),
+    (dict(growth_factor=0.5), ValueError, r'^GradScaler rejects .*The growth factor must be > 1.0'),
     (dict(backoff_factor=2), ValueError, 'The backoff factor must be < 1.0'),
     (dict(growth_factor=0.5, enabled=False), ValueError, 'The growth factor must be > 1.0'),
 ])
@@ -77,24 +77,35 @@ def test_wrong_scaler_arguments(kwargs, error, text):
 def test_a_misspelled_argument_of_the_callback_itself():
     with pytest.raises(TypeError, match=r"^unknown argument 'ampmode'; did you mean 'amp_mode'\?$"): DeviceMixedPrecision(ampmode='bf16')
 
+@pytest.mark.parametrize('cb,mode', [(None, FP16), (lambda: DeviceMixedPrecision(), FP16), (lambda: DeviceMixedPrecision('bf16'), BF16),
+    (lambda: MixedPrecision('bf16'), BF16)], ids=['nothing', 'native', 'bf16', "fastai's"])
+def test_a_plan_on_a_gpu_may_choose_what_the_learner_has(cb, mode, fake_cuda, monkeypatch):
+    fake_cuda(bf16=True)
+    monkeypatch.setattr(channelslast, 'learner_device', lambda learn: torch.device('cuda:0'))
+    learn = tiny_learner(cbs=cb and cb())
+    assert channelslast.allowed_mode(learn, True, None)==mode and channelslast.allowed_mode(learn, False, None) is None
+    if cb:
+        assert channelslast.current_setting(learn).dtype==amp.amp_dtypes[mode]
+        learn.mixed_precision.paused = True
+        assert channelslast.allowed_mode(learn, True, None)==mode, 'also while a race trains without it'
+
 def test_right_scaler_arguments():
     check_scaler_args(dict(init_scale=1024., growth_factor=2, backoff_factor=0.5, growth_interval=10, enabled=True))
 
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_impossible_mode_names_the_device_and_its_modes(mode):
-    with pytest.raises(ValueError, match=f'^mixed precision in {mode} is not available on meta: it has none: '
-            'train in fp32 with `use_amp=False`$'):
+    with pytest.raises(ValueError, match=f'^{mode} mixed precision is not available on meta: train in fp32 with `use_amp=False`$'):
         check_amp_mode(AMPMode(mode), 'meta')
 
 def test_impossible_mode_names_what_there_is(fake_cuda):
     fake_cuda(bf16=False)
-    with pytest.raises(ValueError, match='^mixed precision in bf16 is not available on cuda:0: it has fp16$'):
+    with pytest.raises(ValueError, match='^bf16 mixed precision is not available on cuda:0: use fp16$'):
         check_amp_mode(BF16, 'cuda:0')
 
 def test_impossible_mode_at_fit(monkeypatch):
-    monkeypatch.setattr(amp, '_has_autocast', lambda d, m: m==BF16)
+    monkeypatch.setattr(precision, '_has_autocast', lambda d, dtype: dtype==torch.bfloat16)
     learn = tiny_learner(cbs=DeviceMixedPrecision('fp16'))
-    with pytest.raises(ValueError, match=f'mixed precision in fp16 is not available on {device}.*: it has bf16'): fit(learn)
+    with pytest.raises(ValueError, match=f'fp16 mixed precision is not available on {device}.*: use bf16'): fit(learn)
 
 # What a device does natively
 
@@ -102,7 +113,7 @@ def test_cpu_with_bf16(with_bf16): assert (cpu_bf16(), native_amp_mode('cpu'))==
 
 @pytest.mark.parametrize('flag,name', [('amx_bf16', 'AMX'), ('bf16', 'Arm BF16'), ('sve_bf16', 'Arm SVE BF16')])
 def test_other_bf16_instructions(flag, name, monkeypatch):
-    monkeypatch.setattr(amp, '_cpu_flags', lambda: {flag})
+    monkeypatch.setattr(precision, '_cpu_flags', lambda: {flag})
     assert (cpu_bf16(), native_amp_mode('cpu'))==(name, BF16)
 
 def test_cpu_without_bf16(no_bf16):
@@ -114,9 +125,9 @@ def test_flags_without_torchs_list(monkeypatch, tmp_path):
     class Cpuinfo:
         def __init__(self, path): assert path=='/proc/cpuinfo'
         def read_text(self): return 'flags : fpu avx512_bf16 amx_tile\n'
-    monkeypatch.setattr(amp, 'Path', Cpuinfo)
+    monkeypatch.setattr(precision, 'Path', Cpuinfo)
     assert cpu_bf16()=='AVX512-BF16'
-    monkeypatch.setattr(amp, 'Path', lambda path: tmp_path/'none')
+    monkeypatch.setattr(precision, 'Path', lambda path: tmp_path/'none')
     assert cpu_bf16() is None
 
 def test_cuda_is_fp16_with_and_without_bf16(fake_cuda):
@@ -127,7 +138,7 @@ def test_cuda_is_fp16_with_and_without_bf16(fake_cuda):
 
 @pytest.mark.parametrize('kind', ['mps', 'xpu'])
 def test_other_devices_have_the_default_of_their_autocast(kind, monkeypatch):
-    monkeypatch.setattr(amp, '_has_autocast', lambda d, m: True)
+    monkeypatch.setattr(precision, '_has_autocast', lambda d, dtype: True)
     for dtype,mode in ((torch.bfloat16, BF16), (torch.float16, FP16), (torch.float32, None)):
         monkeypatch.setattr(torch, 'get_autocast_dtype', lambda d: dtype)
         assert native_amp_mode(kind)==mode
@@ -138,7 +149,7 @@ def test_other_devices_as_torch_has_them(kind):
     assert mode is None or mode in amp_modes(kind)
 
 def test_a_default_that_its_autocast_lacks(monkeypatch):
-    monkeypatch.setattr(amp, '_has_autocast', lambda d, m: m==BF16)
+    monkeypatch.setattr(precision, '_has_autocast', lambda d, dtype: dtype==torch.bfloat16)
     monkeypatch.setattr(torch, 'get_autocast_dtype', lambda d: torch.float16)
     assert native_amp_mode('mps') is None
 
@@ -155,6 +166,13 @@ def test_device_of_a_learner():
     assert learner_device(learn)==torch.device('meta')
     learn.model = nn.ReLU()
     assert learner_device(learn)==torch.device('cpu')
+
+def test_device_of_the_model_at_the_moment():
+    learn = tiny_learner()
+    learn.model.to('meta')
+    assert learner_device(learn, now=True)==torch.device('meta') and learner_device(learn)==learn.dls.device
+    learn.model = nn.ReLU()
+    assert learner_device(learn, now=True)==learn.dls.device
 
 def test_device_of_data_without_one():
     class Own:

@@ -1,5 +1,5 @@
 "The command line: what is printed where, exit statuses, and one line for each wrong argument"
-import json, subprocess, sys, types
+import functools, importlib, inspect, json, subprocess, sys, types
 import pytest, torch
 from torch import nn
 from fastxtend_cl import cli
@@ -29,6 +29,7 @@ def right(): return net()
 def wrong(): return net(Faulty())
 def step(): return TrainingStep(net(), torch.randn(2, 5, 16, 16), torch.randn(2, 10), nn.functional.mse_loss)
 def number(): return 3
+def small(): return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 ''')
     monkeypatch.chdir(tmp_path)
     yield
@@ -40,7 +41,7 @@ def test_bench_piped_is_plain(own, capsys, tmp_path):
     out,err = capsys.readouterr()
     verdict,head,*rows = out.splitlines()
     assert verdict.split(':')[0] in ('faster', 'tie', 'fastest already', 'inconclusive') and '█' not in out and '\x1b' not in out and err==''
-    assert head.split()[0]=='ratio' and rows[0].startswith('now ') and rows[1].startswith('baseline (repeat)')
+    assert 'ratio' in head.split() and rows[0].startswith('baseline ') and rows[1].startswith('baseline (repeat)')
     assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
 
 def test_json_is_one_object(own, capsys):
@@ -65,12 +66,12 @@ def test_kernels_shows_how_each_convolution_is_computed(own, capsys, tmp_path, a
     assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
     assert main(['kernels', 'own_models:right', *tiny])==0 and 'computed in another way than torch does' in capsys.readouterr().out.splitlines()[0]
     assert main(['kernels', 'own_models:right', '--amp', 'int8', *tiny])==2
-    assert '--amp must be fp16, bf16 or none, got int8' in capsys.readouterr().err
+    assert '--amp must be fp16, bf16, native or none, got int8' in capsys.readouterr().err
 
 def test_check_and_trace_compute_as_training_does(own, monkeypatch):
     from fastxtend_cl import check, trace
     seen = []
-    def stop(step): seen.append(step.kernels); raise ValueError('seen')
+    def stop(step, **kwargs): seen.append(step.kernels); raise ValueError('seen')
     monkeypatch.setattr(check, 'check_formats', stop); monkeypatch.setattr(trace, 'trace_formats', stop)
     for command in ('check', 'trace'): assert main([command, 'own_models:right', *tiny])==2
     assert main(['check', 'own_models:step'])==2
@@ -81,57 +82,92 @@ def test_bench_check_leaves_out_the_wrong(own, capsys):
     rows = {r['arm']:r for r in json.loads(capsys.readouterr().out)['rows']}
     assert rows['channels last fp32']['verdict']=='failed' and rows['channels last fp32']['reason'].startswith('wrong: ')
 
-@pytest.mark.parametrize('command', [['bench', '--check', '--seconds', '1'], ['check'], ['trace']], ids=lambda c: c[0])
-def test_slow_commands_print_nothing_but_json(own, capsys, monkeypatch, command):
-    "As if all took longer than the two seconds after which a bar is shown"
-    from fastxtend_cl import check, trace
-    monkeypatch.setattr(check._TimeBudget, 'wall', lambda self: 3.)
-    make = trace._Costs.__init__
-    monkeypatch.setattr(trace._Costs, '__init__', lambda self, device, budget: make(self, device, 3.))
+@pytest.mark.parametrize('command', [['bench', '--seconds', '1'], ['check'], ['trace']], ids=lambda c: c[0])
+def test_json_is_alone_whatever_else_is_printed(own, capsys, monkeypatch, command):
+    module,name = importlib.import_module(f'fastxtend_cl.{command[0]}'),f'{command[0]}_formats'
+    real,bars = getattr(module, name),[]
+    @functools.wraps(real)
+    def noisy(step, **kwargs):
+        print('a progress bar')
+        bars.append(kwargs.get('bar'))
+        return real(step, **kwargs)
+    monkeypatch.setattr(module, name, noisy)
     assert main([command[0], 'own_models:right', *command[1:], '--json', *tiny])==0
-    json.loads(capsys.readouterr().out)
+    out,err = capsys.readouterr()
+    assert json.loads(out) and 'a progress bar' in err and bars[0] is not True
 
 def test_a_terminal_gets_rich_tables(own, capsys, monkeypatch):
     monkeypatch.setattr(cli, '_terminal', lambda: True)
-    assert main(['check', 'own_models:right', *tiny])==0
+    assert main(['kernels', 'own_models:right', *tiny])==0
     out = capsys.readouterr().out
-    assert '━' in out or '─' in out and '<details>' not in out
+    assert ('━' in out or '─' in out) and '</' not in out and '**' not in out
 
-def test_trace_asks_trace_format(own, capsys, monkeypatch):
+def test_trace_calls_trace_formats(own, capsys, monkeypatch):
     class Answer:
         def __str__(self): return 'nothing is lost'
         def to_dict(self): return dict(rows=[])
     seen = []
     fake = types.ModuleType('fastxtend_cl.trace')
-    fake.trace_formats = lambda step: seen.append(step) or Answer()
+    fake.trace_formats = lambda step, seconds, bar: seen.append((step, seconds, bar)) or Answer()
     monkeypatch.setitem(sys.modules, 'fastxtend_cl.trace', fake)
     assert main(['trace', 'own_models:right', *tiny])==0 and capsys.readouterr().out=='nothing is lost\n'
     assert main(['trace', 'own_models:right', '--json', *tiny])==0 and json.loads(capsys.readouterr().out)=={'rows': []}
-    assert [tuple(s.inputs[0].shape) for s in seen]==[(2,5,32,32)]*2
+    assert [(tuple(s.inputs[0].shape), *more) for s,*more in seen]==[((2,5,32,32), 10., False)]*2
 
 @pytest.mark.parametrize('args,text', [
     (['bench'], 'the following arguments are required: model'),
-    (['bench', 'resnet19'], 'resnet19 is not known to torchvision or timm'),
+    (['bench', 'resnet19'], "unknown model 'resnet19'; use one of torchvision or timm, such as resnet18, or your own as module:function"),
     (['bench', 'no_such_module:f'], 'no_such_module:f: no_such_module cannot be imported'),
     (['bench', 'own_models:f'], 'own_models:f: own_models has no f'),
-    (['bench', 'own_models:number'], 'own_models:number returns a int: a torch.nn.Module or a TrainingStep is needed'),
-    (['bench', 'resnet18', '--bs', '0'], '--bs 0 is out of range: it takes 1 to 65536'),
+    (['bench', 'own_models:number'], 'own_models:number must return a torch.nn.Module or a TrainingStep, got int'),
+    (['bench', 'resnet18', '--bs', '0'], '--bs must be 1 to 65536, got 0'),
     (['bench', 'resnet18', '--bs', 'many'], "argument --bs: invalid int value: 'many'"),
-    (['bench', 'resnet18', '--size', '4'], '--size 4 is out of range: it takes 8 to 4096'),
-    (['check', 'resnet18', '--classes', '0'], '--classes 0 is out of range'),
-    (['trace', 'resnet18', '--device', 'gpu'], '--device gpu is no device: name one such as cpu'),
-    (['bench', 'resnet18', '--device', 'meta'], '--device meta is not available on this machine'),
-    (['check', 'resnet18', '--amp', 'fp8'], '--amp must be fp16 or bf16, got fp8'),
-    (['bench', 'resnet18', '--seconds', '0'], '--seconds 0.0 is out of range'),
-    (['bench', 'resnet18', '--plot', 'a.doc'], '--plot a.doc is no kind of picture: it takes '),
-    (['bench', 'resnet18', '--plot', 'no_such_folder/a.png'], '--plot no_such_folder/a.png: there is no folder no_such_folder'),
-    (['bench', 'vgg11', '--bs', '2', '--size', '8', '--device', 'cpu'], 'vgg11: now cannot be measured: RuntimeError: Given input size'),
+    (['bench', 'resnet18', '--size', '4'], '--size must be 8 to 4096, got 4'),
+    (['check', 'resnet18', '--classes', '0'], '--classes must be 1 to 100000, got 0'),
+    (['trace', 'resnet18', '--device', 'gpu'], "unknown device 'gpu'; use one such as cpu"),
+    (['bench', 'resnet18', '--device', 'meta'], "device 'meta' is not available on this machine"),
+    (['check', 'resnet18', '--amp', 'fp8'], '--amp must be fp16, bf16, native or none, got fp8'),
+    (['bench', 'resnet18', '--seconds', '0'], '--seconds must be 1 to 86400, got 0.0'),
+    (['bench', 'resnet18', '--plot', 'a.doc'], '--plot must be a file of type '),
+    (['bench', 'resnet18', '--plot', 'no_such_folder/a.png'], '--plot no_such_folder/a.png: folder no_such_folder does not exist'),
+    (['bench', 'vgg11', '--bs', '2', '--size', '8', '--device', 'cpu'], 'vgg11: baseline cannot be measured: RuntimeError: Given input size'),
     (['check', 'vit_b_16', '--bs', '2', '--size', '32', '--device', 'cpu'], 'vit_b_16: '),
-    (['bensh', 'resnet18'], 'bensh is no command: it takes demo, bench, check, trace')])
+    (['trace', 'resnet18', '--seconds', '0'], '--seconds must be 1 to 86400, got 0.0'),
+    (['plan', 'own_models:right', '--amp', 'int8'], '--amp must be fp16, bf16, native or none, got int8'),
+    (['demo', '--arch', 'resnet1001'], "unknown model 'resnet1001'; use one of torchvision or timm"),
+    (['demo', '--arch', 'own_models:number'], 'own_models:number must return a torch.nn.Module'),
+    (['demo', '--epochs', '0'], '--epochs must be 1 to 100, got 0'),
+    (['benhc', 'resnet18'], "unknown command 'benhc'; did you mean 'bench'?"),
+    (['train', 'resnet18'], "unknown command 'train'; did you mean 'trace'?"),
+    (['export'], 'unknown command \'export\'; choose from demo, bench, check, trace, plan, kernels')])
 def test_wrong_arguments_are_one_line_and_status_2(own, capsys, args, text):
     assert main(args)==2
     out,err = capsys.readouterr()
     assert out=='' and err.startswith(f'fastxtend-cl: {text}') and err.count('\n')==1
+
+def arguments(command):
+    "Name to default of the options of `command`, as `--help` shows them"
+    return {k: v.default for k,v in inspect.signature(cli.commands[command]).parameters.items() if k!='model'}
+
+def test_commands_share_their_arguments(capsys):
+    shared = dict(bs=16, size=128, classes=10, device=None, amp='none', json=False, plot=None)
+    own = dict(bench={}, check=dict(bs=4, size=64), trace=dict(bs=4, size=64), plan=dict(amp='native'), kernels=dict(amp='native'))
+    for command,defaults in own.items():
+        wanted = {**shared, **defaults}
+        if command=='check': del wanted['plot']
+        assert wanted.items()<=arguments(command).items(), command
+        with pytest.raises(SystemExit): main([command, '--help'])
+        text = ' '.join(capsys.readouterr().out.split())
+        assert all(f'--{o}' in text for o in arguments(command)) and 'Samples a batch' in text and 'Print one JSON object' in text
+    assert all(('seconds' in arguments(c))==(c!='kernels') for c in own)
+
+def test_demo_begins_its_result_with_the_verdict(own, capsys):
+    "A table of the arms and the answer of the check follow"
+    assert main(['demo', '--device', 'cpu', '--epochs', '1', '--arch', 'own_models:small', '--size', '32', '--bs', '256', '--seconds', '2'])==0
+    out = capsys.readouterr().out
+    last = out[out.rindex('is it faster?'):].splitlines()[1:]
+    assert last[0].split(':')[0] in ('faster', 'tie', 'fastest already', 'inconclusive') and last[1].split()[:2]==['s/epoch', 'ratio']
+    assert last[2].startswith('contiguous fp32') and last[3].startswith('channels last fp32') and any(l.startswith('OK: ') for l in last)
 
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
     def interrupted(*a, **kw): raise KeyboardInterrupt

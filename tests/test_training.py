@@ -46,7 +46,8 @@ from torchvision.models import resnet18
 from helpers import (AveragedCopy, SeeBatch, assert_same_snapshot, caught_warnings, device, dls_of, fit, furthest, labels, of_class, quiet,
     random_images, snapshot, state_follows, tensor_dls, tiny_cnn, tiny_double, tiny_learner)
 from fastxtend_cl import convert as fmt
-from fastxtend_cl.amp import DeviceMixedPrecision
+import fastxtend_cl.channelslast # the methods of `Learner`
+from fastxtend_cl.amp import DeviceMixedPrecision, kernels_mode
 from fastxtend_cl.callbacks import ChannelsLastCallback, ChannelsLastTfm
 from fastxtend_cl.kernels import less_random
 from fastxtend_cl.plan import FormatPlan
@@ -572,6 +573,22 @@ def test_calls_of_fastais_methods(to, name, args, kwargs, tmp_path, monkeypatch)
     if isinstance(theirs, str) or isinstance(ours, str): assert ours==theirs
     else: assert ours[::2]==theirs[::2] and ours[1]==pytest.approx(theirs[1], rel=1e-3)
 
+def test_a_learner_that_does_not_use_this_package_trains_bit_for_bit_the_same(monkeypatch):
+    ours = fit(tiny_learner(cbs=[SeeBatch, AveragedCopy]), 2)
+    with monkeypatch.context() as m:
+        Plain(m)
+        theirs = fit(tiny_learner(cbs=[SeeBatch, AveragedCopy]), 2)
+    assert furthest(ours.model, theirs.model)==0 and ours.recorder.losses[-1]==theirs.recorder.losses[-1]
+    assert [type(cb) for cb in ours.cbs]==[type(cb) for cb in theirs.cbs] and kernels_mode(ours) is None
+    assert is_contiguous(ours) and ours.see_batch.x=={'nchw'}
+
+def test_names_of_version_0_1_are_where_they_were():
+    got = {}
+    exec('from fastxtend_cl.channelslast import *', got)
+    from fastxtend_cl import callbacks, channelslast, kernels
+    for n,module in dict(ChannelsLastCallback=callbacks, ChannelsLastTfm=callbacks, less_random=kernels).items():
+        assert got[n] is getattr(channelslast, n) is getattr(module, n)
+
 class Stateless:
     "An optimizer that keeps what it knows in its own way"
     def __init__(self, params, lr=None, state=None, **kwargs):
@@ -811,21 +828,21 @@ def everything(learn):
 wrong = [(dict(growth=2), TypeError, r"^unknown argument 'growth'; did you mean 'growth_factor'\?$"),
     (dict(ampmode='bf16'), TypeError, r"^unknown argument 'ampmode'; did you mean 'amp_mode'\?$"),
     (dict(keep_memry=True), TypeError, r"^unknown argument 'keep_memry'; did you mean 'keep_memory'\?$"),
-    (dict(device='cpu'), TypeError, "^unknown argument 'device': choose from use_amp, amp_mode, .*, enabled$"),
+    (dict(device='cpu'), TypeError, "^unknown argument 'device'; choose from use_amp, amp_mode, .*, enabled$"),
     (dict(seconds=10), TypeError, r"^unknown argument 'seconds'; it belongs to `plan_channelslast`: "
         r"`to_channelslast\(plan=learn.plan_channelslast\(seconds=10\)\)`$"),
-    (dict(init_scale='big'), TypeError, "GradScaler takes numbers, received init_scale='big'"),
+    (dict(init_scale='big'), TypeError, "arguments of GradScaler must be numbers, got init_scale='big'"),
     (dict(growth_factor=0.5), ValueError, 'The growth factor must be > 1.0'),
-    (dict(use_amp=1), TypeError, '^use_amp is True or False, received 1$'),
-    (dict(use_amp=None), TypeError, '^use_amp is True or False, received None$'),
-    (dict(use_amp='bf16'), TypeError, "^use_amp is True or False, received 'bf16'$"),
-    (dict(to_fp16='yes'), TypeError, "^to_fp16 is True or False, received 'yes'$"),
-    (dict(amp_mode='fp8'), ValueError, "^amp_mode is one of 'fp16', 'bf16', received 'fp8'$"),
-    (dict(amp_mode=True), ValueError, 'amp_mode is one of'),
+    (dict(use_amp=1), TypeError, '^use_amp must be True or False, got 1$'),
+    (dict(use_amp=None), TypeError, '^use_amp must be True or False, got None$'),
+    (dict(use_amp='bf16'), TypeError, "^use_amp must be True or False, got 'bf16'$"),
+    (dict(to_fp16='yes'), TypeError, "^to_fp16 must be True or False, got 'yes'$"),
+    (dict(amp_mode='fp8'), ValueError, "^amp_mode must be 'fp16' or 'bf16', got 'fp8'$"),
+    (dict(amp_mode=True), ValueError, 'amp_mode must be'),
     (dict(use_amp=False, amp_mode='bf16'), ValueError,
-        "^amp_mode='bf16' asks for mixed precision, and use_amp=False for none: leave one of them out$"),
-    (dict(to_fp16=False, amp_mode='bf16'), ValueError, "^amp_mode='bf16' asks for mixed precision, and to_fp16=False for none"),
-    (dict(to_fp16=True, amp_mode=False), ValueError, '^to_fp16=True asks for mixed precision, and amp_mode=False for none')]
+        "^use either amp_mode='bf16' or use_amp=False, not both$"),
+    (dict(to_fp16=False, amp_mode='bf16'), ValueError, "^use either amp_mode='bf16' or to_fp16=False, not both$"),
+    (dict(to_fp16=True, amp_mode=False), ValueError, '^use either to_fp16=True or amp_mode=False, not both$')]
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('kwargs,error,match', wrong, ids=lambda o: str(o) if isinstance(o, dict) else '')
@@ -840,8 +857,7 @@ def test_wrong_arguments_change_nothing(kwargs, error, match):
 def test_impossible_mode_changes_nothing(monkeypatch):
     learn = Learner(None, tiny_cnn().to('meta'), loss_func=CrossEntropyLossFlat())
     before = everything(learn)
-    with pytest.raises(ValueError, match='mixed precision in bf16 is not available on meta: it has none: '
-            'train in fp32 with `use_amp=False`'):
+    with pytest.raises(ValueError, match='bf16 mixed precision is not available on meta: train in fp32 with `use_amp=False`'):
         learn.to_channelslast(amp_mode='bf16')
     assert everything(learn)==before
 
