@@ -179,7 +179,7 @@ def test_lazy_models_are_asked_and_stay_lazy(question):
 @pytest.mark.parametrize('inference', [False, True])
 def test_a_lazy_step_is_measured_as_any_other(inference, monkeypatch):
     "Arms are chosen with its weights there; afterwards it is lazy again"
-    monkeypatch.setattr(bench_module, 'ceiling', lambda *a, **kw: 1e12)
+    monkeypatch.setattr(bench_module, 'peak_flops', lambda *a, **kw: 1e12)
     step = step_of(lazy())
     res = bench_formats(step, seconds=1, rounds=8, block=2, bar=False, inference=inference)
     assert {'channels last fp32', 'channels last fp32, tuned'} < {r.arm for r in res.rows} and not [r for r in res.rows if r.verdict=='failed'], res
@@ -187,7 +187,7 @@ def test_a_lazy_step_is_measured_as_any_other(inference, monkeypatch):
 
 def test_a_lazy_step_is_planned_as_any_other(monkeypatch, tmp_path):
     monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path))
-    monkeypatch.setattr(bench_module, 'ceiling', lambda *a, **kw: 1e12)
+    monkeypatch.setattr(bench_module, 'peak_flops', lambda *a, **kw: 1e12)
     step = step_of(lazy())
     p = plan_formats(step, seconds=2, bar=False)
     assert 'channels last fp32' in {r.arm for r in p.rows} and torch.nn.parameter.is_lazy(step.model[0].weight)
@@ -300,8 +300,8 @@ class Gated(Towers):
 
 def test_the_pool_of_the_first_tower_is_no_leak():
     res = trace_formats(step_of(Towers()))
-    assert res.ok and len(res.left)>=2
-    assert [r.op for r in trace_formats(step_of(Gated())).left]
+    assert res.ok and len(res.by_design)>=2
+    assert [r.op for r in trace_formats(step_of(Gated())).by_design]
 
 @pytest.mark.parametrize('script', [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(8, 3, 16, 16)), lambda m: nn.Sequential(torch.jit.script(m))])
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
