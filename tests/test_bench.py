@@ -1,7 +1,8 @@
 """`compare`, `bench_formats` and `Learner.bench_channelslast`: the statistics on a simulated clock, planted faults as
 rows, and nothing left behind. No test asserts a time"""
-import json, math, random, sys, warnings
+import json, math, random, sys
 from collections import Counter
+from functools import partial
 from itertools import count
 from pathlib import Path
 import numpy as np
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+import helpers
 from fastxtend_cl import arms as arms_module, bench, limits, memory, report
 from fastxtend_cl.arms import Arm, format_arms
 from fastxtend_cl.bench import FormatBench, _rows, bench_formats, compare
@@ -20,7 +22,7 @@ from fastxtend_cl.operators import switch
 from fastxtend_cl.memory import can_keep_memory, kept_memory
 from fastxtend_cl.step import TrainingStep
 from fastxtend_cl.timing import Clock, TimedArm, attempt, least_pairs
-from helpers import process_group, two_processes
+from helpers import Faulty, adamw, process_group, two_processes
 
 class Simulated(Clock):
     "A clock moved on by a machine with noise, a load that comes and goes, drift, and a first step after another arm's that costs more"
@@ -310,11 +312,7 @@ def network(*middle, seed=0):
         nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Dropout(0.1),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
 
-def step_of(model, bs=6, size=12, opt=None, **kw):
-    torch.manual_seed(1)
-    return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), F.cross_entropy, opt and opt(model), **kw)
-
-adamw = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
+step_of = partial(helpers.step_of, bs=6, size=12)
 quick = dict(seconds=60., bar=False, block=2, rounds=8)
 
 @pytest.fixture(autouse=True)
@@ -328,7 +326,7 @@ def simulated(seconds, **kw):
 costs = {'contiguous fp32': 0.1, 'channels last fp32': 0.1/1.05, 'contiguous bf16': 0.1, 'channels last bf16': 0.13}
 
 def test_a_step_whose_speed_is_known(monkeypatch):
-    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
     step,clock = simulated(costs)
     res = bench_formats(step, ['channels last fp32', 'contiguous bf16, tuned', 'channels last bf16'], clock=clock, bar=False)
     assert {r.arm:r.verdict for r in res.rows}=={'baseline': 'baseline', 'baseline (repeat)': 'noise', 'channels last fp32': 'faster',
@@ -339,7 +337,7 @@ def test_a_step_whose_speed_is_known(monkeypatch):
         'have now (contiguous fp32), 1.0')
 
 def test_all_verdicts(monkeypatch):
-    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [])
+    monkeypatch.setattr(bench, 'precisions', lambda device: [])
     for cost,verdict,words in ((0.2, 'fastest already', 'what you have now (contiguous fp32) is faster than all others'),
             (0.1, 'tie', 'no arm is faster than what you have now (contiguous fp32) by more than the noise')):
         step,clock = simulated({**costs, 'channels last fp32': cost})
@@ -347,7 +345,7 @@ def test_all_verdicts(monkeypatch):
         assert res.verdict==verdict and res.reason.startswith(words) and res.best is res.now and res.break_even is None
 
 def test_present_in_channels_last_and_bf16(monkeypatch):
-    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
     step,clock = simulated({**costs, 'channels last bf16': 0.05})
     step.autocast = torch.bfloat16
     for now in (None, Arm('baseline', 'channels_last')):
@@ -364,7 +362,7 @@ def test_present_in_channels_last_and_bf16(monkeypatch):
 @pytest.mark.parametrize('cost,slower', [(0.1, 1), (1., 1), (1., 5), (8., 1)])
 def test_seconds_are_a_bound(monkeypatch, seconds, cost, slower):
     "Of the whole call, with extras and loader; the machine may get slower after a third"
-    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
     monkeypatch.setattr(bench, 'copy_speed', lambda *a, **kw: 1e10)
     longest = [0.]
     class Slower(Simulated):
@@ -424,7 +422,7 @@ class Loader:
 
 @pytest.mark.parametrize('wait', [0., 0.1, 0.9])
 def test_whole_epoch(wait, monkeypatch):
-    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [])
+    monkeypatch.setattr(bench, 'precisions', lambda device: [])
     step,clock = simulated({**costs, 'channels last fp32': 0.05}, switch=0.)
     res = bench_formats(step, clock=clock, bar=False, seconds=200., loader=Loader(clock, step, wait))
     assert res.loader['share']==pytest.approx(wait/(wait+0.102), abs=0.02)
@@ -566,7 +564,7 @@ low = torch.bfloat16
 @pytest.mark.parametrize('bs,size', [(2, 32), (2, 64), (3, 32), (4, 32), (16, 32)])
 @pytest.mark.parametrize('seed', range(3))
 def test_tiny_batches_are_judged_by_what_rounding_does_to_them(bs, size, seed, monkeypatch):
-    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [low])
+    monkeypatch.setattr(bench, 'precisions', lambda device: [low])
     step = tiny_batch(bs, size, seed)
     before = state(step)
     right = judged(step, *format_arms(step).values(), Arm('as is', setup=lambda s: None))
@@ -621,15 +619,6 @@ def test_what_a_function_returns_decides_what_is_compared():
     res = judged(step, Arm('nothing', setup=lambda s: lambda: None), Arm('output', setup=lambda s: lambda: s.model(*s.inputs)))
     assert not any(res.values()), res
 
-class Fault(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x): return x.view_as(x)
-    @staticmethod
-    def backward(ctx, g): return g if g.is_contiguous() else g*1.05
-
-class Faulty(nn.Module):
-    def forward(self, x): return Fault.apply(x)
-
 def test_a_wrong_arm_is_found_by_the_check():
     step = step_of(network(Faulty()), bs=8)
     res = bench_formats(step, ['channels last fp32', 'contiguous fp32'], check=True, **quick)
@@ -658,7 +647,7 @@ def test_fp16_steps_that_make_no_update_do_not_count(always):
     assert step.loss_scale==1024
 
 def test_arms_by_device_and_model(monkeypatch):
-    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.float16, torch.bfloat16])
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.float16, torch.bfloat16])
     plain = [f'{f} {p}' for p in ('fp32', 'fp16', 'bf16') for f in ('contiguous', 'channels last')]
     arms = format_arms(step_of(network()))
     assert [*arms]==[*plain, *[f'{n}, tuned' for n in plain[1:]]]
@@ -674,7 +663,7 @@ def test_arms_by_device_and_model(monkeypatch):
 
 def test_arms_by_default(monkeypatch):
     "A low precision with tuned kernels only, and not what is equal to the present"
-    monkeypatch.setattr(bench, 'native_dtypes', lambda device: [torch.bfloat16])
+    monkeypatch.setattr(bench, 'precisions', lambda device: [torch.bfloat16])
     tuned = ['contiguous bf16, tuned', 'channels last fp32, tuned', 'channels last bf16, tuned']
     def names(step, compile=False, **now): return {a.name for a in arms_module.chosen_arms(step, None, compile, Arm('baseline', **now))}
     step = step_of(network())
@@ -858,7 +847,7 @@ def test_learner_method(fitted, workers):
         torch.manual_seed(3); random.seed(3)
         if fitted:
             with l.no_bar(), l.no_logging(): l.fit(1, 1e-2)
-    res = learn.bench_channelslast(['channels last fp32'], **{**quick, 'seconds': 6.})
+    res = learn.bench_channelslast(['channels last fp32'], **{**quick, 'seconds': 30.})
     assert res.conditions['baseline']=='contiguous fp32' and 0<=res.loader['share']<1 and res.loader['workers']==workers
     assert (learn.opt is None)==(not fitted)
     for l in (learn, twin):
