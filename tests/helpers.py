@@ -1,8 +1,9 @@
 "Small models, data and comparisons that several test files share"
-import gc, os, socket, subprocess, sys, warnings
+import gc, os, socket, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.core import Datasets
 from fastai.data.transforms import ItemGetter
@@ -11,6 +12,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from warm import start_python
 
 device = torch.device(os.environ.get('FXCL_DEVICE', 'cpu'))
 
@@ -89,6 +91,27 @@ def caught_warnings():
         yield res
 
 def of_class(caught, cls): return [w for w in caught if issubclass(w.category, cls)]
+
+class Fault(torch.autograd.Function):
+    "The identity, whose backward multiplies channels-last gradients of `dtype` by `factor`"
+    @staticmethod
+    def forward(ctx, x, factor, dtype):
+        ctx.factor,ctx.dtype = factor,dtype
+        return x.view_as(x)
+    @staticmethod
+    def backward(ctx, g): return (g*ctx.factor if g.dtype==ctx.dtype and not g.is_contiguous() else g),None,None
+
+class Faulty(nn.Module):
+    def __init__(self, factor=1.05, dtype=torch.float32): super().__init__(); self.factor,self.dtype = factor,dtype
+    def forward(self, x): return Fault.apply(x, self.factor, self.dtype)
+
+def step_of(model, bs=8, size=24, classes=4, opt=None, loss=F.cross_entropy, **kw):
+    "A `TrainingStep` on random images"
+    from fastxtend_cl.step import TrainingStep # what runs without the package imports this file too
+    torch.manual_seed(1)
+    return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, classes, (bs,)), loss, opt and opt(model), **kw)
+
+adamw = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
 
 # fastai
 
@@ -187,10 +210,9 @@ def two_processes(*args, timeout=600, **env):
         port = str(s.getsockname()[1])
     env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'RANK': str, 'LOCAL_RANK': str,
         'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(map(str, (root, root/'tests'))), 'CUDA_VISIBLE_DEVICES': '', 'FXCL_DEVICE': 'cpu', **env}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', *map(str, args)], env={k: v(i) if callable(v) else v for k,v in env.items()},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
-    try: outs = [p.communicate(timeout=timeout) for p in ps]
+    ps = [start_python('-W', 'ignore', *args, env={k: v(i) if callable(v) else v for k,v in env.items()}) for i in range(2)]
+    try: done = [p.wait(timeout) for p in ps]
     finally:
         for p in ps: p.kill()
-    assert [p.returncode for p in ps]==[0, 0], outs
-    return outs
+    assert [r.returncode for r in done]==[0, 0], done
+    return [(r.stdout, r.stderr) for r in done]

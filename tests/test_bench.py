@@ -2,6 +2,7 @@
 rows, and nothing left behind. No test asserts a time"""
 import json, math, random, sys
 from collections import Counter
+from functools import partial
 from itertools import count
 from pathlib import Path
 import numpy as np
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+import helpers
 from fastxtend_cl import arms as arms_module, bench, limits, memory, report
 from fastxtend_cl.arms import Arm, ArmState, format_arms
 from fastxtend_cl.bench import FormatBench, _rows, bench_formats, compare
@@ -20,7 +22,7 @@ from fastxtend_cl.operators import switch
 from fastxtend_cl.memory import can_keep_memory, kept_memory
 from fastxtend_cl.step import TrainingStep
 from fastxtend_cl.timing import Clock, TimedArm, least_pairs
-from helpers import process_group, two_processes
+from helpers import Faulty, adamw, process_group, two_processes
 
 class Simulated(Clock):
     "A clock moved on by a machine with noise, a load that comes and goes, drift, and a first step after another arm's that costs more"
@@ -311,11 +313,7 @@ def network(*middle, seed=0):
         nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Dropout(0.1),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
 
-def step_of(model, bs=6, size=12, opt=None, **kw):
-    torch.manual_seed(1)
-    return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), F.cross_entropy, opt and opt(model), **kw)
-
-adamw = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
+step_of = partial(helpers.step_of, bs=6, size=12)
 quick = dict(seconds=60., bar=False, block=2, rounds=8)
 
 @pytest.fixture(autouse=True)
@@ -633,15 +631,6 @@ def test_what_a_function_returns_decides_what_is_compared():
     res = judged(step, Arm('nothing', setup=lambda s: lambda: None), Arm('output', setup=lambda s: lambda: s.model(*s.inputs)))
     assert not any(res.values()), res
 
-class Fault(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x): return x.view_as(x)
-    @staticmethod
-    def backward(ctx, g): return g if g.is_contiguous() else g*1.05
-
-class Faulty(nn.Module):
-    def forward(self, x): return Fault.apply(x)
-
 def test_a_wrong_arm_is_found_by_the_check():
     step = step_of(network(Faulty()), bs=8)
     res = bench_formats(step, ['channels last fp32', 'contiguous fp32'], check=True, **quick)
@@ -869,7 +858,7 @@ def test_learner_method(fitted, workers):
         torch.manual_seed(3); random.seed(3)
         if fitted:
             with l.no_bar(), l.no_logging(): l.fit(1, 1e-2)
-    res = learn.bench_channelslast(['channels last fp32'], **{**quick, 'seconds': 6.})
+    res = learn.bench_channelslast(['channels last fp32'], **{**quick, 'seconds': 30.})
     assert res.conditions['baseline']=='contiguous fp32' and 0<=res.loader['share']<1 and res.loader['workers']==workers
     assert (learn.opt is None)==(not fitted)
     for l in (learn, same):

@@ -1,27 +1,14 @@
 "`check_formats` and `Learner.check_channelslast`: planted faults are named, correct steps are OK, and everything is restored"
-import math, warnings
+import math
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TensorCategory, TensorImage, xresnet18
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TensorCategory, TensorImage
 from hypothesis import given, settings, strategies as st
 from fastxtend_cl.all import *
 from fastxtend_cl import check
 from fastxtend_cl.precision import cpu_bf16
-from helpers import assert_same_snapshot, snapshot
-
-class Fault(torch.autograd.Function):
-    "The identity, whose backward multiplies channels-last gradients of `dtype` by `factor`"
-    @staticmethod
-    def forward(ctx, x, factor, dtype):
-        ctx.factor,ctx.dtype = factor,dtype
-        return x.view_as(x)
-    @staticmethod
-    def backward(ctx, g): return (g*ctx.factor if g.dtype==ctx.dtype and not g.is_contiguous() else g),None,None
-
-class Faulty(nn.Module):
-    def __init__(self, factor=1.05, dtype=torch.float32): super().__init__(); self.factor,self.dtype = factor,dtype
-    def forward(self, x): return Fault.apply(x, self.factor, self.dtype)
+from helpers import Fault, Faulty, adamw, assert_same_snapshot, snapshot, step_of
 
 class FaultyForward(nn.Module):
     def forward(self, x): return x if x.is_contiguous() or x.dtype==torch.float64 else x+0.05
@@ -36,12 +23,6 @@ def network(middle=None, width=8, head=None):
     torch.manual_seed(0)
     return nn.Sequential(block(3, width), block(width, width, stride=2), middle or nn.Identity(),
         block(width, width, stride=2), head or nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
-
-def step_of(model, bs=8, size=24, opt=None, **kw):
-    torch.manual_seed(1)
-    return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), F.cross_entropy, opt and opt(model), **kw)
-
-adamw = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
 
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('opt', [None, adamw, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)])

@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from fastxtend_cl import cli
 from fastxtend_cl.precision import native_dtypes
-from fastxtend_cl.cli import UsageError, any_loss, main, model_of, model_step
+from fastxtend_cl.cli import any_loss, main, model_step
 
 tiny = ['--bs', '2', '--size', '32', '--device', 'cpu']
 
@@ -15,18 +15,12 @@ def own(tmp_path, monkeypatch):
 import torch
 from torch import nn
 from fastxtend_cl.step import TrainingStep
-class Fault(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x): return x.view_as(x)
-    @staticmethod
-    def backward(ctx, g): return g if g.is_contiguous() else 1.5*g
-class Faulty(nn.Module):
-    def forward(self, x): return Fault.apply(x)
+from helpers import Faulty
 def net(*middle):
     return nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU(), *middle, nn.Conv2d(8, 8, 3),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 def right(): return net()
-def wrong(): return net(Faulty())
+def wrong(): return net(Faulty(1.5))
 def step(): return TrainingStep(net(), torch.randn(2, 5, 16, 16), torch.randn(2, 10), nn.functional.mse_loss)
 def number(): return 3
 def small(): return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))

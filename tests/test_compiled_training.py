@@ -12,7 +12,7 @@ from fastxtend_cl.all import *
 from fastxtend_cl.arms import compile_alone
 from fastxtend_cl.convert import convert_format
 from fastxtend_cl.layout import as_contiguous
-from helpers import Double, fit, furthest, quiet, tiny_cnn, tiny_learner
+from helpers import Double, fit, furthest, tiny_cnn, tiny_learner
 
 @pytest.fixture(autouse=True)
 def no_graphs():

@@ -22,9 +22,8 @@ native_bf16 = torch.cpu.get_capabilities().get('avx512_bf16') is True and not to
 glibc = sys.platform=='linux'
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_decisions(own_cache, monkeypatch):
     "A cache and decisions of its own for each test"
-    monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path/'cache'))
     fresh = forget(monkeypatch)
     yield fresh
     assert switch.mode is None and not fresh.contexts and not fresh.fixed

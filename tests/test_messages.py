@@ -1,7 +1,6 @@
 "Each text that this package raises or warns with has its entry on the page of troubleshooting"
 import ast, json, re
 from html import unescape
-from pathlib import Path
 import pytest
 
 warners = 'FormatWarning','NoEffectWarning','NoConvolutionWarning','CacheWarning'

@@ -1,5 +1,5 @@
 "The plan: which settings compete, which one wins, how plans are saved, and how a Learner trains by one"
-import inspect, json, random, subprocess, sys, threading
+import inspect, json, random, sys, threading
 from pathlib import Path
 import pytest, torch
 from fastai.callback.fp16 import AMPMode
@@ -8,6 +8,7 @@ from fastai.losses import CrossEntropyLossFlat
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from helpers import AveragedCopy, caught_warnings, dls_of, fit, labels, process_group, quiet, random_images, tiny_learner, two_processes
+from warm import run_python
 import fastxtend_cl.all
 from fastxtend_cl import plan as module
 from fastxtend_cl.amp import kernels_mode
@@ -42,8 +43,7 @@ def found(seconds=0.5, verdict='faster', arm=won, **kwargs):
     "A plan with what was measured"
     return a_plan(arm=arm if verdict=='faster' else base, **{**dict(rows=[row(base, 1., verdict='baseline'), row(arm, seconds, verdict=verdict)]), **kwargs})
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path/'cache'))
+pytestmark = pytest.mark.usefixtures('own_cache')
 
 # Settings
 
@@ -406,7 +406,7 @@ def test_an_export_is_plain_fastai(tmp_path):
     assert format_of(learn.model[0].weight)=='channels_last' and learn.channels_last.plan.arm==won
     code = ("import sys, torch; sys.modules['fastxtend_cl'] = None; from fastai.learner import load_learner; "
         "l = load_learner('a.pkl'); print(l.model(torch.randn(1, 3, 16, 16)).shape)")
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    r = run_python('-W', 'ignore', '-c', code, cwd=tmp_path)
     assert 'torch.Size([1, 2])' in r.stdout, r.stderr
 
 def test_check_and_bench_after_a_plan():

@@ -23,12 +23,9 @@ from fastxtend_cl.layout import format_of
 from fastxtend_cl.plan import FormatPlan, plans_file
 from fastxtend_cl.race import RaceCallback
 
-pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.skipif('FXCL_DEVICE' in os.environ, reason='the clock is simulated')]
+pytestmark = [pytest.mark.usefixtures('own_cache'), pytest.mark.filterwarnings('ignore'), pytest.mark.skipif('FXCL_DEVICE' in os.environ, reason='the clock is simulated')]
 base,won = 'contiguous fp32','channels last bf16'
 speeds = {base: 1., 'channels last fp32': 0.8, 'contiguous bf16': 0.9, won: 0.5}
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('FASTXTEND_CL_CACHE', str(tmp_path/'cache'))
 
 class Clock:
     "A step takes what `speeds` says of the setting that is in force, as the model and its callbacks show it"

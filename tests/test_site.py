@@ -1,6 +1,5 @@
 "What the site is made from: the navigation, the stand-in for Quarto, and the page of models that a script makes from the results"
-import base64, importlib.util, json, os, re, subprocess, sys
-from pathlib import Path
+import base64, importlib.util, json, re, subprocess, sys
 import pytest
 import yaml
 from fastcore.nbio import mk_cell, new_nb, write_nb

@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock
 from fastxtend_cl.all import *
 from fastxtend_cl import trace as trace_module
 from fastxtend_cl.internals import storage_id
+from fastxtend_cl.internals import storage_id
 from fastxtend_cl.layout import layout_of
 from fastxtend_cl.tracer import Tracer
 from helpers import device, tiny_cnn, tiny_learner

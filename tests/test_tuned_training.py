@@ -1,6 +1,6 @@
 """Where kernels are tuned: a Learner's batches and a `TrainingStep`, and nowhere else; nothing is left on a model.
 `tests/test_kernels.py` tests what the kernels compute"""
-import copy, inspect, pickle, subprocess, sys
+import copy, inspect, pickle
 import pytest, torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
@@ -16,6 +16,7 @@ from fastxtend_cl.precision import cpu_bf16
 from fastxtend_cl.convert import FormatWarning
 from fastxtend_cl.kernels import open_contexts, runs_repeat
 from fastxtend_cl.operators import switch
+from warm import run_python
 
 cpu = pytest.mark.skipif(str(dls_of(random_images(2), labels(2)).device)!='cpu', reason='kernels of a CPU')
 
@@ -220,7 +221,7 @@ print('survived', all(torch.isfinite(p).all() for p in m.parameters()))
 @pytest.mark.parametrize('setup', ['learn.to_channelslast(use_amp=False).fit(1, 1e-4)', 'learn.to_channelslast(use_amp=False, tune=False).fit(1, 1e-4)',
     'step = TrainingStep.from_learner(learn); step.convert("channels_last"); step.run()'])
 def test_kernels_that_crash_are_avoided(setup, root):
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', dying.replace('{setup}', setup)], cwd=root/'tests', capture_output=True, text=True, timeout=300)
+    r = run_python('-W', 'ignore', '-c', dying.replace('{setup}', setup), cwd=root/'tests', timeout=300)
     assert r.returncode==0 and r.stdout.split()[-2:]==['survived', 'True'], r.stderr[-2000:]
 
 @cpu
@@ -310,7 +311,7 @@ def test_a_fitted_model_is_saved_without_a_reference_to_this_package(tmp_path):
     torch.save(learn.model, tmp_path/'model.pt')
     assert b'fastxtend_cl' not in (tmp_path/'model.pt').read_bytes() and b'fastxtend_cl' not in pickle.dumps(learn.model)
     code = "import sys; sys.modules['fastxtend_cl'] = None; import torch; m = torch.load('model.pt', weights_only=False, map_location='cpu'); print(m(torch.randn(2, 3, 32, 32)).shape)"
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    r = run_python('-W', 'ignore', '-c', code, cwd=tmp_path)
     assert 'torch.Size([2, 2])' in r.stdout, r.stderr
     assert torch.equal(copy.deepcopy(learn.model).eval()(x := images(2, 32, torch.float32).to(device)), learn.model.eval()(x))
 

@@ -2,7 +2,7 @@
 import time
 from copy import deepcopy
 from functools import partial
-import pytest, torch
+import helpers, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.callback.core import Callback
@@ -156,9 +156,7 @@ def test_what_is_no_data_is_still_put_back():
 
 def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
-def step_of(model, bs=8, size=16, loss=F.cross_entropy, **kw):
-    torch.manual_seed(0)
-    return TrainingStep(model, torch.randn(bs, 3, size, size), torch.randint(0, 4, (bs,)), loss, **kw)
+step_of = partial(helpers.step_of, size=16, classes=2)
 
 @pytest.mark.parametrize('ask', [check_formats, trace_formats, lambda s: bench_formats(s, seconds=1, bar=False), TrainingStep.run])
 def test_empty_batches(ask):
