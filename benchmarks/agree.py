@@ -4,7 +4,7 @@ The ratios that `Learner.bench_channelslast` gives, from a plain Learner, beside
 processes of its own, as a user does. All in turns, so that what changes on the machine meets all alike. The plain Learner has three
 processes a turn: its page faults differ from one process to the next. A quotient that is more than 5 % from 1 is flagged; `--again`
 measures networks a second time.
-Writes results/agree-DEVICE.json and .md after each network and goes on where it was interrupted."""
+Writes results/agree-DEVICE.json and .md after each network and continues where it was interrupted."""
 import json, statistics, tempfile
 import torch
 from fastcore.script import call_parse
@@ -32,8 +32,8 @@ def bench(name, shape, device, seconds):
     "What bench says of each setting"
     arms = {s: arm_of(s, device) for s in (fp32,default)}
     res = learner(name, shape, device).bench_channelslast([*dict.fromkeys(arms.values())], seconds=seconds, epochs=False, bar=False)
-    now = res.rows[0]
-    return {s: dict(wall=r.ratio, cpu=now.cpu_seconds/r.cpu_seconds if r.cpu_seconds else None, low=r.low, high=r.high, pairs=r.pairs,
+    baseline = res.baseline
+    return {s: dict(wall=r.ratio, cpu=baseline.cpu_seconds/r.cpu_seconds if r.cpu_seconds else None, low=r.low, high=r.high, pairs=r.pairs,
         verdict=r.verdict, reason=r.reason) for s,a in arms.items() for r in [res[a]]} | {'seconds': res.seconds}
 
 def measure(name, label, turns, **more):

@@ -1,56 +1,61 @@
-"""How the benchmarks measure, and how they keep what they find
+"""How the benchmarks measure and save their results
 
 `paired` measures: in each round every arm runs one block of steps, in a new random order; the first step of a block is dropped, and the
 median of the others counts. `compared` divides round by round: how many times as fast as the first arm, the median of the rounds and its
-interval of 95 %. Clocks, blocks and intervals are those of `fastxtend_cl.timing`. `Results` keeps what was found after each network, with
-machine, versions, date and settings, and the next run goes on from there."""
+95 % interval. Clocks, blocks and intervals are those of `fastxtend_cl.timing`. `Results` saves the rows after each network, with machine,
+versions, date and settings, and the next run continues from there."""
 import contextlib, json, math, os, platform, random, statistics, subprocess, sys
 from pathlib import Path
 import torch
 from fastprogress.fastprogress import progress_bar
-from fastxtend_cl.timing import TimedArm, device_clock, interval, pairs_of, run_block
+from fastxtend_cl.timing import Deadline, TimedArm, device_clock, interval, pairs_of, run_block
 
 results = Path(__file__).resolve().parent/'results'
 
 # Measuring
 
-def paired(arms, rounds, block, device='cpu', bar=False, over=lambda: False, drop=False):
-    """Name to `TimedArm` of each arm, with its seconds a step in each round; fewer rounds if `over()`
+class NoDeadline(Deadline):
+    "A deadline that is never reached, without the checks between steps that a real one needs"
+    until = None
+    def __init__(self, clock): super().__init__(math.inf, clock)
 
-    What an arm raises ends it all, or with `drop` this arm only, and its `failed` says why; the first must not fail."""
-    clock,rng = device_clock(device),random.Random(0)
-    lanes = {n: TimedArm(n, lambda body, f=f: body(f)) for n,f in arms.items()}
-    first = next(iter(lanes.values()))
+def paired(arms, rounds, block, device='cpu', bar=False, over=lambda: False, drop=False):
+    """A `TimedArm` for each name, with its seconds per step in each round; fewer rounds if `over()`
+
+    An error in an arm is raised. With `drop` it ends only that arm, whose `failed` says why, unless it is the first arm."""
+    deadline,rng = NoDeadline(device_clock(device)),random.Random(0)
+    timed = {n: TimedArm(n, lambda body, f=f: body(f)) for n,f in arms.items()}
+    first = next(iter(timed.values()))
     for i in progress_bar(range(rounds), leave=False) if bar else range(rounds):
-        live = [l for l in lanes.values() if not l.failed]
-        for lane in rng.sample(live, len(live)):
-            run_block(lane, clock, block, i)
-            if lane.failed and not drop: raise RuntimeError(f'{lane.name}: {lane.failed}')
+        running = [a for a in timed.values() if not a.failed]
+        for arm in rng.sample(running, len(running)):
+            run_block(arm, deadline, block, i)
+            if arm.failed and not drop: raise RuntimeError(f'{arm.name}: {arm.failed}')
         if over() or first.failed: break
-    return lanes
+    return timed
 
 def spread(values):
     "Median and its interval of 95 %, by order statistics; of less than 6 values it covers less"
     values = [*values]
     return interval(values, 0.05, (len(values),)) if len(values)>3 else (statistics.median(values), min(values), max(values))
 
-def ratio_of(base, lane):
+def ratio_of(base, arm):
     "How many times as fast as `base`: median and interval"
-    return [*spread(pairs_of(base.seconds, lane.seconds))]
+    return [*spread(pairs_of(base.seconds, arm.seconds))]
 
-def ms_of(lane): return 1e3*statistics.median(lane.seconds.values())
+def ms_of(arm): return 1e3*statistics.median(arm.seconds.values())
 
-def compared(lanes, base=None):
-    "A row for each arm: milliseconds of a step, and how many times as fast as the base it is"
-    base = base or next(iter(lanes.values()))
-    return [dict(arm=n, ms=ms_of(l), ratio=ratio_of(base, l)) for n,l in lanes.items()]
+def compared(timed, base=None):
+    "A row for each arm: milliseconds of a step, and how many times as fast as `base` it is"
+    base = base or next(iter(timed.values()))
+    return [dict(arm=n, ms=ms_of(a), ratio=ratio_of(base, a)) for n,a in timed.items()]
 
 def geometric(ratios): return math.exp(statistics.fmean(map(math.log, ratios)))
 
 _busy = """
 import os, sys, time
 parent = os.getppid()
-while os.getppid()==parent: # it ends with who has started it
+while os.getppid()==parent: # ends with its parent
     end = time.time()+3
     while time.time()<end: pass
     time.sleep(float(sys.argv[1]))
@@ -58,7 +63,7 @@ while os.getppid()==parent: # it ends with who has started it
 
 @contextlib.contextmanager
 def busy(rest=0.):
-    "Another process computes meanwhile, on the cores that this one may use: for 3 seconds, then not for `rest` seconds"
+    "Run another process on the same cores meanwhile: it computes for 3 seconds, then sleeps for `rest` seconds"
     p = subprocess.Popen([sys.executable, '-c', _busy, str(rest)])
     try: yield
     finally: p.kill(); p.wait()
@@ -68,13 +73,13 @@ def options(**values):
     return [s for k,v in values.items() if v is not None and v is not False for s in (f'--{k.replace("_", "-")}', *[str(v)]*(v is not True))]
 
 def run_child(script, cache=None, **values):
-    "What `python SCRIPT` prints last, as JSON, in a process of its own, with a folder for what it caches"
+    "Run `python SCRIPT` in its own process, with `cache` as its cache folder, and return the last line that it prints, read as JSON"
     more = {'FASTXTEND_CL_CACHE': cache} if cache else {}
     r = subprocess.run([sys.executable, '-W', 'ignore', script, *options(**values)], capture_output=True, text=True, env={**os.environ, **more})
     if r.returncode: raise RuntimeError(f'{values} ended with status {r.returncode}: {r.stderr[-2000:]}')
     return json.loads(r.stdout.splitlines()[-1])
 
-# Keeping
+# Saving
 
 def conditions():
     "Machine, versions and date"
@@ -98,9 +103,9 @@ def save(name, **data):
     print(f'written: benchmarks/results/{name}.json')
 
 class Results:
-    """The rows of results/NAME.json, one or more for each model: looping gives the names that are to be measured, and `add` keeps their rows
+    """The rows of results/NAME.json, one or more for each model: iterating gives the names that remain to be measured, `add` saves their rows
 
-    Kept rows are those measured with the same settings and the same torch; with others the script ends, unless they are wanted anew."""
+    Rows measured with the same settings and the same torch are kept. With others the script stops, unless `refresh` is set."""
     def __init__(self, name, names, refresh=False, tiny=False, key='rows', page=None, **settings):
         self.name,self.tiny,self.key,self.page,self.settings = name,tiny,key,page,settings
         self.names,old = names.split(',') if isinstance(names, str) else names,{} if tiny else read(name)
@@ -130,6 +135,6 @@ def machine(c=None):
 def cell(ratio): return '{:.2f} ({:.2f} to {:.2f})'.format(*ratio[:3]) if ratio else ''
 
 def markdown(head, rows, left=1):
-    "A table whose first columns are to the left"
+    "A table whose first `left` columns are aligned left"
     lines = [head, ['---']*left+['--:']*(len(head)-left), *rows]
     return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in lines)

@@ -1,9 +1,9 @@
-"""Which kernels of a CPU compute wrong results or end the process, and does one get through `tuned_kernels`? `python benchmarks/faults.py`
+"""Which CPU kernels compute wrong results or crash, and does `tuned_kernels` use one of them? `python benchmarks/faults.py`
 
 Random convolutions: one to three dimensions, transposed, grouped, dilated, strided, padded, in every dtype and in mixed formats. Each call
-is made in a forked child, in memory that holds no zeros, and all three results are compared with double precision; what torch's own
-kernel computes is compared too. A child that dies is replayed call by call. Writes results/faults-cpu.json: how many calls were made,
-which of torch's kernels were wrong, and whether one of ours was. gpu_faults.py makes the same calls on a GPU."""
+is made in a forked child, in memory without zeros, and all three results are compared with double precision, those of torch's own
+kernels too. A child that crashes is replayed call by call. Writes results/faults-cpu.json: how many calls were made, which of torch's
+kernels were wrong, and whether one of ours was. gpu_faults.py makes the same calls on a GPU."""
 import contextlib, json, math, os, random, time, warnings
 from collections import Counter
 import torch
@@ -57,19 +57,19 @@ def tensors(c):
 def tell(got, want, dtype): return max((gradient_error(a, b, dtype) for a,b in zip(got, want) if b is not None), default=0.)
 
 def run(c):
-    """Errors of what torch computes, forward and backward (None: it is known to end the process, and was not run), and of what we do, as
-    multiples of what rounding explains"""
+    """Errors of torch's kernels, forward and backward (None: known to crash, so not run), and of `tuned_kernels`, as multiples of what
+    rounding explains"""
     g,x,w = tensors(c)
     args,dtype,bias = c['args'],dtypes[c['dtype']],[g.shape[1]] if c['bias'] else None
     mask = [True, True, c['bias']]
     exact = [t.double().contiguous() for t in (g, x, w)]
     want,y = aten.convolution_backward(*exact, bias, *args, mask),aten.convolution(*exact[1:], None, *args)
     call,res = Call.of((g, x, w, bias, *args, mask)),dict(forward=None, backward=None)
-    res['known'],res['deadly'] = suspicious(call),[k for k in ('forward', 'dgrad', 'wgrad') if can_crash(call, kernel=k)]
+    res['known'],res['crashing'] = suspicious(call),[k for k in ('forward', 'dgrad', 'wgrad') if can_crash(call, kernel=k)]
     def back(mask=mask): return aten.convolution_backward(g, x, w, bias, *args, mask)
     with poisoned_memory():
-        if 'forward' not in res['deadly']: res['forward'] = tell([aten.convolution(x, w, None, *args)], [y], dtype)
-        if not {'dgrad', 'wgrad'} & {*res['deadly']}: res['backward'] = tell(back(), want, dtype)
+        if 'forward' not in res['crashing']: res['forward'] = tell([aten.convolution(x, w, None, *args)], [y], dtype)
+        if not {'dgrad', 'wgrad'} & {*res['crashing']}: res['backward'] = tell(back(), want, dtype)
     since,res['ours'],res['ours_forward'] = kernel_count(),0.,0.
     for i in range(2): # as decided, and from memory
         with poisoned_memory() if i else contextlib.nullcontext(), tuned_kernels():
@@ -87,7 +87,7 @@ def child(cases, write):
         os.write(write, (json.dumps(r)+'\n').encode())
 
 def forked(cases, seconds=120):
-    "What a child answers, and its exit status"
+    "The answers of a child, and its exit status"
     read,write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -101,7 +101,7 @@ def forked(cases, seconds=120):
     return [json.loads(l) for l in out.decode().splitlines() if l.startswith('{')],os.waitpid(pid, 0)[1]
 
 def answers_of(cases, each):
-    "Pairs of a call and its answer, and the calls that ended their process"
+    "Pairs of a call and its answer, and the calls that crashed"
     found,died = [],[]
     for i in progress_bar(range(0, len(cases), each), leave=False):
         some = cases[i:i+each]
@@ -117,7 +117,7 @@ def answers_of(cases, each):
 def summary_of(found, died, wrong, unknown, seconds):
     ok = [(c,r) for c,r in found if 'raised' not in r]
     return dict(calls=len(found)+len(died), compared=len(ok), raised=dict(Counter(r['raised'] for _,r in found if 'raised' in r)), died=len(died),
-        never_run=dict(Counter(k for _,r in ok for k in r['deadly'])), wrong={k: len(v) for k,v in wrong.items()},
+        never_run=dict(Counter(k for _,r in ok for k in r['crashing'])), wrong={k: len(v) for k,v in wrong.items()},
         backward_wrong_and_not_known_by_condition=len(unknown), corrected=dict(Counter(k for _,r in ok for k in r['corrected'])),
         known_by_condition=sum(r['known'] for _,r in ok), by_dtype=dict(Counter(c['dtype'] for c,_ in ok)),
         backward_wrong_by_dtype=dict(Counter(w['dtype'] for w in wrong['backward'])), seconds=round(seconds))

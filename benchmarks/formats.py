@@ -30,8 +30,8 @@ def measure(name, shape, device, rounds, block):
     mode = native_amp_mode(device)
     arms = {'contiguous fp32': (False, None), 'contiguous fp32, again': (False, None), 'channels last fp32': (True, None)}
     if mode: arms |= {f'{f} {mode.value}': (f!='contiguous', amp_dtypes[mode]) for f in ('contiguous', 'channels last')}
-    lanes = paired({n: stepper(name, shape, device, *a) for n,a in arms.items()}, rounds, block, device, bar=True)
-    return [dict(model=name, shape=list(shape), **r) for r in compared(lanes)]
+    timed = paired({n: stepper(name, shape, device, *a) for n,a in arms.items()}, rounds, block, device, bar=True)
+    return [dict(model=name, shape=list(shape), **r) for r in compared(timed)]
 
 @call_parse
 def main(

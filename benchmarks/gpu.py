@@ -201,7 +201,7 @@ def raced(name, device, tiny, compile, seconds):
     if compile or seconds<5: return res
     step = TrainingStep(model, x, y, torch.nn.functional.cross_entropy, torch.optim.AdamW(model.parameters(), lr=1e-6))
     arms = [replace(a, tuned=True) for a in arms]
-    bench = bench_formats(step, arms[1:], now=replace(arms[0], name='baseline'), seconds=seconds, bar=False)
+    bench = bench_formats(step, arms[1:], baseline=replace(arms[0], name='baseline'), seconds=seconds, bar=False)
     print(bench, flush=True)
     bench.about()
     alone = {('baseline' if i==0 else a.name): a.name for i,a in enumerate(arms)}

@@ -88,9 +88,9 @@ def large_row(device, tiny, dtype, last, benchmark):
             key = f'{name}, {mode or "plain"}'
             try:
                 with cudnn(benchmark=benchmark), kernels(mode): got = f()
-                if name=='wgrad': errors[key] = attempt(lambda: got, sum(o.double() for _,o in slices(x, g, w, name, 4)), dtype)
+                if name=='wgrad': errors[key] = attempt(lambda got=got: got, sum(o.double() for _,o in slices(x, g, w, name, 4)), dtype)
                 else:
-                    each = {s.start: attempt(lambda: got[:,:,s], o, dtype) for s,o in slices(x, g, w, name, 4)}
+                    each = {s.start: attempt(lambda got=got: got[:,:,s], o, dtype) for s,o in slices(x, g, w, name, 4)}
                     errors[key],where[key] = max(each.values()),[i for i,e in each.items() if e>1][:40]
                 del got
             except RuntimeError as e: errors[key] = f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'; alive(device)

@@ -265,7 +265,7 @@ def check(name, device, tiny, dtype):
         x,y = torch.randn(n, 3, size, size, device=device),torch.arange(n, device=device)%10
         opt = torch.optim.SGD(model.parameters(), lr=0.01)
         c = check_formats(TrainingStep(model, x, y, F.cross_entropy, opt, autocast=dtype, tuned=tuned))
-        yield dict(model=name, dtype=native_dtypes[dtype], kernels=tuned or 'plain', ok=c.ok, reason=c.reason, first=c.first,
+        yield dict(model=name, dtype=precisions[dtype], kernels=tuned or 'plain', ok=c.ok, reason=c.reason, first=c.first,
             wrong=c.wrong[:10], seconds=c.seconds)
         if c.ok is not False: return
 

@@ -132,10 +132,10 @@ def start_arms(name, tries, device, dtype, arms, warm, over):
         else: steps[arm],found[arm],times[arm] = got
     return size,steps,times,found
 
-def finish_row(row, base_lane, lane, size, rounds, block):
+def finish_row(row, first, timed, size, rounds, block):
     "Times of an arm, and its speed relative to contiguous"
-    pairs,seconds = pairs_of(base_lane.seconds, lane.seconds),ms_of(lane)/1e3
-    row.update(ms=1e3*seconds, wall_ms=1e3*statistics.median(lane.walls), images=size[0]/seconds, ratio=[statistics.median(pairs), min(pairs), max(pairs)],
+    pairs,seconds = pairs_of(first.seconds, timed.seconds),ms_of(timed)/1e3
+    row.update(ms=1e3*seconds, wall_ms=1e3*statistics.median(timed.walls), images=size[0]/seconds, ratio=[statistics.median(pairs), min(pairs), max(pairs)],
         pairs=len(pairs), block=block)
     if len(pairs)<min(rounds, 8): row['cut'] = True
 
@@ -149,13 +149,13 @@ def measure(section, name, tries, device, arms, rounds, block, seconds, warm, ba
     size,steps,times,found = started
     want = dict(found[base])
     if times: block = max(2, min(block, int(seconds/rounds/sum(times.values())))) # slow networks: shorter blocks, not fewer rounds
-    lanes,why = attempt(lambda: paired(steps, rounds, block, device, over=over, drop=True)) if base in steps else ({}, None)
+    timed,why = attempt(lambda: paired(steps, rounds, block, device, over=over, drop=True)) if base in steps else ({}, None)
     for arm,row in found.items():
         row.update(section=section, model=name, arm=arm, batch=size[0], size=list(size), dtype=str(dtype)[6:], benchmark=benchmark)
-        if lanes and arm in lanes and lanes[arm].failed: row['failed'] = lanes[arm].failed[:200]
-        elif not lanes or lanes[base].failed: row.setdefault('failed', why or 'not timed: contiguous failed')
-        elif arm in lanes:
-            finish_row(row, lanes[base], lanes[arm], size, rounds, block)
+        if timed and arm in timed and timed[arm].failed: row['failed'] = timed[arm].failed[:200]
+        elif not timed or timed[base].failed: row.setdefault('failed', why or 'not timed: contiguous failed')
+        elif arm in timed:
+            finish_row(row, timed[base], timed[arm], size, rounds, block)
             row.update(differences(row, want))
             if name=='resnet50' and arm in eager and bandwidth: row['share_of_roof'] = bytes_per_image*row['images']/bandwidth
     found[base].update(clocks=[before, clocks(device)], seconds=time.time()-start)

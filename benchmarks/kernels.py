@@ -2,7 +2,7 @@
 
 The networks of networks.py, each in a child process with an empty cache of kernels. Every arm is a `Learner` of its own with the same
 weights and batch, timed by `Learner.one_batch`, memory kept for all. The first step of a second child has a warm cache.
-Writes results/kernels-DEVICE.json and .md after each network and goes on where it was interrupted; headline.py makes the README's table
+Writes results/kernels-DEVICE.json and .md after each network and continues where it was interrupted; headline.py makes the README's table
 of it."""
 import json, tempfile, warnings
 import torch

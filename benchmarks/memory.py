@@ -4,7 +4,7 @@
 Each arm trains in processes of its own, as a user's does, in turns. CPU time of the steps, page faults a step and the largest resident
 set are recorded. `tuned, cold` measures with an empty cache, so that its peak includes verification and timing; the others find the
 choices that it left. `kept` keeps freed memory, as `to_channelslast()` does by default.
-Writes results/memory-cpu.json and .md after each network and goes on where it was interrupted."""
+Writes results/memory-cpu.json and .md after each network and continues where it was interrupted."""
 import contextlib, json, resource, statistics, tempfile, time
 import torch
 from fastcore.script import call_parse

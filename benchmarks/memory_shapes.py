@@ -3,7 +3,7 @@
 Training in bf16 with tuned kernels, as the allocator does by itself and with memory kept, each in a process of its own: images of one
 shape, of random sizes (96 to 224 pixels), progressive resizing, training and validation in turns, and a detector with images of random
 sizes. CPU time and page faults of a step, the largest resident set, and what is resident after the last step and after the context.
-Writes results/memory-shapes-cpu.json and .md after each kind and goes on where it was interrupted."""
+Writes results/memory-shapes-cpu.json and .md after each kind and continues where it was interrupted."""
 import contextlib, json, random, resource, statistics, time, warnings
 from pathlib import Path
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when torchvision is imported

@@ -54,9 +54,9 @@ def mixed(learn): # what `to_channelslast` of fastai and fastxtend adds; its aut
     learn.add_cb(MixedPrecision(AMPMode.FP16))
 
 def refuse_crashing(learn):
-    "Raise where torch's own kernels could end the process in channels last"
+    "Raise if torch's own kernels could crash in channels last"
     if learn.dls.device.type=='cpu' and (layers := crashing_layers(learn.model)):
-        raise RuntimeError(f'not run: the kernels of {layers[0]} can end the process (oneDNN issue 6035)')
+        raise RuntimeError(f'not run: the kernels of {layers[0]} can crash the process (oneDNN issue 6035)')
 
 def as_fastai(learn):
     "What fastai's own `to_channelslast` does"

@@ -48,9 +48,9 @@ def measure(shape, dtype, rounds):
         for n,(f,last) in arms.items():
             exact = step(f if f is group else instance, False, a.double(), g.double(), w.double(), b.double())()
             rows[n][f'error, mean {mean}'] = error(step(f, last, a, g, w, b)(), exact)
-    lanes = paired(steps, rounds, 4)
-    return [dict(shape=list(shape), dtype=str(dtype)[6:], arm=n, ms=ms_of(l), ratio=ratio_of(lanes[n.split(',')[0]+', contiguous'], l), **rows[n])
-        for n,l in lanes.items()]
+    timed = paired(steps, rounds, 4)
+    return [dict(shape=list(shape), dtype=str(dtype)[6:], arm=n, ms=ms_of(a), ratio=ratio_of(timed[n.split(',')[0]+', contiguous'], a), **rows[n])
+        for n,a in timed.items()]
 
 networks = 'nnunet/PlainConvUNet+2', 'nnunet/PlainConvUNet+3', 'nnunet/ResidualEncoderUNet+2', 'monai/UNet+2', 'monai/UNet+3'
 

@@ -36,9 +36,9 @@ def repeated(f, n):
     for _ in range(n): f()
 
 def microseconds(fs, rounds=60, n=200):
-    "Of a call, the least of the rounds"
-    lanes = paired({name: partial(repeated, f, n) for name,f in fs.items()}, rounds, 3)
-    return {name: 1e6*min(l.seconds.values())/n for name,l in lanes.items()}
+    "Microseconds of a call, the minimum of the rounds"
+    timed = paired({name: partial(repeated, f, n) for name,f in fs.items()}, rounds, 3)
+    return {name: 1e6*min(a.seconds.values())/n for name,a in timed.items()}
 
 def of_kernels():
     "Rows: an operator before `tuned_kernels` was ever used, outside of it, and inside"
@@ -63,9 +63,9 @@ def of_callbacks(rounds, block, bs, size):
         learn.channels_last('before_batch')
     whole = paired({n: partial(l.one_batch, 0, batches[n]) for n,l in learns.items()}, rounds, block, bar=True)
     alone = paired({n: partial(repeated, partial(events, l, batches[n]), 50) for n,l in learns.items()}, rounds//4, block, bar=True)
-    def added(lanes, n, each=1):
-        base = next(iter(lanes.values())).seconds
-        return [1e6*o/each for o in spread(s-base[i] for i,s in lanes[n].seconds.items())]
+    def added(timed, n, each=1):
+        base = next(iter(timed.values())).seconds
+        return [1e6*o/each for o in spread(s-base[i] for i,s in timed[n].seconds.items())]
     return [dict(arm=n, batch_us=1e6*statistics.median(whole[n].seconds.values()), added_us=added(whole, n), event_added_us=added(alone, n, 50))
         for n in learns]
 

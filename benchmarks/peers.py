@@ -2,7 +2,7 @@
 
 Every arm is a `Learner` of its own with the same weights and batch, timed by `Learner.one_batch`, memory kept for all. Peers whose packages
 are not installed are their published few lines; the rows say which.
-Writes results/peers-DEVICE.json and .md after each network and goes on where it was interrupted."""
+Writes results/peers-DEVICE.json and .md after each network and continues where it was interrupted."""
 import gc, warnings
 import torch
 from fastai.vision.all import Callback, to_device

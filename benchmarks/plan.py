@@ -9,7 +9,7 @@ The networks of networks.py, each in a child process with an empty cache of plan
    in quiet. Their kernels are tuned before.
 
 An epoch of 150 steps with the race in it is the race's time and the rest by the chosen setting's.
-Writes results/plan-DEVICE.json and .md after each network and goes on where it was interrupted."""
+Writes results/plan-DEVICE.json and .md after each network and continues where it was interrupted."""
 import json, tempfile, time, warnings
 from functools import partial
 import torch
@@ -80,7 +80,7 @@ def race(name, shape, device):
         rows=[{k: vars(r)[k] for k in ('arm','verdict','ratio','low','high','seconds','pairs')} for r in plan.rows])
 
 def alone(name, shape, device, setups, rounds, block):
-    "A lane of each set-up, and why others failed"
+    "A `TimedArm` for each set-up, and why others failed"
     steps,failed = {},{}
     with kept_memory(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -92,23 +92,23 @@ def alone(name, shape, device, setups, rounds, block):
             except Exception as e: steps.pop(arm, 0); failed[arm] = why_failed(e)[:200]
         return paired(steps, rounds, block, device),failed
 
-def with_regret(raced, lanes, settings):
+def with_regret(raced, timed, settings):
     "The result of a race with the best of the settings alone, and the time of the chosen one over that of the best: median and interval"
-    best = min(settings, key=lambda a: ms_of(lanes[a]))
-    return dict(raced, best=best, regret=ratio_of(lanes[raced['arm']], lanes[best]))
+    best = min(settings, key=lambda a: ms_of(timed[a]))
+    return dict(raced, best=best, regret=ratio_of(timed[raced['arm']], timed[best]))
 
 def in_process(name, shape, tiny, device, rounds, block, repeats):
     "What is found of one network"
     start,(settings,more) = time.perf_counter(),arms(device)
     quiet = race(name, shape, device)
-    lanes,failed = alone(name, shape, device, settings | more, rounds, block)
-    quiet,ms = with_regret(quiet, lanes, settings),{a: ms_of(l) for a,l in lanes.items()}
+    timed,failed = alone(name, shape, device, settings | more, rounds, block)
+    quiet,ms = with_regret(quiet, timed, settings),{n: ms_of(a) for n,a in timed.items()}
     quiet['epoch'] = quiet['seconds']+max(0, epoch-quiet['steps'])*ms[quiet['arm']]/1e3
     few = shape if tiny else small(shape)
-    small_lanes,_ = alone(name, few, device, settings, 2*rounds, block)
-    with busy(): again = [with_regret(race(name, few, device), small_lanes, settings) for _ in range(repeats)]
+    small_timed,_ = alone(name, few, device, settings, 2*rounds, block)
+    with busy(): again = [with_regret(race(name, few, device), small_timed, settings) for _ in range(repeats)]
     return dict(model=name, shape=list(shape), quiet=quiet, ms=ms, failed=failed, small=list(few),
-        small_ms={a: ms_of(l) for a,l in small_lanes.items()}, busy=again, seconds=time.perf_counter()-start)
+        small_ms={n: ms_of(a) for n,a in small_timed.items()}, busy=again, seconds=time.perf_counter()-start)
 
 def measure(name, **more):
     with tempfile.TemporaryDirectory() as cache: f = run_child(__file__, cache, child=name, **more)
@@ -158,10 +158,10 @@ def groups(found):
 def row(f):
     "Cells of a network"
     q,ms = f['quiet'],f['ms']
-    now,best,chosen = ms[q['arm']],best_plain(f),[r['arm'] for r in f['busy']]
-    def times(a): return f'{ms[a]/now:.2f}' if a in ms else ''
+    own,best,chosen = ms[q['arm']],best_plain(f),[r['arm'] for r in f['busy']]
+    def times(a): return f'{ms[a]/own:.2f}' if a in ms else ''
     return [f['model'], q['arm'], q['steps'], f"{q['regret'][0]-1:.1%}", ', '.join(f'{chosen.count(a)} {a}' for a in dict.fromkeys(chosen)),
-        f"{max(r['regret'][0] for r in f['busy'])-1:.1%}", f"{q['epoch']:.1f}", f"{epoch*ms['contiguous fp32']/1e3:.1f}", f'{epoch*now/1e3:.1f}',
+        f"{max(r['regret'][0] for r in f['busy'])-1:.1%}", f"{q['epoch']:.1f}", f"{epoch*ms['contiguous fp32']/1e3:.1f}", f'{epoch*own/1e3:.1f}',
         times('plain contiguous fp32'), times(fastai), f'{times(best)} ({best[6:]})']
 
 def table(found):

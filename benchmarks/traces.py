@@ -2,7 +2,7 @@
 
 Traces of the 28 torchvision models that PyTorch's channels-last tutorial lists as fully supported, and of fastai's unets. The formats are
 facts; of the times only the share of the step is kept.
-Writes results/trace-DEVICE.json after each model and goes on where it was interrupted."""
+Writes results/trace-DEVICE.json after each model and continues where it was interrupted."""
 import gc, os, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch, torchvision

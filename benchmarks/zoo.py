@@ -2,9 +2,9 @@
 
 Every family of timm and torchvision below 60 million parameters, fastai's own networks, 5-D ones, and networks of other packages
 (segmentation_models_pytorch, MONAI, nnU-Net's architectures, torchvision's detectors). Each in child processes, contiguous, converted
-naively by `model.to(memory_format=...)`, and converted by this package: whether it dies, hangs, raises or computes wrong results, where the
-format is lost, and CPU time. `--tuned` does what `to_channelslast()` does, in bf16 and tuned.
-Rows go to results/zoo-DEVICE.jsonl as they come, a summary to zoo-DEVICE.json; the next run goes on where it was interrupted."""
+naively by `model.to(memory_format=...)`, and converted by this package: whether it crashes, hangs, raises or computes wrong results, where
+the format is lost, and CPU time. `--tuned` does what `to_channelslast()` does, in bf16 and tuned.
+Each row is added to results/zoo-DEVICE.jsonl at once, a summary goes to zoo-DEVICE.json; the next run continues where it was interrupted."""
 import contextlib, json, multiprocessing, statistics, time, warnings
 from collections import Counter
 from functools import cache, partial
@@ -144,7 +144,7 @@ def kept(model, x):
 def failed(res): return bool({'died', 'hung', 'raised'} & res.keys())
 
 class Child:
-    "The phases of one model in a process; what is found is sent phase by phase, so that a death leaves what was known before it"
+    "The phases of one model in a process; each result is sent at once, so that a crash loses only its own phase"
     def __init__(self, conn, name, device, rounds, block, known, tuned):
         self.conn,self.name,self.device,self.rounds,self.block,self.known,self.tuned = conn,name,torch.device(device),rounds,block,known,tuned
         self.arms,self.own = {},{}
@@ -172,7 +172,7 @@ class Child:
 
     def contiguous(self):
         try: return self.contiguous_at()
-        except Exception: self.own['own_size'] = True # it takes no other
+        except Exception: self.own['own_size'] = True # it accepts no other size
         return self.contiguous_at()
 
     def contiguous_at(self):
@@ -234,8 +234,8 @@ class Child:
             lost = failed(self.known[n]) or n=='naive' and failed(self.known.get('naive_check', {}))
             if lost: self.arms.pop(n, None)
             elif n not in self.arms: f()
-        lanes = paired(self.arms, self.rounds, self.block, self.device)
-        secs = {n: l.seconds if self.device.type=='cuda' else l.cpu for n,l in lanes.items()}
+        timed = paired(self.arms, self.rounds, self.block, self.device)
+        secs = {n: a.seconds if self.device.type=='cuda' else a.cpu for n,a in timed.items()}
         return dict(seconds={n: statistics.median(v.values()) for n,v in secs.items()},
             ratio={n: statistics.median(pairs_of(secs['contiguous'], v)) for n,v in secs.items() if n!='contiguous'})
 
@@ -283,21 +283,21 @@ def one(ctx, name, device, rounds, block, limit, tuned, no_check):
     return row | dict(wall=round(time.time()-start, 1))
 
 def verdict(row, arm):
-    "One word: what became of an arm"
+    "The outcome of an arm in one word"
     res = row.get('ours' if arm=='ours' else 'naive', {})
     chk = row.get('check' if arm=='ours' else 'naive_check', {})
     for r in (res, chk):
         for word in ('died', 'hung', 'raised'):
             if word in r: return word
-    return {True: 'right', False: 'wrong', None: 'cannot tell'}[chk['ok']] if 'ok' in chk else 'unknown'
+    return {True: 'OK', False: 'wrong', None: 'inconclusive'}[chk['ok']] if 'ok' in chk else 'unknown'
 
 def of_arm(usable, arm):
-    "What became of an arm, as counts, and its speed relative to contiguous"
+    "The outcomes of an arm as counts, and its speed relative to contiguous"
     ratios = sorted(r['times']['ratio'][arm] for r in usable if arm in r.get('times', {}).get('ratio', {}))
     words = {r['name']: verdict(r, arm) for r in usable}
     return {**Counter(words.values()), 'timed': len(ratios), 'median_ratio': statistics.median(ratios) if ratios else None,
         'faster_by_5_percent': sum(r>1.05 for r in ratios), 'slower_by_3_percent': sum(r<0.97 for r in ratios),
-        'not right': {n: w for n,w in words.items() if w!='right'}}
+        'not OK': {n: w for n,w in words.items() if w!='OK'}}
 
 def summary(rows):
     "What the rows say"
@@ -323,7 +323,7 @@ def main(
     block:int=3, # Steps a block; the first is dropped
     limit:int=300, # Seconds that a phase may take
     tuned:bool=False, # What `to_channelslast()` does: two steps and a check; writes zoo-tuned-DEVICE.jsonl and .json
-    no_check:bool=False, # With `tuned`: two steps alone, which tell whether it dies, raises or is not finite
+    no_check:bool=False, # With `tuned`: only two steps, which show whether it crashes, raises or is not finite
     tiny:bool=False, # Three models; writes nothing
     report:bool=False, # Only summarise what is there
 ):
