@@ -1,6 +1,6 @@
-"""The tables of nbs/compatibility.ipynb, from benchmarks/results: `python benchmarks/compatibility.py` writes the page anew after a measurement
+"""The tables of nbs/compatibility.ipynb, made from benchmarks/results: `python benchmarks/compatibility.py` updates the page after a measurement
 
-The page calls these functions, so running the page does the same. What has not been measured is left out, and so is a column in which nothing is."""
+The page calls these functions, so running the page does the same. Networks that were not measured and columns without values are left out."""
 import json, math, re, statistics
 from collections import Counter
 from html import escape
@@ -10,8 +10,11 @@ from fastcore.script import call_parse
 here = Path(__file__).resolve().parent
 results,page = here/'results',here.parent/'nbs/compatibility.ipynb'
 repo = 'https://github.com/fastxtend-cl/fastxtend_cl/blob/main/benchmarks/results'
-failures = {'died': 'dies', 'hung': 'hangs', 'raised': 'raises'}
-arms = {'channels last fp32': 'channels last fp32', 'contiguous mixed': 'contiguous, mixed precision', 'channels last mixed': 'channels last, mixed precision', 'tuned fp32': 'tuned, fp32', 'tuned': '`to_channelslast()`: tuned, mixed precision', 'compiled': 'compiled, the fastest'}
+failures = {'died': 'crashes', 'hung': 'hangs', 'raised': 'raises'}
+verdicts = {True: 'OK', False: 'wrong', None: 'inconclusive'}
+arms = {'channels last fp32': 'channels last fp32', 'contiguous mixed': 'contiguous, mixed precision',
+    'channels last mixed': 'channels last, mixed precision', 'tuned fp32': 'tuned, fp32',
+    'tuned': '`to_channelslast()`: tuned, mixed precision', 'compiled': 'compiled, the fastest'}
 
 def read(name):
     p = results/name
@@ -21,58 +24,72 @@ def read(name):
 def devices(): return sorted({m[1] for p in results.iterdir() if (m := re.fullmatch(r'(?:zoo|zoo-tuned|trace|formats|peers|kernels)-(cpu|cuda|mps|xpu)\.jsonl?', p.name))})
 
 def full_name(name, known, other):
-    "`source/model` for the name that a benchmark uses; torchvision's where several have it, as the benchmarks take them"
+    "`source/model` for the name that a benchmark uses; torchvision's if several packages have it"
     name = re.sub('^unet[ _]', 'unet+', name).replace(' self-attention', '+sa')
     if name.startswith('unet+'): return f'fastai/{name}'
     return next((f for s in ('torchvision', 'video', 'timm') if (f := f'{s}/{name}') in known), f'{other}/{name}')
 
 def failed(o): return next((w for k,w in failures.items() if k in o), None)
 
+def reason_of(chk):
+    "The reason of a check, in the words of today: older results say it in others"
+    reason = re.sub('^rounding alone moves (.+) of (.+) results by half their size or more', r'\1 of \2 results are too sensitive to rounding to judge', chk['reason'])
+    return re.sub(', (.+) are free:', r' and \1 is free:', reason)
+
+def naive_note(word, raised):
+    text = dict(crashes='crashes the process', hangs='never ends', raises=f'raises: {raised}')[word]
+    return f'`model.to(memory_format=...)` {text}'
+
 def zoo_row(r):
     "What the zoo found of a model"
     chk,ratio,res = r.get('check', {}),r.get('times', {}).get('ratio', {}),dict(name=r['name'], notes=[])
-    if word := failed(r['contiguous']): return res | dict(right=f'{word} contiguous, too')
+    if word := failed(r['contiguous']): return res | dict(verdict=f'{word} when contiguous, too')
     res |= dict(params=r['contiguous']['params'], shape=r['contiguous']['shape'])
-    if not r['contiguous']['convolutions']: return res | dict(right='no convolution')
+    if not r['contiguous']['convolutions']: return res | dict(verdict='no convolution')
     word = failed(r.get('ours', {})) or failed(chk)
-    res['right'] = word or {True: 'right', False: 'wrong', None: 'cannot tell'}.get(chk.get('ok', ''), 'not checked')
+    res['verdict'] = word or verdicts.get(chk.get('ok', ''), 'not checked')
     if word: res['notes'].append(f"{word}: {(r['ours'] | chk).get('raised', '')}".strip(': '))
-    if res['right']=='right' and 'one by one' in chk['reason']: res['notes'].append('checked layer by layer, since the whole step is too large for double precision there')
-    if res['right'] in ('wrong', 'cannot tell'): res['notes'].append(chk['reason'])
+    if res['verdict']=='OK' and 'one by one' in chk['reason']: res['notes'].append('checked layer by layer: the whole step does not fit into memory in double precision')
+    if res['verdict'] in ('wrong', 'inconclusive'): res['notes'].append(reason_of(chk))
     kept = r.get('ours', {}).get('kept')
     if isinstance(kept, dict) and 'forward' in kept: res['kept'] = [kept['forward'], kept['backward']]
     if 'ours' in ratio: res['screened'] = ratio['ours']
     naive,chk = r.get('naive', {}),r.get('naive_check', {})
     res['naive'] = failed(naive) or failed(chk) or ('wrong' if chk.get('ok') is False else ratio.get('naive'))
-    if res['naive'] in failures.values(): res['notes'].append(f"`model.to(memory_format=...)` {dict(dies='kills the process', hangs='never ends', raises='raises: ')[res['naive']]}{naive.get('raised', chk.get('raised', ''))}")
-    if word := failed(r.get('times', {})): res['notes'].append(f'the process {dict(dies="died", hangs="hung", raises="raised an error")[word]} while this conversion and a naive one were timed side by side; this one alone had passed its check')
+    if res['naive'] in failures.values(): res['notes'].append(naive_note(res['naive'], naive.get('raised', chk.get('raised', ''))))
+    if word := failed(r.get('times', {})):
+        text = dict(crashes='crashed', hangs='hung', raises='raised an error')[word]
+        res['notes'].append(f'the process {text} while this conversion and a naive one were timed side by side; this one alone had passed its check')
     return res
 
 def arms_of(rows, name):
-    "Ratio and interval by column, for the rows of one model in formats, peers or kernels; of compiled arms the fastest"
+    "Ratio and interval for each column, from the rows of one model in formats, peers or kernels; the fastest of compiled arms"
     res = {}
     for r in rows:
         if 'ratio' not in r: continue
         if 'compile' in r['arm'] or r['arm']=='pytorch-autotune':
             if 'compile' in r['arm'] and ('compiled' not in res or r['ratio'][0]>res['compiled'][0]): res['compiled'] = [*r['ratio'], r['arm']]
             continue
-        k = {"fastai's to_channelslast()": 'channels last fp32', 'tune=False': 'channels last mixed', 'use_amp=False': 'tuned fp32', 'to_channelslast()': 'tuned'}.get(r['arm'], re.sub(' (bf16|fp16)$', ' mixed', r['arm']))
+        known = {"fastai's to_channelslast()": 'channels last fp32', 'tune=False': 'channels last mixed', 'use_amp=False': 'tuned fp32',
+            'to_channelslast()': 'tuned'}
+        k = known.get(r['arm'], re.sub(' (bf16|fp16)$', ' mixed', r['arm']))
         if k in arms: res[k] = [*r['ratio'], re.sub('^ours: ', '', r['arm'])]
     return res
 
 def rows_of(device):
-    "One dict a model, by full name"
+    "A dict for each model, by its full name"
     res = {r['name']: zoo_row(r) for r in read(f'zoo-{device}.jsonl')}
     def at(n, other): return res.setdefault(f := full_name(n, res, other), dict(name=f, notes=[]))
     for t in read(f'trace-{device}.json').get('rows', []):
         r,places = at(t['model'], 'torchvision'),sum(t['places'].values())
         if 'kept' not in r: r['kept'],r['traced'] = [t['kept']['forward'], t['kept']['backward']],True
-        r['notes'].append('trace: keeps it throughout' if not places else f"trace: {places} place{'s lose' if places>1 else ' loses'} it, {100*t['share']:.1f} % of the step")
+        r['notes'].append('trace: the format is kept throughout' if not places else
+            f"trace: {places} place{'s lose' if places>1 else ' loses'} the format, {100*t['share']:.1f} % of the step")
     for r in read(f'zoo-tuned-{device}.jsonl'):
         row = res.setdefault(r['name'], dict(name=r['name'], notes=[]))
-        row['tuned_right'] = zoo_row(r)['right']
+        row['tuned_verdict'] = zoo_row(r)['verdict']
         if n := len(r.get('ours', {}).get('corrected', [])): row['notes'].append(f"{n} kernel{'s' if n>1 else ''} corrected")
-    for name in ('formats', 'peers', 'kernels'): # a later one replaces what both have
+    for name in ('formats', 'peers', 'kernels'): # a later file replaces the arms that both have
         d = read(f'{name}-{device}.json')
         found = {f['model']: f for f in d.get('found', [])}
         for r in d.get('rows', []): found.setdefault(r['model'], dict(rows=[], shape=r.get('shape')))['rows'].append(r)
@@ -86,7 +103,7 @@ def rows_of(device):
 def number(v, text=None, title=''): return dict(text=f'{v:.2f}' if text is None else text, sort=v, title=title)
 
 def columns(rows):
-    "(group, heading, cell of a row), those in which some row has something"
+    "(group, heading, function from a row to its cell) of each column that is not empty"
     def ratio(k):
         def cell(r):
             if k not in r.get('arms', {}): return
@@ -98,9 +115,11 @@ def columns(rows):
         v = r.get('naive')
         return v and (number(v) if isinstance(v, float) else dict(text=v, sort=-1))
     cols = [('', 'Source', lambda r: dict(text=r['name'].partition('/')[0])), ('', 'Parameters, millions', lambda r: r.get('params') and number(r['params']/1e6, f"{r['params']/1e6:.1f}")),
-        ('Right?', 'in fp32', lambda r: r.get('right') and dict(text=r['right'])), ('Right?', 'in bf16, tuned', lambda r: r.get('tuned_right') and dict(text=r['tuned_right'])), ('Format kept', 'forward', kept(0)), ('Format kept', 'backward', kept(1)),
+        ('Check', 'in fp32', lambda r: r.get('verdict') and dict(text=r['verdict'])),
+        ('Check', 'in bf16, tuned', lambda r: r.get('tuned_verdict') and dict(text=r['tuned_verdict'])),
+        ('Format kept', 'forward', kept(0)), ('Format kept', 'backward', kept(1)),
         ('Screened', 'channels last fp32', lambda r: r.get('screened') and number(r['screened'], title=f"input {'x'.join(map(str, r['shape']))}")), ('Screened', 'naive conversion', naive),
-        *(('Measured, with interval', h, ratio(k)) for k,h in arms.items()), ('', 'What to know', lambda r: r['notes'] and dict(text='; '.join(r['notes'])))]
+        *(('Measured, with interval', h, ratio(k)) for k,h in arms.items()), ('', 'Notes', lambda r: r['notes'] and dict(text='; '.join(r['notes'])))]
     return [c for c in cols if any(c[2](r) for r in rows)]
 
 def cell_html(c):
@@ -111,7 +130,7 @@ def cell_html(c):
     return f'<td{value}{title}>{text}</td>'
 
 def table(device='cpu'):
-    "HTML: one row a model, to be searched and sorted"
+    "HTML: a row for each model, which can be searched and sorted"
     rows = [*rows_of(device).values()]
     cols,n = columns(rows),f'models-{device}'
     groups = [(g, sum(c[0]==g for c in cols)) for g in dict.fromkeys(c[0] for c in cols) if g]
@@ -123,9 +142,9 @@ def table(device='cpu'):
         second.append(th(h))
     body = '\n'.join(f'<tr><th scope="row">{escape(r["name"].partition("/")[2])}</th>{"".join(cell_html(f(r)) for *_,f in cols)}</tr>' for r in rows)
     return f'''<div class="compat" id="{n}">
-<p><label for="{n}-filter">Find a model, a source or a word:</label> <input type="search" id="{n}-filter"> <span aria-live="polite">{len(rows)} of {len(rows)}</span></p>
-<div class="scroll" tabindex="0" role="region" aria-label="Models on {device}, scrolls sideways">
-<table data-quarto-disable-processing="true"><caption>Models on {device}. A heading sorts by its column.</caption>
+<p><label for="{n}-filter">Search for a model, a source or a word:</label> <input type="search" id="{n}-filter"> <span aria-live="polite">{len(rows)} of {len(rows)}</span></p>
+<div class="scroll" tabindex="0" role="region" aria-label="Models on {device}, scrollable">
+<table data-quarto-disable-processing="true"><caption>Models on {device}. Click a heading to sort by its column.</caption>
 <thead><tr>{"".join(top)}</tr><tr>{"".join(second)}</tr></thead>
 <tbody>
 {body}
@@ -137,7 +156,7 @@ def table(device='cpu'):
 script = '''(() => {
   const all = document.getElementById('ID'), body = all.querySelector('tbody'), rows = [...body.rows], count = all.querySelector('[aria-live]')
   const heads = [...all.querySelectorAll('th[aria-sort]')], box = all.querySelector('input')
-  // Where a heading stands among the cells of a row: the groups of the first line take several
+  // The position of each heading among the cells of a row: a group of the first line spans several
   const [first, second] = all.querySelectorAll('thead tr'), order = [], under = [...second.cells]
   for (const th of first.cells) order.push(...(th.scope == 'colgroup' ? under.splice(0, th.colSpan) : [th]))
   box.oninput = () => {
@@ -151,7 +170,7 @@ script = '''(() => {
     const key = r => r.cells[i].dataset.v ?? r.cells[i].textContent.toLowerCase()
     rows.sort((a, b) => {
       const [x, y] = [key(a), key(b)]
-      if (x === '' || y === '') return (x === '') - (y === '') // what was not measured stays below
+      if (x === '' || y === '') return (x === '') - (y === '') // rows without a value come last
       return down * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y)
     })
     body.append(...rows)
@@ -159,19 +178,19 @@ script = '''(() => {
 })()'''
 
 def summary(device='cpu'):
-    "Markdown: what the zoo says as a whole"
-    rows = [r for r in rows_of(device).values() if 'right' in r and r['right']!='no convolution']
-    right,naive = Counter(r['right'] for r in rows),Counter(r['naive'] for r in rows if isinstance(r.get('naive'), str))
+    "Markdown: the zoo in a few sentences"
+    rows = [r for r in rows_of(device).values() if r.get('verdict', 'no convolution')!='no convolution']
+    verdict,naive = Counter(r['verdict'] for r in rows),Counter(r['naive'] for r in rows if isinstance(r.get('naive'), str))
     ratios = [r['screened'] for r in rows if 'screened' in r]
     lost = sum(min(r.get('kept', [1]))<1 for r in rows)
-    words = ', '.join(f'{v} {k}' for k,v in right.most_common())
-    says = dict(dies='kills the process of {}', hangs='never ends in {}', raises='raises in {}', wrong='trains {} wrong')
+    words = ', '.join(f'{v} {k}' for k,v in verdict.most_common())
+    says = dict(crashes='{} crashed', hangs='{} never ended', raises='{} raised an error', wrong='{} computed wrong results')
     naively = [says[k].format(v) for k,v in naive.most_common()]
-    if died := sum('died while' in n for r in rows for n in r['notes']): naively.append(f'the process of {died} more died while both conversions were timed side by side')
-    return f'''On {device}, of {len(rows)} networks with convolutions: {words}. Channels last in fp32, one thread: {sum(r>1.05 for r in ratios)} are more than 5 % faster, {sum(r<0.97 for r in ratios)} more than 3 % slower, the median is {statistics.median(ratios):.2f}. {lost} lose the format somewhere. The conversion by `model.to(memory_format=torch.channels_last)` instead: {"; ".join(naively) or "nothing of note"}.'''
+    if crashed := sum('crashed while' in n for r in rows for n in r['notes']): naively.append(f'{crashed} more crashed while both conversions were timed side by side')
+    return f'''On {device}, of {len(rows)} networks with convolutions: {words}. Channels last in fp32 on one thread: {sum(r>1.05 for r in ratios)} are more than 5 % faster, {sum(r<0.97 for r in ratios)} more than 3 % slower, the median is {statistics.median(ratios):.2f}. {lost} lose the format somewhere. The naive conversion, `model.to(memory_format=torch.channels_last)`: {", ".join(naively) or "no failures"}.'''
 
 def histogram(device='cpu', low=0.7, high=1.6, width=0.05):
-    "SVG in HTML: how many networks gain how much, screened"
+    "SVG: how many networks gain how much, as screened"
     ratios = [r['screened'] for r in rows_of(device).values() if 'screened' in r]
     n = round((high-low)/width)
     counts = Counter(min(n-1, max(0, math.floor((v-low)/width+1e-9))) for v in ratios)
@@ -184,14 +203,15 @@ def histogram(device='cpu', low=0.7, high=1.6, width=0.05):
     return f'''<svg viewBox="0 0 720 245" role="img" aria-label="Histogram: of {len(ratios)} networks, {slower} are slower than contiguous and {len(ratios)-slower} are as fast or faster in channels last fp32" style="min-width:34rem;max-width:45rem;width:100%;height:auto" fill="currentColor" font-size="12" font-family="sans-serif">
 <line x1="40" x2="680" y1="200" y2="200" stroke="currentColor"/>
 {"".join(bars)}{"".join(ticks)}
-<text x="360" y="238" text-anchor="middle">speed in channels last fp32, contiguous is 1 (networks per bar; the outer bars hold all beyond)</text>
+<text x="360" y="238" text-anchor="middle">speed in channels last fp32, contiguous is 1 (networks per bar; the outer bars include all beyond)</text>
 </svg>'''
 
 def machines():
-    "Markdown: under which conditions each file of results was made"
+    "Markdown: the conditions of each file of results"
     lines = ['| results | what | machine | threads | torch | fastai | date |', '|---|---|---|--:|---|---|---|']
-    what = dict(zoo='screened: CPU time, median of 3 rounds, a batch of 2 at 128 pixels or what the model takes; checked against double precision', trace='traced, a batch of 8 at 128 pixels',
-        formats='measured: formats and native_dtypes', peers='measured: by the methods that there are', kernels='measured: tuned kernels', **{'zoo-tuned': 'two training steps and a check of `to_channelslast()`, in bf16 with tuned kernels'})
+    what = {'zoo': 'screened: CPU time, median of 3 rounds, batches of 2 at 128 pixels or the size that the model requires; checked against double precision',
+        'trace': 'traced, batches of 8 at 128 pixels', 'formats': 'measured: formats and precisions', 'peers': 'measured: other tools',
+        'kernels': 'measured: tuned kernels', 'zoo-tuned': 'two training steps and a check of `to_channelslast()`, in bf16 with tuned kernels'}
     for device in devices():
         for name,text in what.items():
             if not (c := read(f'{name}-{device}.json').get('conditions')): continue
@@ -200,7 +220,7 @@ def machines():
 
 @call_parse
 def main():
-    "Run the page and write it"
+    "Run the page and save it"
     from execnb.shell import CaptureShell
     from fastcore.nbio import read_nb, write_nb
     from nbdev.clean import clean_nb

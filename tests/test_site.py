@@ -134,22 +134,22 @@ def rows(compatibility, monkeypatch, tmp_path, lines=(), **files):
     for n,d in files.items(): (tmp_path/f'{n}-cpu.json').write_text(json.dumps(d))
     return compatibility.rows_of('cpu')
 
-def test_what_became_of_a_model_is_said(compatibility, monkeypatch, tmp_path):
-    some = {'torchvision/a': {}, 'timm/dies': dict(naive=dict(died=6), times=dict(ratio=dict(ours=0.9))), 'timm/raises': dict(naive=dict(raised='RuntimeError: no')), 'timm/hangs': dict(naive=dict(hung=300)),
+def test_outcomes_of_a_model(compatibility, monkeypatch, tmp_path):
+    some = {'torchvision/a': {}, 'timm/crashes': dict(naive=dict(died=6), times=dict(ratio=dict(ours=0.9))), 'timm/raises': dict(naive=dict(raised='RuntimeError: no')), 'timm/hangs': dict(naive=dict(hung=300)),
         'timm/wrong': dict(check=dict(ok=False, reason='weights', wrong=['w'])), 'timm/unclear': dict(check=dict(ok=None, reason='rounding', wrong=[])), 'timm/naive_wrong': dict(naive_check=dict(ok=False, reason='')),
-        'timm/ours_dies': dict(ours=dict(died=11), check={}), 'timm/linear': dict(contiguous=dict(params=1, convolutions=0, shape=[1])), 'timm/never': dict(contiguous=dict(raised='no')), 'timm/timing': dict(times=dict(died=6))}
+        'timm/ours_crashes': dict(ours=dict(died=11), check={}), 'timm/linear': dict(contiguous=dict(params=1, convolutions=0, shape=[1])), 'timm/never': dict(contiguous=dict(raised='no')), 'timm/timing': dict(times=dict(died=6))}
     found = rows(compatibility, monkeypatch, tmp_path, [dict(name=n, **{**zoo, **o}) for n,o in some.items()])
-    def get(n): r = found[n]; return r['right'],r.get('naive'),r.get('screened'),'; '.join(r['notes'])
-    assert get('torchvision/a')==('right', 1.1, 1.2, '') and found['torchvision/a']['kept']==[1., 0.5]
-    assert get('timm/dies')==('right', 'dies', 0.9, 'slower in channels last when screened; `model.to(memory_format=...)` kills the process')
+    def get(n): r = found[n]; return r['verdict'],r.get('naive'),r.get('screened'),'; '.join(r['notes'])
+    assert get('torchvision/a')==('OK', 1.1, 1.2, '') and found['torchvision/a']['kept']==[1., 0.5]
+    assert get('timm/crashes')==('OK', 'crashes', 0.9, 'slower in channels last when screened; `model.to(memory_format=...)` crashes the process')
     assert get('timm/raises')[1:]==('raises', 1.2, '`model.to(memory_format=...)` raises: RuntimeError: no')
     assert get('timm/hangs')[1]=='hangs' and get('timm/naive_wrong')[1]=='wrong'
-    assert get('timm/wrong')[0]=='wrong' and 'weights' in get('timm/wrong')[3] and get('timm/unclear')[0]=='cannot tell' and 'rounding' in get('timm/unclear')[3]
-    assert get('timm/ours_dies')[0]=='dies' and get('timm/linear')[0]=='no convolution' and get('timm/never')[0]=='raises contiguous, too'
-    assert get('timm/timing')[1:3]==(None, None) and 'died while' in get('timm/timing')[3]
+    assert get('timm/wrong')[0]=='wrong' and 'weights' in get('timm/wrong')[3] and get('timm/unclear')[0]=='inconclusive' and 'rounding' in get('timm/unclear')[3]
+    assert get('timm/ours_crashes')[0]=='crashes' and get('timm/linear')[0]=='no convolution' and get('timm/never')[0]=='raises when contiguous, too'
+    assert get('timm/timing')[1:3]==(None, None) and 'crashed while' in get('timm/timing')[3]
     text = compatibility.table()
     assert text.count('<th scope="row">')==len(some) and 'Measured, with interval' not in text, 'a column without a number is left out'
-    assert 'kills the process of 1' in compatibility.summary() and '1 wrong' in compatibility.summary()
+    assert '1 crashed' in compatibility.summary() and '1 wrong' in compatibility.summary()
 
 def test_later_results_fill_their_columns(compatibility, monkeypatch, tmp_path):
     "In the form that formats.py, peers.py, kernels.py and traces.py write them"
@@ -163,7 +163,7 @@ def test_later_results_fill_their_columns(compatibility, monkeypatch, tmp_path):
     found = rows(compatibility, monkeypatch, tmp_path, [dict(name='torchvision/a', **zoo)], formats=dict(rows=[arm('a', 'channels last bf16', 5.)], **cond), peers=dict(rows=peers, **cond), kernels=dict(found=[kernels], **cond), trace=dict(rows=trace, **cond))
     assert set(found)=={'torchvision/a', 'fastai/unet+resnet18', 'torchvision/vgg', 'fastai/unet+resnet34+sa'}
     assert {k:v[0] for k,v in found['torchvision/a']['arms'].items()}=={'channels last fp32': 1.1, 'channels last mixed': 1.6, 'tuned fp32': 1.4, 'tuned': 1.9, 'compiled': 1.7}
-    assert found['torchvision/a']['tuned_right']=='right' and '1 kernel corrected' in found['torchvision/a']['notes']
+    assert found['torchvision/a']['tuned_verdict']=='OK' and '1 kernel corrected' in found['torchvision/a']['notes']
     text = compatibility.table()
-    assert '1.90 (1.80 to 2.00)' in text and '9.00' not in text and '8.00' not in text and '99.9 % †' in text and 'trace: 2 places lose it, 1.3 % of the step' in text and 'trace: keeps it throughout' in text
+    assert '1.90 (1.80 to 2.00)' in text and '9.00' not in text and '8.00' not in text and '99.9 % †' in text and 'trace: 2 places lose the format, 1.3 % of the step' in text and 'trace: the format is kept throughout' in text
     assert re.search(r'\[peers-cpu\].*\| a cpu \| 2 \|', compatibility.machines())
