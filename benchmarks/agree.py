@@ -1,9 +1,9 @@
-"""Does bench say what training gives? `OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/agree.py`
+"""Do the results of bench agree with training? `OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/agree.py`
 
-The ratios that `Learner.bench_channelslast` gives, from a plain Learner, beside those of `Learner.fit`, which trains each setting in
-processes of its own, as a user does. All in turns, so that what changes on the machine meets all alike. The plain Learner has three
-processes a turn: its page faults differ from one process to the next. A quotient that is more than 5 % from 1 is flagged; `--again`
-measures networks a second time.
+Compares the ratios of `Learner.bench_channelslast`, for a plain Learner, with those of `Learner.fit`, which trains each setting in its
+own processes, as a user does. They run in turns, so that changes of the machine's speed affect all alike. The plain Learner has three
+processes per turn, because its page faults vary between processes. A quotient more than 5 % from 1 is flagged; `--again` measures
+networks a second time.
 Writes results/agree-DEVICE.json and .md after each network and continues where it was interrupted."""
 import json, statistics, tempfile
 import torch
@@ -29,7 +29,7 @@ def fit(name, shape, device, setting, steps):
     return {k: 1e3*statistics.median(getattr(times, k)[steps//2:]) for k in ('wall','cpu')}
 
 def bench(name, shape, device, seconds):
-    "What bench says of each setting"
+    "The results of bench for each setting"
     arms = {s: arm_of(s, device) for s in (fp32,default)}
     res = learner(name, shape, device).bench_channelslast([*dict.fromkeys(arms.values())], seconds=seconds, epochs=False, bar=False)
     baseline = res.baseline
@@ -37,11 +37,11 @@ def bench(name, shape, device, seconds):
         verdict=r.verdict, reason=r.reason) for s,a in arms.items() for r in [res[a]]} | {'seconds': res.seconds}
 
 def measure(name, label, turns, **more):
-    "All turns of a network; the kernels that the first process has tuned are known to the others"
+    "All turns of a network; all processes use the kernels that the first ones tuned"
     found = {'bench': [], **{s: [] for s in settings}}
     with tempfile.TemporaryDirectory() as cache:
         def child(what): return run_child(__file__, cache, names=name, child=what, **more)
-        child(default), child(fp32) # they tune
+        child(default), child(fp32) # tune the kernels
         for _ in range(turns):
             for what in (base, *found, base): found[what].append(child(what))
     return dict(model=label, rows=[row(found, s, k) for s in (fp32,default) for k in ('wall','cpu')], each=found)

@@ -1,9 +1,9 @@
 """Do the cells of one of fastai's own notebooks run with this package? `python fastai_cells.py NOTEBOOK MODE`, in a new folder;
 `peers_tests.py --fastai-nbs FOLDER` does that for all
 
-Cells that need a GPU or a download are left out. MODE is 'plain', 'imported' (this package is imported, too) or 'converted' (and each Learner is in channels last, tuned, in fp32). What the
-notebook exports is taken from the installed fastai; small data sets of random images stand in for MNIST, pets and CamVid. Prints one line
-of JSON: cell number to 'ok' or its error."""
+Cells that need a GPU or a download are left out. MODE is 'plain', 'imported' (with this package imported) or 'converted' (also with each
+Learner in channels last, tuned, in fp32). The notebook's exports are taken from the installed fastai; small data sets of random images
+replace MNIST, pets and CamVid. Prints one line of JSON: cell number to 'ok' or its error."""
 import contextlib, importlib, io, json, re, sys, warnings
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')

@@ -1,4 +1,4 @@
-"""What has to be seen on a GPU, in one command: `python benchmarks/gpu.py`, or some of its parts: `--parts right,faults`
+"""Everything that needs a GPU, in one command: `python benchmarks/gpu.py`, or some of its parts: `--parts right,faults`
 
 plan: what the race of `to_channelslast(plan='auto')` chooses, and whether that is the fastest setting
 faults: known reports, reproduced or refuted, and random operators, networks and convolutions against double precision

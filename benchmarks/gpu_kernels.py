@@ -1,4 +1,4 @@
-"""Which kernels of a convolution lose in channels last, and by how much: `python benchmarks/gpu.py --parts kernels`
+"""Which kernels of a convolution are slower in channels last, and by how much? `python benchmarks/gpu.py --parts kernels`
 
 Forward, dgrad and wgrad of the distinct convolutions of eleven networks, in both formats, in fp16, fp32 and bf16: seconds and error of each
 way that `tuned_kernels` chooses from, verified and timed as it does. Writes results/convolutions-DEVICE.json and .md after each network."""

@@ -1,6 +1,6 @@
-"""What `to_channelslast()` gains, and what tuning kernels costs: `OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/kernels.py`
+"""What does `to_channelslast()` gain, and what does tuning cost? `OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/kernels.py`
 
-The networks of networks.py, each in a child process with an empty cache of kernels. Every arm is a `Learner` of its own with the same
+The networks of networks.py, each in a child process with an empty cache of kernels. Every arm has its own `Learner` with the same
 weights and batch, timed by `Learner.one_batch`, memory kept for all. The first step of a second child has a warm cache.
 Writes results/kernels-DEVICE.json and .md after each network and continues where it was interrupted; headline.py makes the README's table
 of it."""
@@ -26,13 +26,13 @@ def step_of(name, arm, device, shape):
     return ready(learn)
 
 def first_step(step, device):
-    "Seconds of a first step, what its tuning took of them, and what that says"
+    "Seconds of a first step, seconds of tuning in it, and the line about the tuning"
     since = kernel_count()
     seconds = device_clock(device).steps(step, 1)[0, 0]
     return dict(first=seconds, tuning=kernel_table(since).seconds, line=tuning_line(since))
 
 def in_process(name, device, rounds, block, shape):
-    "What is found of one network, but for the warm start"
+    "The results of one network, except the warm start"
     res,steps = dict(model=name, shape=list(shape)),{}
     with kept_memory():
         for arm in arms:
@@ -54,7 +54,7 @@ def measure(name, **more):
 def ratios(f): return {r['arm']: r['ratio'] for r in f['rows']}
 
 def table(found):
-    "Markdown: a row for each network, and what stands out"
+    "Markdown: a row for each network, and notes"
     names,rows = [again, fastai, plain, ours_fp32, ours],[]
     for f in found:
         seconds = f"{f[ours]['tuning']:.1f}",f"{f[ours]['first']:.1f}",f"{f['warm'].get('first', 0):.2f}"

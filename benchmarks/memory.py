@@ -1,9 +1,9 @@
-"""What do tuned kernels cost in memory, and what does training gain where the CPU's allocator keeps freed memory?
+"""How much memory do tuned kernels need, and what is gained if the CPU's allocator keeps freed memory?
 `OMP_NUM_THREADS=1 python benchmarks/memory.py`
 
-Each arm trains in processes of its own, as a user's does, in turns. CPU time of the steps, page faults a step and the largest resident
-set are recorded. `tuned, cold` measures with an empty cache, so that its peak includes verification and timing; the others find the
-choices that it left. `kept` keeps freed memory, as `to_channelslast()` does by default.
+Each arm trains in its own processes, in turns. CPU time of the steps, page faults a step and the largest resident
+set are recorded. `tuned, cold` measures with an empty cache, so that its peak includes verification and timing; the others use the
+choices that it saved. `kept` keeps freed memory, as `to_channelslast()` does by default.
 Writes results/memory-cpu.json and .md after each network and continues where it was interrupted."""
 import contextlib, json, resource, statistics, tempfile, time
 import torch

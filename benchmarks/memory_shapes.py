@@ -1,6 +1,6 @@
-"""Does memory that stays cost memory where batches have many shapes? `OMP_NUM_THREADS=1 python benchmarks/memory_shapes.py`
+"""Does keeping memory need more memory if batches have many shapes? `OMP_NUM_THREADS=1 python benchmarks/memory_shapes.py`
 
-Training in bf16 with tuned kernels, as the allocator does by itself and with memory kept, each in a process of its own: images of one
+Training in bf16 with tuned kernels, with the default allocator and with memory kept, each in its own process: images of one
 shape, of random sizes (96 to 224 pixels), progressive resizing, training and validation in turns, and a detector with images of random
 sizes. CPU time and page faults of a step, the largest resident set, and what is resident after the last step and after the context.
 Writes results/memory-shapes-cpu.json and .md after each kind and continues where it was interrupted."""
@@ -59,7 +59,7 @@ def in_process(kind, keep, steps):
         end=resident())
 
 def measure(kind, steps):
-    "A row: as usual, and with memory kept"
+    "A row: the default, and with memory kept"
     return dict(model=kind, steps=steps, **{n: run_child(__file__, child=kind, keep=n=='kept', steps=steps) for n in ('usual', 'kept')})
 
 def table(found):

@@ -1,4 +1,4 @@
-"""Are normalizations in channels last as fast and as exact on a CPU? `OMP_NUM_THREADS=1 python benchmarks/norms.py`
+"""Are normalizations as fast and as accurate in channels last on a CPU? `OMP_NUM_THREADS=1 python benchmarks/norms.py`
 
 Forward and backward pass of instance normalization, contiguous, in channels last as torch computes it, and in `tuned_kernels`, and of
 group normalization in both formats: milliseconds, and the distance from double precision. The values have the standard deviation 1 and

@@ -1,4 +1,4 @@
-"""What does the package cost where there is nothing to compute? `OMP_NUM_THREADS=1 python benchmarks/overhead.py`
+"""What is the overhead of the package for tiny computations? `OMP_NUM_THREADS=1 python benchmarks/overhead.py`
 
 Microseconds that `ChannelsLastCallback` adds to a batch of a tiny CNN, against fastai's `ChannelsLast`, and microseconds that
 `tuned_kernels` adds to a call of an operator on the smallest tensors. Writes results/overhead.json."""

@@ -1,7 +1,7 @@
-"""Is it faster than what others offer? One training step of twelve networks by each known method: `OMP_NUM_THREADS=1 python benchmarks/peers.py`
+"""Is it faster than other tools? One training step of twelve networks with each known method: `OMP_NUM_THREADS=1 python benchmarks/peers.py`
 
-Every arm is a `Learner` of its own with the same weights and batch, timed by `Learner.one_batch`, memory kept for all. Peers whose packages
-are not installed are their published few lines; the rows say which.
+Every arm has its own `Learner` with the same weights and batch, timed by `Learner.one_batch`, with memory kept for all. The few published
+lines of a tool are used if its package is not installed; the rows say where.
 Writes results/peers-DEVICE.json and .md after each network and continues where it was interrupted."""
 import gc, warnings
 import torch

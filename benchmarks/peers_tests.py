@@ -1,14 +1,14 @@
-"""Does it do what PyTorch's, Composer's, fastxtend's and fastai's own tests ask of channels last? `python benchmarks/peers_tests.py`
+"""Does it pass PyTorch's, Composer's, fastxtend's and fastai's own tests of channels last? `python benchmarks/peers_tests.py`
 
 modules: each case of PyTorch's list of modules (`torch.testing._internal.common_modules`, which needs `pip install expecttest`): converted,
-with its images and volumes in channels last, inside `tuned_kernels`, it computes the outputs and gradients that it computes contiguous in
-double precision; a case with convolutions is checked and traced as a training step, too.
+with its images and volumes in channels last, inside `tuned_kernels`, it computes the same outputs and gradients as in contiguous format in
+double precision. Cases with convolutions are also checked and traced as training steps.
 composer: after the algorithm has been applied to a model, or to a Trainer before its first batch, weights and activations are in channels
 last, and a step trains.
 fastxtend: the callback and the transform, on the input types of fastai, with and without mixed precision, and back again.
 fastai: each cell of its notebooks that needs no GPU and no download, read from `--fastai-nbs FOLDER` (the folder `nbs` of a clone of fastai):
-what runs without this package runs when it is imported, and with every Learner in channels last.
-Prints what fails, and exits with 1 if anything does."""
+cells that run without this package also run when it is imported, and with every Learner in channels last.
+Prints the failures, and exits with 1 if there are any."""
 import copy, inspect, json, subprocess, sys, tempfile, time, warnings
 from collections import Counter
 from functools import partial

@@ -3,8 +3,8 @@
 The networks of networks.py, each in a child process with an empty cache of plans and kernels:
 
 1. A Learner trains with `plan='auto'` until the race is over: what was chosen, in how many steps and seconds.
-2. Each of the four settings that compete, alone, beside plain PyTorch's four (no tuned kernels) and fastai's own `to_channelslast()`:
-   paired, in blocks in random order, memory kept for all. The regret is the time of the chosen setting over that of the best of the four.
+2. Each of the four settings that compete, alone, with those of plain PyTorch (no tuned kernels) and fastai's own `to_channelslast()`:
+   paired, in blocks in random order, with memory kept for all. The regret is the time of the chosen setting over that of the best of the four.
 3. At a smaller shape, so that it can be repeated: races while another process computes on the same core, against the four settings alone
    in quiet. Their kernels are tuned before.
 
@@ -98,7 +98,7 @@ def with_regret(raced, timed, settings):
     return dict(raced, best=best, regret=ratio_of(timed[raced['arm']], timed[best]))
 
 def in_process(name, shape, tiny, device, rounds, block, repeats):
-    "What is found of one network"
+    "The results of one network"
     start,(settings,more) = time.perf_counter(),arms(device)
     quiet = race(name, shape, device)
     timed,failed = alone(name, shape, device, settings | more, rounds, block)

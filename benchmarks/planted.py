@@ -1,7 +1,7 @@
-"""Is a planted difference found, and a planted zero called a tie? `OMP_NUM_THREADS=1 python benchmarks/planted.py`
+"""Does `bench_formats` find an artificial difference, and report a tie without one? `OMP_NUM_THREADS=1 python benchmarks/planted.py`
 
-Whole networks. An arm that wastes 5 % of a step's time, and one that wastes nothing, are told from the baseline by `bench_formats`;
-quiet, and with a process that computes on the same cores every other three seconds. Writes results/planted.json."""
+Whole networks. `bench_formats` compares an arm that wastes 5 % of a step's time, and one that wastes nothing, with the baseline, on idle
+cores, and with a process that computes on the same cores every other three seconds. Writes results/planted.json."""
 import contextlib, statistics, time
 import torch
 from fastcore.script import call_parse
@@ -11,7 +11,7 @@ from fastxtend_cl.cli import model_step
 from common import busy, paired, save
 
 def wasting(step, share, seconds):
-    "An arm: the step, and `share` of its `seconds` of CPU time as work before it"
+    "An arm that computes for `share` of `seconds` of CPU time before the step"
     a = torch.randn(64, 64)
     def f():
         end = time.thread_time()+share*seconds
@@ -20,7 +20,7 @@ def wasting(step, share, seconds):
     return lambda step: f
 
 def measure(name, load, step, one, seconds, seed):
-    "What `bench_formats` says of both arms"
+    "The results of `bench_formats` for both arms"
     with busy(rest=3.) if load else contextlib.nullcontext():
         res = bench_formats(step, {'5 % more': wasting(step, 0.05, one), 'the same': wasting(step, 0, one)}, seconds=seconds, seed=seed, bar=False)
     row = dict(model=name, load=load, noise=res.noise, arms={r.arm: (r.verdict, r.ratio, r.low, r.high) for r in res.rows[2:]},

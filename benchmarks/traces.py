@@ -1,7 +1,7 @@
 """Which networks keep the format, forward and backward? `python benchmarks/traces.py`
 
-Traces of the 28 torchvision models that PyTorch's channels-last tutorial lists as fully supported, and of fastai's unets. The formats are
-facts; of the times only the share of the step is kept.
+Traces of the 28 torchvision models that PyTorch's channels-last tutorial lists as fully supported, and of fastai's unets. Formats do not
+depend on the machine; of the times only the share of the step is saved.
 Writes results/trace-DEVICE.json after each model and continues where it was interrupted."""
 import gc, os, warnings
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
@@ -66,7 +66,7 @@ def main(
     found = Results('-'.join(['trace', device, *[autocast]*bool(autocast)]), names, refresh, tiny, bs=bs, size=size, autocast=autocast)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        trace_formats(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does once
+        trace_formats(step_of('resnet18', 2, 64, torch.device(device), None)) # what a process does only once
         for n in found:
             gc.collect()
             found.add(row_of(n, trace_formats(step_of(n, bs, size, torch.device(device), dtype))))

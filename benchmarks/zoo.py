@@ -1,4 +1,4 @@
-"""What does a training step do in channels last, in how many networks? `python benchmarks/zoo.py`
+"""How do training steps of many networks behave in channels last? `python benchmarks/zoo.py`
 
 Every family of timm and torchvision below 60 million parameters, fastai's own networks, 5-D ones, and networks of other packages
 (segmentation_models_pytorch, MONAI, nnU-Net's architectures, torchvision's detectors). Each in child processes, contiguous, converted
