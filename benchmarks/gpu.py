@@ -167,7 +167,7 @@ def run_sections(part, device, tiny, seconds, only=None):
     for k,v in sorted(rows.counts.items()):
         if any(v[1:]): print(f'{k:60}', *v)
     found = [r for r in rows.rows if r.get('wrong') or 'case' in r]
-    print(f'{part}: {len(rows.rows)} rows, {len(rows.bad)} failed or not right, {len(found)} with wrong results')
+    print(f'{part}: {len(rows.rows)} rows, {len(rows.bad)} failed or not OK, {len(found)} with wrong results')
     return not rows.bad
 
 # The other parts
@@ -319,7 +319,7 @@ def main(
     if len(names)>1: # each in a process of its own, so that a lost device or its memory is one part's
         own = [sys.executable, str(here/'gpu.py'), '--device', device, '--seconds', str(limit), *['--tiny']*tiny]
         failed = [n for n in names if subprocess.run([*own, '--parts', n], env=env).returncode]
-        print(f'failed: {", ".join(failed)}' if failed else f'all right: {parts}')
+        print(f'failed: {", ".join(failed)}' if failed else f'all OK: {parts}')
         sys.exit(int(bool(failed)))
     name,device = names[0],torch.device(device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that sections end, too
@@ -327,5 +327,5 @@ def main(
     run = dict(plan=run_plan, tests=run_tests, kernels=run_kernels, speed=run_speed, scripts=run_scripts)
     try: ok = run[name](device, tiny, limit) if name in run else run_sections(name, device, tiny, limit, sections)
     except Exception: traceback.print_exc(); ok = False
-    print(f'== {name}: {"right" if ok else "failed, or something is not right"}', flush=True)
+    print(f'== {name}: {"OK" if ok else "failed, or wrong results"}', flush=True)
     sys.exit(int(not ok))
