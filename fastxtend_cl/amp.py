@@ -134,7 +134,10 @@ class DeviceMixedPrecision(MixedPrecision):
     ):
         "Train in the precision of the weights for now, and keep the loss scale for later; call it between optimizer steps"
         self.paused = paused
-        if self._contexts: self.autocast,self.learn.scaler = self._contexts[paused]
+        if not self._contexts: return
+        ours = getattr(self.learn, 'scaler', None) in [scaler for _,scaler in self._contexts] # else another callback has set its own since
+        self.autocast,scaler = self._contexts[paused]
+        if ours: self.learn.scaler = scaler
 
     def after_loss(self): self.leave()
 
@@ -160,7 +163,7 @@ def before_fit(self:DeviceMixedPrecision):
     scaled = mode==AMPMode.FP16 and self.kwargs.get('enabled', True)
     self._contexts = contexts(mode, **{**self.kwargs, 'enabled': scaled}),contexts(None, enabled=False) # by `paused`
     self.scales = L()
-    self.pause(self.paused)
+    self.autocast,self.learn.scaler = self._contexts[self.paused]
 
 @patch
 def before_batch(self:DeviceMixedPrecision):

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 import torch
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from .convert import check_has_convolution, scripted_modules
@@ -26,6 +25,7 @@ from .precision import dtype_name, tf32_allowed
 from .preserve import seed_all
 from .report import Result, machine
 from .step import SameRandom, StepResult, TrainingStep, double_dtype
+from .timing import Progress
 
 # %% ../nbs/14_check.ipynb #8394fe92
 safety_factor = 4. # An error may be this many times as large as the measured rounding
@@ -310,7 +310,7 @@ def _judge(all_runs, dtype):
 class _TimeBudget:
     "Counts runs, shows their progress, and tells whether more of them fit into the time"
     def __init__(self, seconds=math.inf, bar=False):
-        self.seconds,self.show,self.bar,self.n,self.left_out = seconds,bar,None,0,[]
+        self.seconds,self.progress,self.n,self.left_out = seconds,Progress(bar, after=2),0,[]
         self.start,self.cpu = time.perf_counter(),time.process_time()
         self.last,self.cost = 0.,{False: 0., True: 0.} # of a run, and of one in double precision
     def wall(self): return time.perf_counter()-self.start
@@ -318,12 +318,7 @@ class _TimeBudget:
     def count_run(self, double):
         now = self.spent()
         self.cost[double],self.last,self.n = now-self.last,now,self.n+1
-        if self.show and not self.bar and self.wall()>2:
-            self.bar = progress_bar(range(100), leave=False)
-            self.bar.update(0)
-        if self.bar: self.bar.update(min(99, max(1, int(100*self.n/(self.n+4)))))
-    def close(self):
-        if self.bar: self.bar.update(100)
+        self.progress.at(self.n/(self.n+4))
     def allows(self, single, double, what):
         "Whether so many runs in single and in double precision still fit; if not, `what` is noted as left out"
         self.last = self.spent()
@@ -421,7 +416,7 @@ def check_formats(
     budget = _TimeBudget(seconds, bar)
     try:
         with step.initialized(): res = _check(step, memory_format, memory, budget)
-    finally: budget.close()
+    finally: budget.progress.done()
     if budget.left_out:
         res.reason += f'; left out to finish in about {seconds:g} s: {", ".join(budget.left_out)} (increase `seconds` to include them)'
     res.conditions['left_out'],res.seconds = budget.left_out,budget.wall()

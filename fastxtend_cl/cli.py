@@ -44,7 +44,7 @@ def autocast_dtype(
     "The dtype that `--amp` names"
     from fastxtend_cl.precision import dtype_of, native_dtypes
     if amp not in ('fp16', 'bf16', 'native', 'none'): raise UsageError(f'--amp must be fp16, bf16, native or none, got {amp}')
-    return next(iter(native_dtypes(device)), None) if amp=='native' else dtype_of(amp)
+    return next(iter(native_dtypes(device)), None) if amp=='native' else dtype_of(None if amp=='none' else amp)
 
 # %% ../nbs/27_cli.ipynb #7ea198b7
 def _terminal(): return sys.stdout.isatty()

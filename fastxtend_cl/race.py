@@ -126,6 +126,7 @@ class RaceCallback(Callback):
     ):
         self.compile,self.refresh,self.active,self.compiled = compile,refresh,False,{}
         self.lines,self.failures,self.blocked_line = [],[],None # to print; about the current batch; the last about a fit without a race
+        self.set_aside,self.without_amp = None,False # see `swap_settings`
         self.reset(arms)
 
     def reset(self, arms):
@@ -194,10 +195,16 @@ def announce(self:RaceCallback):
 
 # %% ../nbs/22_race.ipynb #a605dc9d
 @patch
+def swap_settings(self:RaceCallback):
+    "Exchange the settings, and what is known of them, with those of fits without mixed precision, or back"
+    now,other = {n: getattr(self, n) for n in ('arms', 'baseline', 'plans', 'open_races', 'id')},self.set_aside
+    if other: vars(self).update(other, applied=None, key=None)
+    else: self.reset(sorted((a for a in self.arms.values() if a.dtype is None and not a.compile), key=lambda a: a.memory_format!=self.baseline.memory_format))
+    self.set_aside,self.without_amp = now,not self.without_amp
+
+@patch
 def before_fit(self:RaceCallback):
-    if not self.learn._grab_cbs(DeviceMixedPrecision) and any(a.dtype for a in self.arms.values()): # the user has removed it
-        arms = [a for a in self.arms.values() if a.dtype is None and not a.compile]
-        self.reset(sorted(arms, key=lambda a: a.memory_format!=self.baseline.memory_format))
+    if not self.learn._grab_cbs(DeviceMixedPrecision) and any(a.dtype for a in self.arms.values()): self.swap_settings() # the user has removed it
     self.trained,self.batch,self.may_switch,self.blocked = None,_Batch(),True,_cannot_alternate(self.learn)
     if self.blocked: return self.use_saved_plan()
     self.apply(self.arm_of(self.plan))
@@ -360,6 +367,8 @@ def rest(self:RaceCallback):
         o = self.open_race
         if o and o.steps: self.say(f'The comparison of settings continues in the next fit: {o.steps} steps so far.')
         if o: o.start_block()
+        if self.without_amp: self.swap_settings()
         self.apply(self.arm_of(self.plan))
         self.learn.channels_last.plan = self.plan
+    elif self.without_amp: self.swap_settings()
     self.flush()

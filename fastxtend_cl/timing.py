@@ -268,11 +268,14 @@ def block_size(arms:list, seconds:float) -> int:
 
 # %% ../nbs/13_timing.ipynb #6c7c198b
 class Progress:
-    "A progress bar in percent; the first rank shows it"
-    def __init__(self, show:bool):
-        self.bar = progress_bar(range(100), leave=False) if show and not (world_size()>1 and dist.get_rank()) else None
-        if self.bar: self.bar.update(0)
+    "A progress bar in percent, there once `after` seconds have passed; the first rank shows it"
+    def __init__(self, show:bool, after:float=0.):
+        self.show,self.shown_from,self.bar = show and not (world_size()>1 and dist.get_rank()),time.perf_counter()+after,None
+        self.at(0.)
     def at(self, share):
+        if self.show and not self.bar and time.perf_counter()>=self.shown_from:
+            self.bar = progress_bar(range(100), leave=False)
+            self.bar.update(0)
         if self.bar: self.bar.update(min(99, max(1, int(100*share))))
     def done(self):
         if self.bar: self.bar.update(100)

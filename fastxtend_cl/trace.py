@@ -8,7 +8,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/trace.html.md"""
 __all__ = ['trace_kinds', 'TraceRow', 'FormatTrace', 'trace_formats']
 
 # %% ../nbs/16_trace.ipynb #223450b4
-import bisect, math, os, statistics, time, traceback, warnings
+import bisect, math, os, statistics, traceback, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -21,7 +21,7 @@ from .layout import layout_of, tensors_in
 from .precision import precision_name
 from .report import Result, axes, ink, machine, plural, say_on, some_of, text_table
 from .step import TrainingStep
-from .timing import Progress, device_clock, world_size
+from .timing import Deadline, Progress, device_clock, world_size
 from .tracer import Tracer, copy_ops, make_tensor, own_folder, torch_folder
 from .ways import torchs_formats
 
@@ -42,31 +42,18 @@ def _cost_seconds(cost, clock):
     return _least_seconds([lambda: make_tensor(cost.after, device).copy_(x)], clock)[0]
 
 # %% ../nbs/16_trace.ipynb #58db9b22
-class _Pace:
-    "The time that is left, and a progress bar once two seconds have passed"
-    def __init__(self, seconds, bar): self.seconds,self.show,self.bar,self.start = seconds,bar,None,time.perf_counter()
-    @property
-    def spent(self): return time.perf_counter()-self.start
-    @property
-    def left(self): return self.seconds-self.spent
-    def at(self, share):
-        if self.show and not self.bar and self.spent>2: self.bar = Progress(True)
-        if self.bar: self.bar.at(share)
-    def done(self):
-        if self.bar: self.bar.done()
-
-def _all_costs(losses, clock, pace):
+def _all_costs(losses, deadline, progress):
     """Seconds of each distinct cost by its key, timed while time is left, the largest first; the rate of those gives the
     rest. Also how many are estimated, and in how many `seconds` all would be timed"""
-    costs,known,start = {c.key: c for l in losses for c in l.costs},{},pace.spent
+    costs,known,start = {c.key: c for l in losses for c in l.costs},{},deadline.spent
     costs = sorted(costs.values(), key=lambda c: -c.bytes)
     with torch.no_grad():
         for c in costs:
-            if known and pace.left<=0: break
-            known[c.key] = _cost_seconds(c, clock)
-            pace.at(0.5+0.5*len(known)/len(costs))
+            if known and deadline.left<=0: break
+            known[c.key] = _cost_seconds(c, deadline.clock)
+            progress.at(0.5+0.5*len(known)/len(costs))
     rest,rate = costs[len(known):],sum(known.values())/max(1, sum(c.bytes for c in costs[:len(known)]))
-    enough = start+(pace.spent-start)*len(costs)/max(1, len(known))
+    enough = start+(deadline.spent-start)*len(costs)/max(1, len(known))
     return known | {c.key: c.bytes*rate for c in rest},len(rest),math.ceil(1.5*enough)
 
 # %% ../nbs/16_trace.ipynb #6c3e250a
@@ -323,23 +310,23 @@ def _explained():
         why = 'a `.view` that merges channels with height or width needs contiguous memory, use `.flatten` or `.reshape`'
         raise ValueError(f'the step fails in channels last{where}: {why}') from e
 
-def _step_seconds(step, clock, pace):
+def _step_seconds(step, deadline, progress):
     "Of one step, after one more to warm up; of the first where time is short"
     times = []
     for i in range(3):
-        times.append(float(clock.steps(lambda: step.run(keep='loss'), 1)[0,0]))
-        pace.at((i+1)/10)
-        if pace.left<=0 and world_size()==1: break # where ranks train together all make the same steps
+        times.append(float(deadline.clock.steps(lambda: step.run(keep='loss'), 1)[0,0]))
+        progress.at((i+1)/10)
+        if deadline.left<=0 and world_size()==1: break # where ranks train together all make the same steps
     return statistics.median(times[1:] or times)
 
-def _traced(step, clock, pace):
+def _traced(step, deadline, progress):
     "The `Tracer` of a step in channels last, and seconds of a step without it"
     with step.preserved(), torch.compiler.set_stance('force_eager'), _explained(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Using `torch.compile.module.` when there are global hooks') # called twice, without harm
         step.convert('channels_last')
-        seconds = _step_seconds(step, clock, pace)
+        seconds = _step_seconds(step, deadline, progress)
         with (tracer := Tracer(step)), torchs_formats(): step.run(keep='loss', optimizer_step=False)
-    pace.at(0.5)
+    progress.at(0.5)
     return tracer,seconds
 
 # %% ../nbs/16_trace.ipynb #d9163c2d
@@ -370,10 +357,10 @@ def trace_formats(
     step itself raises."""
     if not seconds>0: raise ValueError(f'seconds must be above 0, got {seconds!r}')
     check_has_convolution(step.model, 'trace')
-    pace,clock = _Pace(seconds, bar),device_clock(step.device)
-    with step.initialized(): tracer,step_seconds = _traced(step, clock, pace)
-    with tuned_kernels(step.kernels, model=step.model): seconds_of,estimated,enough = _all_costs(tracer.losses, clock, pace)
+    deadline,progress = Deadline(seconds, device_clock(step.device)),Progress(bar, after=2)
+    with step.initialized(): tracer,step_seconds = _traced(step, deadline, progress)
+    with tuned_kernels(step.kernels, model=step.model): seconds_of,estimated,enough = _all_costs(tracer.losses, deadline, progress)
     res = _result(tracer, seconds_of, step_seconds, _conditions(step) | dict(estimated=estimated, enough=enough))
-    pace.done()
-    res.seconds = pace.spent
+    progress.done()
+    res.seconds = deadline.spent
     return res

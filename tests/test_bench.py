@@ -727,10 +727,10 @@ def test_memory_is_as_the_arm_says(monkeypatch):
         touched.clear()
         seen = {n: set() for n in ('baseline', *keep)}
         def arm(name, keep=None):
-            def run(): seen[name].add(memory._wishes[-1][0] if memory._wishes else 'alone')
+            def run(): seen[name].add(memory._open[-1].threshold if memory._open else 'alone')
             return Arm(name, setup=lambda step: run, keep_memory=keep)
         b = bench_formats(step, [arm(n, k) for n,k in keep.items()], baseline=arm('baseline'), **quick)
-        assert len(b.rows)==2+len(keep) and not memory._wishes
+        assert len(b.rows)==2+len(keep) and not memory._open
         return seen
     assert asked(a=None)==dict(baseline={'alone'}, a={'alone'}) and asked(a=False)==dict(baseline={'alone'}, a={32<<20}) and not touched
     assert asked(a=True, b=None, c=False)==dict(baseline={'alone', 5<<20}, a={None}, b={5<<20}, c={5<<20})
@@ -749,7 +749,7 @@ def test_no_more_memory_is_touched_than_an_arm_took(monkeypatch):
 @pytest.mark.skipif(not can_keep_memory(), reason="not glibc's allocator, or told otherwise by the environment")
 def test_inside_kept_memory_the_baseline_keeps_it(monkeypatch):
     seen,step = set(),step_of(network())
-    def run(): seen.add(memory._wishes[-1][0])
+    def run(): seen.add(memory._open[-1].threshold)
     with kept_memory(): bench_formats(step, [Arm('a', setup=lambda step: run, keep_memory=True)], baseline=Arm('baseline', setup=lambda step: run), **quick)
     assert seen=={None}
 

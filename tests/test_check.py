@@ -6,7 +6,7 @@ from torch import nn
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, TensorCategory, TensorImage
 from hypothesis import given, settings, strategies as st
 from fastxtend_cl.all import *
-from fastxtend_cl import check
+from fastxtend_cl import check, timing
 from fastxtend_cl.precision import cpu_bf16
 from helpers import Fault, Faulty, adamw, assert_same_snapshot, snapshot, step_of
 
@@ -356,11 +356,11 @@ def test_the_bar_shows_after_two_seconds(monkeypatch):
     class Bar:
         def __init__(self, gen, leave): shown.append(gen)
         def update(self, n): shown.append(n)
-    monkeypatch.setattr(check, 'progress_bar', Bar)
+    monkeypatch.setattr(timing, 'progress_bar', Bar)
     def slow(bar):
         budget = check._TimeBudget(15., bar)
-        budget.start -= 3
-        budget.count_run(False); budget.close()
+        budget.progress.shown_from -= 3
+        budget.count_run(False); budget.progress.done()
         return shown
     assert slow(False)==[] and slow(True)==[range(100), 0, 20, 100]
-    assert check._TimeBudget(15., True).bar is None
+    assert check._TimeBudget(15., True).progress.bar is None

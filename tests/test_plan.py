@@ -465,7 +465,7 @@ def test_arguments_that_contradict():
     with pytest.raises(ValueError, match="plan must be 'auto', 'refresh', a FormatPlan or None, got 'best'"): learner().to_channelslast(plan='best')
     with pytest.raises(ValueError, match="compile=True is for plan='auto'"): learner().to_channelslast(compile=True)
     with pytest.raises(TypeError, match="tune must be True or False, got 'yes'"): learner().to_channelslast(tune='yes')
-    with pytest.raises(TypeError, match="unknown argument 'repair': choose from use_amp, .*keep_memory, init_scale"):
+    with pytest.raises(TypeError, match="unknown argument 'repair'; choose from use_amp, .*keep_memory, init_scale"):
         learner().to_channelslast(repair=True)
 
 @pytest.mark.parametrize('kw', [dict(seconds=10), dict(cache='refresh'), dict(bar=False)], ids=str)

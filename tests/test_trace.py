@@ -9,7 +9,7 @@ from fastai.vision.all import CrossEntropyLossFlat
 from hypothesis import given, settings, strategies as st
 from torchvision.models.resnet import BasicBlock
 from fastxtend_cl.all import *
-from fastxtend_cl import trace as trace_module
+from fastxtend_cl import timing, trace as trace_module
 from fastxtend_cl.internals import storage_id
 from fastxtend_cl.internals import storage_id
 from fastxtend_cl.layout import layout_of
@@ -359,16 +359,15 @@ def test_a_short_time_estimates(monkeypatch):
 @pytest.mark.parametrize('bar', [True, False])
 def test_a_progress_bar_after_two_seconds(bar, monkeypatch):
     shown = []
-    class Shown:
-        def __init__(self, show): shown.append(0)
-        def at(self, share): shown.append(share)
-        def done(self): shown.append(1)
-    monkeypatch.setattr(trace_module, 'Progress', Shown)
+    class Bar:
+        def __init__(self, gen, leave): pass
+        def update(self, n): shown.append(n)
+    monkeypatch.setattr(timing, 'progress_bar', Bar)
     trace_formats(step_of(network(Copies())), bar=bar)
     assert not shown, 'it was fast'
     monkeypatch.setattr(time, 'perf_counter', itertools.count(0., 0.5).__next__) # each look at the clock half a second later
     trace_formats(step_of(network(Copies())), bar=bar)
-    assert bool(shown)==bar and shown==sorted(shown) and (not bar or shown[-1]==1)
+    assert bool(shown)==bar and shown==sorted(shown) and (not bar or shown[-1]==100)
 
 # the result
 
