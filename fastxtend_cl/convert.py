@@ -219,7 +219,7 @@ def convert_format(
 
 # %% ../nbs/11_convert.ipynb #2105fa56
 def _kernel_warnings(model):
-    "Warnings of layers whose kernels can end the process in a training loop on a CPU, unless `tuned_kernels` avoids them"
+    "Warnings of layers whose kernels can crash the process in a training loop on a CPU, unless `tuned_kernels` avoids them"
     names = [n or type(model).__name__ for n in crashing_layers(model)] if any(p.device.type=='cpu' for p in model.parameters()) else []
     return [FormatWarning(f'the gradient kernels of {some_of(names)} can crash the process in channels last on a CPU: '
         'train inside `with tuned_kernels():`, which avoids them')] if names else []

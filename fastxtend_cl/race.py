@@ -204,7 +204,8 @@ def swap_settings(self:RaceCallback):
 
 @patch
 def before_fit(self:RaceCallback):
-    if not self.learn._grab_cbs(DeviceMixedPrecision) and any(a.dtype for a in self.arms.values()): self.swap_settings() # the user has removed it
+    without_amp = not self.learn._grab_cbs(DeviceMixedPrecision) # the user has removed it, maybe for this fit only
+    if self.without_amp!=without_amp and (self.without_amp or any(a.dtype for a in self.arms.values())): self.swap_settings()
     self.trained,self.batch,self.may_switch,self.blocked = None,_Batch(),True,_cannot_alternate(self.learn)
     if self.blocked: return self.use_saved_plan()
     self.apply(self.arm_of(self.plan))
@@ -367,8 +368,6 @@ def rest(self:RaceCallback):
         o = self.open_race
         if o and o.steps: self.say(f'The comparison of settings continues in the next fit: {o.steps} steps so far.')
         if o: o.start_block()
-        if self.without_amp: self.swap_settings()
         self.apply(self.arm_of(self.plan))
         self.learn.channels_last.plan = self.plan
-    elif self.without_amp: self.swap_settings()
     self.flush()

@@ -886,7 +886,7 @@ def test_learner_method_keeps_memory_as_fit_does(monkeypatch):
     assert asked()==(True, True) and asked(keep_memory=None)==(True, None)
     learn.channels_last.keep_memory = False
     assert asked()==(False, False)
-    monkeypatch.setattr(module, 'learner_device', lambda learn: torch.device('cuda'))
+    monkeypatch.setattr(module, 'learner_device', lambda learn, now=False: torch.device('cpu' if now else 'cuda'))
     assert asked()==(None, None), 'the allocator of the CPU is left alone'
 
 # Two processes

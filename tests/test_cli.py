@@ -58,7 +58,7 @@ def test_kernels_shows_how_each_convolution_is_computed(own, capsys, tmp_path, a
     native = 'bf16' if native_dtypes('cpu') else 'fp32'
     assert [r['call'] for r in rows if r['call'].startswith('3x3, 8 to 8') and r['call'].endswith(precision or native)]
     assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
-    assert main(['kernels', 'own_models:right', *tiny])==0 and 'computed in another way than torch does' in capsys.readouterr().out.splitlines()[0]
+    assert main(['kernels', 'own_models:right', *tiny])==0 and 'kernels replaced' in capsys.readouterr().out.splitlines()[0]
     assert main(['kernels', 'own_models:right', '--amp', 'int8', *tiny])==2
     assert '--amp must be fp16, bf16, native or none, got int8' in capsys.readouterr().err
 

@@ -539,6 +539,14 @@ def test_mixed_precision_that_the_user_takes_away(race):
     fit_out(learn, 8)
     assert {*learn.race.arms}=={base, 'channels last fp32'} and plan(learn).arm=='channels last fp32' and not learn._grab_cbs(MixedPrecision)
 
+def test_mixed_precision_that_is_away_for_one_fit(race):
+    learn = fit(race())
+    arms,before = [*learn.race.arms],learn.race.baseline.name
+    with learn.removed_cbs(learn._grab_cbs(MixedPrecision)): fit(learn)
+    assert not any(a.dtype for a in learn.race.arms.values())
+    fit_out(learn, 8)
+    assert [*learn.race.arms]==arms and learn.race.baseline.name==before and learn._grab_cbs(MixedPrecision)
+
 def test_bad_arguments_change_nothing():
     learn = tiny_learner(model=nn.Sequential(nn.Flatten(), nn.Linear(192, 2)))
     before = list(learn.cbs)

@@ -126,6 +126,7 @@ class Sequences(RuleBasedStateMachine):
         "Callbacks that come for one fit, in nested contexts, and some that are away meanwhile"
         with self.learn.removed_cbs(self.learn._grab_cbs(tuple(without))) if without else nullcontext(), self.learn.added_cbs([Callback()]), self.learn.added_cbs([SeeBatch()]):
             fit(self.learn)
+        if MixedPrecision in without and self.learn._grab_cbs(RaceCallback): fit(self.learn) # the settings that need it compete again
         if ChannelsLast not in without: self.settled = True
 
     @rule(how=st.sampled_from(['freeze', 'unfreeze']))
