@@ -8,7 +8,7 @@ from fastxtend_cl.cache import CacheFile, CacheWarning, cache_folder, conditions
 from helpers import caught_warnings
 
 file = CacheFile('test.json', 3, 'results of a test')
-once_per_test = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+once_per_test = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
