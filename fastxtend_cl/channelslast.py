@@ -192,10 +192,10 @@ def to_channelslast(self:Learner,
     # Compute each convolution in the fastest correct way, see `tuned_kernels`.
     # False: never time kernels, only replace those that compute wrong results
     tune:bool=True,
-    # A setting for the whole model. 'auto': the first training steps race the memory formats and precisions that are allowed, and the
-    # fastest stays; 'refresh': also if a plan was found earlier. None: channels last
+    # A setting for the whole model. 'auto': the first training steps compare the memory formats and precisions that are allowed, and the
+    # fastest stays; 'refresh': also if there is a saved plan. None: channels last
     plan:str|FormatPlan|None=None,
-    compile:bool=False, # The winner of the race runs against itself compiled
+    compile:bool=False, # With plan='auto': also compare the fastest setting with itself compiled
     keep_memory:bool=True, # On a CPU, keep freed memory while training, where the allocator can
     **kwargs
 ) -> Learner: # The same `Learner`
