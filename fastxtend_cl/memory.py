@@ -24,18 +24,33 @@ class _SymbolInfo(ctypes.Structure):
     "`Dl_info` of dlfcn.h"
     _fields_ = [('file', ctypes.c_char_p), ('base', ctypes.c_void_p), ('name', ctypes.c_char_p), ('address', ctypes.c_void_p)]
 
+class _LinkMap(ctypes.Structure):
+    "`struct link_map` of link.h: the program and the libraries it has loaded, in the order in which functions are looked for"
+    _fields_ = [('base', ctypes.c_void_p), ('file', ctypes.c_char_p), ('dynamic', ctypes.c_void_p), ('next', ctypes.c_void_p)]
+
 def _defined_in(libc, name):
-    "File and address of the library that defines a function"
+    "File and address of what a function's address belongs to"
     f,info = getattr(libc, name, None),_SymbolInfo()
     if not f or not libc.dladdr(ctypes.cast(f, ctypes.c_void_p), ctypes.byref(info)): return None,None
     return Path(os.fsdecode(info.file)).name,info.base
 
+def _first_library(libc, name):
+    "The same of the first library with that function"
+    entry = ctypes.cast(libc._handle, ctypes.POINTER(_LinkMap)).contents
+    while entry.next:
+        entry = ctypes.cast(entry.next, ctypes.POINTER(_LinkMap)).contents
+        try: found = _defined_in(ctypes.CDLL(os.fsdecode(entry.file), mode=os.RTLD_NOLOAD|os.RTLD_NOW), name) if entry.file else (None, None)
+        except (OSError, AttributeError): continue # not a file, such as what the kernel maps
+        if found[1] is not None and found[1]==entry.base: return found
+    return None,None
+
 def other_allocator() -> str|None:
     "Name of the allocator that is used in place of glibc's, or None"
     if os.name!='posix' or not hasattr(libc := ctypes.CDLL(None), 'gnu_get_libc_version'): return 'a C library other than glibc'
-    _,glibc = _defined_in(libc, 'gnu_get_libc_version')
+    (_,glibc),(_,program) = (_defined_in(libc, n) for n in ('gnu_get_libc_version', 'Py_GetVersion'))
     for name in ('malloc', 'posix_memalign', 'free', 'mallopt'):
         file,base = _defined_in(libc, name)
+        if base is not None and base==program: file,base = _first_library(libc, name) # a program that is not position-independent has its own jumps
         if base is None or base!=glibc: return file or 'unknown'
 
 def _glibc():

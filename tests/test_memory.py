@@ -180,6 +180,15 @@ def test_an_allocator_that_replaces_glibcs_is_detected(flags, tmp_path):
     assert asked()==['True', 'True', 'True', 'None']
     assert asked(LD_PRELOAD=str(so))==['False', 'False', 'False', 'libother.so.2']
 
+@glibc
+def test_the_jumps_of_a_program_are_no_other_allocator(monkeypatch):
+    "As of Debian's own Python, which is not position-independent: the address of `malloc` is in the program"
+    real = memory._defined_in
+    monkeypatch.setattr(memory, '_defined_in', lambda libc, name: ('python', 0x400000) if libc._name is None and name!='gnu_get_libc_version' else real(libc, name))
+    assert memory.other_allocator() is None
+    monkeypatch.setattr(memory, '_first_library', lambda libc, name: ('libother.so.2', 0x7f0000))
+    assert memory.other_allocator()=='libother.so.2'
+
 def test_a_c_library_without_glibcs_functions(monkeypatch):
     "As musl, and the C library of macOS"
     monkeypatch.setattr(memory.ctypes, 'CDLL', lambda name: object())
