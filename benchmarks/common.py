@@ -8,6 +8,7 @@ import contextlib, json, math, os, platform, random, statistics, subprocess, sys
 from pathlib import Path
 import torch
 from fastprogress.fastprogress import progress_bar
+from fastxtend_cl.report import markdown_table
 from fastxtend_cl.timing import Deadline, TimedArm, device_clock, interval, pairs_of, run_block
 
 results = Path(__file__).resolve().parent/'results'
@@ -136,5 +137,4 @@ def cell(ratio): return '{:.2f} ({:.2f} to {:.2f})'.format(*ratio[:3]) if ratio 
 
 def markdown(head, rows, left=1):
     "A table whose first `left` columns are aligned left"
-    lines = [head, ['---']*left+['--:']*(len(head)-left), *rows]
-    return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in lines)
+    return markdown_table([[*map(str, r)] for r in (head, *rows)], left)

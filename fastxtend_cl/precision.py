@@ -11,7 +11,6 @@ __all__ = ['dtype_names', 'low_precision', 'dtype_name', 'dtype_of', 'check_auto
 # %% ../nbs/02_precision.ipynb #390515a3
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 import torch
 from torch import nn
 from torch.amp import autocast
@@ -58,10 +57,7 @@ def precision_name(
 # %% ../nbs/02_precision.ipynb #cc2c7014
 _bf16_instructions = {'amx_bf16': 'AMX', 'avx512_bf16': 'AVX512-BF16', 'sve_bf16': 'Arm SVE BF16', 'bf16': 'Arm BF16'}
 
-def _cpu_flags():
-    if hasattr(torch.cpu, 'get_capabilities'): return {k for k,v in torch.cpu.get_capabilities().items() if v is True}
-    try: return set(Path('/proc/cpuinfo').read_text().split())
-    except OSError: return set()
+def _cpu_flags(): return {k for k,v in torch.cpu.get_capabilities().items() if v is True}
 
 def cpu_bf16() -> str|None: # Such as 'AVX512-BF16'
     "Name of this processor's bf16 instructions, or None"

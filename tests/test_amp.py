@@ -120,16 +120,6 @@ def test_cpu_without_bf16(no_bf16):
     assert (cpu_bf16(), native_amp_mode('cpu'))==(None, None)
     assert BF16 in amp_modes('cpu')
 
-def test_flags_without_torchs_list(monkeypatch, tmp_path):
-    monkeypatch.delattr(torch.cpu, 'get_capabilities')
-    class Cpuinfo:
-        def __init__(self, path): assert path=='/proc/cpuinfo'
-        def read_text(self): return 'flags : fpu avx512_bf16 amx_tile\n'
-    monkeypatch.setattr(precision, 'Path', Cpuinfo)
-    assert cpu_bf16()=='AVX512-BF16'
-    monkeypatch.setattr(precision, 'Path', lambda path: tmp_path/'none')
-    assert cpu_bf16() is None
-
 def test_cuda_is_fp16_with_and_without_bf16(fake_cuda):
     fake_cuda(bf16=True)
     assert (native_amp_mode('cuda'), amp_modes('cuda'))==(FP16, [FP16, BF16])
