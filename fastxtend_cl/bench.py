@@ -372,9 +372,8 @@ def _wrong_arms(step, arms, seconds, bar=False):
     return res
 
 def _conditions(step, baseline, inference):
-    x,opt = next(tensors_in(step.inputs), None),getattr(step.optimizer, 'opt', step.optimizer)
-    return dict(**machine(step.device), baseline=baseline_name(step, baseline),
-        shape=None if x is None else list(x.shape), model=type(step.model).__name__,
+    opt = getattr(step.optimizer, 'opt', step.optimizer)
+    return dict(**step.conditions(), baseline=baseline_name(step, baseline), model=type(step.model).__name__,
         optimizer='inference' if inference else type(opt).__name__ if opt is not None else 'no optimizer')
 
 # %% ../nbs/19_bench.ipynb #86797696

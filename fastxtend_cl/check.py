@@ -23,9 +23,9 @@ from .kernels import tuned_kernels
 from .layout import map_tensors, tensors_in
 from .precision import dtype_name, tf32_allowed
 from .preserve import seed_all
-from .report import Result, machine
+from .report import Result
 from .step import SameRandom, StepResult, TrainingStep, double_dtype
-from .timing import Progress
+from .timing import Progress, check_seconds
 
 # %% ../nbs/14_check.ipynb #8394fe92
 safety_factor = 4. # An error may be this many times as large as the measured rounding
@@ -381,8 +381,7 @@ def _check(step, memory_format, memory, budget):
     runs = all_runs(step)
     runs[0]('contiguous', step.autocast)
     if fewer := _fewer_items(step, budget): step,runs = fewer,all_runs(fewer)
-    conditions = dict(**machine(step.device), shape=next((list(t.shape) for t in tensors_in(step.inputs)), None),
-        autocast=dtype_name(step.autocast), memory_format=memory_format)
+    conditions = dict(**step.conditions(), autocast=dtype_name(step.autocast), memory_format=memory_format)
     need = _double_bytes(step, runs[0]('contiguous', step.autocast)[1].elements)
     have = _free_bytes(step.device) if memory is None else memory
     if need>have:
@@ -412,7 +411,7 @@ def check_formats(
     Raises a `ValueError` for a model without a convolution, and what the step itself raises, such as for a loss that
     is not finite."""
     check_has_convolution(step.model, 'check')
-    if not seconds>0: raise ValueError(f'seconds must be above 0, got {seconds!r}')
+    check_seconds(seconds)
     budget = _TimeBudget(seconds, bar)
     try:
         with step.initialized(): res = _check(step, memory_format, memory, budget)

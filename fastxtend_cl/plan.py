@@ -24,7 +24,7 @@ from .layout import format_of, tensors_in
 from .precision import check_autocast, dtype_name, precision_name, weights_dtype
 from .report import Result, axes, number, plural, say_on
 from .step import TrainingStep
-from .timing import all_ranks, interval, pairs_of, world_size
+from .timing import all_ranks, check_seconds, interval, pairs_of, world_size
 
 # %% ../nbs/20_plan.ipynb #9d35af07
 def _span(row): return '' if row.low is None else f'{row.low:.2f} to {row.high:.2f}'
@@ -367,7 +367,7 @@ def plan_formats(
     Lazy layers get weights only for the measurement. Raises a `ValueError` for a model without a convolution of two or three dimensions,
     and any error of the step itself. After Ctrl-C everything is as it was."""
     if cache not in (True, False, 'refresh'): raise ValueError(f"cache must be True, False or 'refresh', got {cache!r}")
-    if not seconds>0: raise ValueError(f'seconds must be above 0, got {seconds!r}')
+    check_seconds(seconds)
     check_autocast('precision', precision, 'as is')
     check_has_convolution(step.model, 'plan')
     baseline = baseline or Arm('baseline')

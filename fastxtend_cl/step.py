@@ -24,6 +24,7 @@ from .kernels import tuned_kernels
 from .layout import as_channels_last, as_contiguous, format_of, has_storage, map_tensors, tensors_in, with_strides
 from .precision import autocast_to, check_autocast, dtype_name, low_precision
 from .preserve import Preserved, memory_spans, plain_torch, reachable, seed_all
+from .report import machine
 
 # %% ../nbs/12_step.ipynb #e87c9909
 @dataclass(eq=False, repr=False)
@@ -56,6 +57,11 @@ class TrainingStep:
 def device(self:TrainingStep) -> torch.device:
     "Where the step runs: the device of the first parameter, or else of the first input"
     return next((t.device for t in (*self.model.parameters(), *tensors_in(self.inputs))), torch.device('cpu'))
+
+@patch
+def conditions(self:TrainingStep) -> dict:
+    "What a measurement of this step depends on: `machine` of its device, and the shape of its first input, None without one"
+    return dict(**machine(self.device), shape=next((list(t.shape) for t in tensors_in(self.inputs)), None))
 
 @patch(as_prop=True)
 def kernels(self:TrainingStep) -> str:

@@ -6,9 +6,9 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/timing.html.md"""
 
 # %% auto #0
 __all__ = ['looks', 'least_pairs', 'Clock', 'CudaClock', 'device_clock', 'next_look', 'interval', 'noise_of', 'verdict_of',
-           'ArmFailed', 'why_failed', 'world_size', 'all_ranks', 'attempt', 'slowest', 'Schedule', 'Deadline',
-           'TimedArm', 'warm_up', 'run_block', 'pairs_of', 'is_converged', 'block_size', 'Progress', 'leave_out',
-           'race', 'prepare', 'seconds_for_all', 'measure']
+           'ArmFailed', 'why_failed', 'world_size', 'all_ranks', 'attempt', 'slowest', 'check_seconds', 'Schedule',
+           'Deadline', 'TimedArm', 'warm_up', 'run_block', 'pairs_of', 'is_converged', 'block_size', 'Progress',
+           'leave_out', 'race', 'prepare', 'seconds_for_all', 'measure']
 
 # %% ../nbs/13_timing.ipynb #104927d7
 import gc, math, random, time
@@ -148,6 +148,10 @@ def slowest(times:np.ndarray) -> np.ndarray:
     return np.where((ts<=0).any(0), ts.min(0), ts.max(0))
 
 # %% ../nbs/13_timing.ipynb #07606a46
+def check_seconds(seconds:float):
+    "Raise a `ValueError` unless `seconds` is above 0"
+    if not seconds>0: raise ValueError(f'seconds must be above 0, got {seconds!r}')
+
 @dataclass
 class Schedule:
     "How long and how finely arms are measured"
@@ -160,7 +164,7 @@ class Schedule:
     reserve:float=0. # Seconds that the rounds leave for what follows
 
     def __post_init__(self):
-        if not self.seconds>0: raise ValueError(f'seconds must be above 0, got {self.seconds!r}')
+        check_seconds(self.seconds)
         if self.rounds<least_pairs: raise ValueError(f'rounds must be at least {least_pairs} for a verdict, got {self.rounds!r}')
         if self.block is not None and self.block<2:
             raise ValueError(f'block must be at least 2, since its first step does not count, got {self.block!r}')

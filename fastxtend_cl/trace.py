@@ -17,11 +17,11 @@ from fastcore.basics import groupby, patch
 from .convert import check_has_convolution
 from .internals import compiled_call
 from .kernels import tuned_kernels
-from .layout import layout_of, tensors_in
+from .layout import layout_of
 from .precision import precision_name
-from .report import Result, axes, ink, machine, plural, say_on, some_of, text_table
+from .report import Result, axes, ink, plural, say_on, some_of, text_table
 from .step import TrainingStep
-from .timing import Deadline, Progress, device_clock, world_size
+from .timing import Deadline, Progress, check_seconds, device_clock, world_size
 from .tracer import Tracer, copy_ops, make_tensor, own_folder, torch_folder
 from .ways import torchs_formats
 
@@ -331,9 +331,8 @@ def _traced(step, deadline, progress):
 
 # %% ../nbs/16_trace.ipynb #d9163c2d
 def _conditions(step):
-    x = next(tensors_in(step.inputs), None)
     compiled = any(type(m).__name__=='OptimizedModule' or compiled_call(m) is not None for m in step.model.modules())
-    return dict(**machine(step.device), shape=None if x is None else list(x.shape), precision=precision_name(step.model, step.autocast), compiled=compiled)
+    return dict(**step.conditions(), precision=precision_name(step.model, step.autocast), compiled=compiled)
 
 def _result(tracer, seconds_of, step_seconds, conditions):
     # losses of the same kind at the same place, such as the slices of one concatenation, are one row
@@ -355,7 +354,7 @@ def trace_formats(
 
     A compiled model is traced in eager mode. Raises a `ValueError` for a model without a convolution, and what the
     step itself raises."""
-    if not seconds>0: raise ValueError(f'seconds must be above 0, got {seconds!r}')
+    check_seconds(seconds)
     check_has_convolution(step.model, 'trace')
     deadline,progress = Deadline(seconds, device_clock(step.device)),Progress(bar, after=2)
     with step.initialized(): tracer,step_seconds = _traced(step, deadline, progress)
