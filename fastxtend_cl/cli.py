@@ -1,4 +1,4 @@
-"""The command `fastxtend-cl`
+"""`fastxtend-cl` answers for a model of torchvision or timm, or your own, without a line of code
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/cli.html.md"""
 
@@ -10,14 +10,14 @@ __all__ = ['commands', 'UsageError', 'check_range', 'check_device', 'autocast_dt
            'kernels', 'main']
 
 # %% ../nbs/27_cli.ipynb #006967ab
-import contextlib, importlib, json as _json, os, re, statistics, sys, time, warnings
+import contextlib, importlib, json as _json, math, os, re, statistics, sys, time, warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 import torch
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
 import fastxtend_cl
-from .report import Result, machine
+from .report import Result, machine, markdown_table, text_table
 
 # %% ../nbs/27_cli.ipynb #68755244
 class UsageError(ValueError): "A wrong argument at the command line"
@@ -133,7 +133,7 @@ def model_step(
 # %% ../nbs/27_cli.ipynb #9e7f5d2d
 def digits_dls(
     size:int=64, # Height and width in pixels
-    bs:int=64, # Images a batch
+    bs:int=32, # Images a batch
     device:str|torch.device='cpu',
 ): # fastai `DataLoaders` of 3-channel images in 10 classes, every fifth image for validation
     "scikit-learn's handwritten digits, enlarged"
@@ -153,105 +153,128 @@ def _stopwatch():
     from fastai.callback.core import Callback
     from fastxtend_cl.amp import learner_device
     class Stopwatch(Callback):
-        "Seconds of the training part of each epoch, and the loss of each batch of the first"
+        "Seconds of the training part of each epoch"
         order = 100
-        def before_fit(self): self.seconds,self.losses = [],[]
+        def before_fit(self): self.seconds = []
         def before_train(self): self.start = time.perf_counter()
-        def after_batch(self):
-            if self.training and self.epoch==0: self.losses.append(self.loss.detach())
         def after_train(self):
-            self.losses = [float(o) for o in self.losses]
             if learner_device(self.learn).type=='cuda': torch.cuda.synchronize(learner_device(self.learn))
             self.seconds.append(time.perf_counter()-self.start)
     return Stopwatch()
 
 def train_arm(
-    convert, # Takes a `Learner` and sets it up
-    make_dls, make_model, # Return `DataLoaders` and a model
+    learn, # A `Learner`; trained
+    convert, # Takes `learn` and sets it up
     epochs:int,
     bar:bool=True, # Show fastai's progress bars and table
-): # The `Learner`, trained, with a `stopwatch`
-    "Train from a fixed seed"
-    from fastai.vision.all import Learner, accuracy
+):
+    "Train from a fixed seed; `learn` gets a `stopwatch`"
     from fastxtend_cl.preserve import Preserved, seed_all
     with Preserved(), contextlib.ExitStack() as quiet: # `less_random` would time no kernel
         seed_all(42)
-        learn = Learner(make_dls(), make_model(), metrics=accuracy, loss_func=torch.nn.CrossEntropyLoss(), cbs=_stopwatch())
-        convert(learn)
         if not bar:
             for c in (learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(sys.stderr)): quiet.enter_context(c)
+        convert(learn)
+        learn.add_cb(_stopwatch())
         learn.fit_one_cycle(epochs, 1e-3)
-    return learn
+
+def _step_seconds(learn):
+    "Seconds of a training step, roughly"
+    from fastxtend_cl.step import TrainingStep
+    from fastxtend_cl.timing import device_clock
+    step = TrainingStep.from_learner(learn)
+    with step.preserved(): return float(device_clock(step.device).steps(step.run, 3)[0].min())
 
 # %% ../nbs/27_cli.ipynb #cf90dd22
+_checked = {True: 'is correct', False: 'is WRONG', None: 'could not be judged'}
+
 @dataclass(repr=False)
 class DemoResult(Result):
-    "What the demo found; the verdict is that of single training steps in turns, paired"
-    arms:list # Dicts: seconds an epoch, ratio to contiguous, losses, accuracy
+    "What the demo found: two trainings one after the other, and single training steps in turns, paired"
+    arms:list # Dicts: arm, seconds an epoch, losses, accuracy
     check:object # `FormatCheck`
     bench:object # `FormatBench`
     conditions:dict
-    left = 1
+    text_columns = 1
 
     @property
     def verdict(self): return self.bench.verdict
+
     @property
-    def reason(self): return self.bench.reason
+    def reason(self):
+        "The result in one sentence"
+        row,(base,arm),arch = self.bench.rows[-1],self.arms,self.conditions['arch']
+        ratio = '' if row.low is None else f'{row.ratio:.2f} times as fast as {base["arm"]} ({row.low:.2f} to {row.high:.2f})'
+        speed = {'faster': f'a step of {arch} in {arm["arm"]} is {ratio}', 'fastest already': f'{arm["arm"]} does not pay for {arch} here: a step is {ratio}',
+            'tie': f'no difference in speed is shown for {arch}', 'inconclusive': f'the speed of {arch} is not known ({self.bench.reason})'}[self.verdict]
+        return (f'{speed}; the accuracy is {arm["accuracy"]:.3f} (contiguous: {base["accuracy"]:.3f}), and the training step '
+            f'{_checked[self.check.ok]}' + ('' if self.check.ok else f': {self.check.reason}'))
 
     def cells(self, full=False):
-        return [['', 's/epoch', 'ratio', 'loss', 'accuracy', 'first-epoch losses differ by'], *[[a['arm'], f"{a['seconds']:.2f}", f"{a['ratio']:.2f}",
-            f"{a['valid_loss']:.4f}", f"{a['accuracy']:.4f}", f"{a['loss_difference']:.1e}"] for a in self.arms]]
-
-    def remarks(self):
-        return ['ratio: above 1 is faster than contiguous fp32. These epochs ran one after the other; the verdict is from single steps in turns.',
-            f'{self.check.verdict}: {self.check.reason}']
+        return [['', 'accuracy', 'validation loss', 'seconds an epoch'], *[[a['arm'], f"{a['accuracy']:.3f}", f"{a['valid_loss']:.3f}", f"{a['seconds']:.1f}"]
+            for a in self.arms]]
 
     def conditions_line(self):
         return '{arch}, {size}x{size}, batches of {bs}, {epochs} epochs, {device_name}, torch {torch}, {date}'.format(**self.conditions)
 
-def _steady(seconds): return statistics.median(seconds[1:] or seconds)
+    def __repr__(self): return '\n'.join([text_table(self.cells(), 1), self.conditions_line(), '', f'{self.verdict}: {self.reason}'])
+    def _repr_markdown_(self): return '\n\n'.join([markdown_table(self.cells(), 1), self.conditions_line(), f'**{self.verdict}**: {self.reason}'])
 
-def _arm(name, learn, base):
-    watch,(train_loss,valid_loss,accuracy) = learn.stopwatch,learn.recorder.values[-1]
-    return dict(arm=name, seconds=_steady(watch.seconds), ratio=_steady(base.seconds)/_steady(watch.seconds),
-        train_loss=train_loss, valid_loss=valid_loss, accuracy=accuracy, loss_difference=max(abs(p-q) for p,q in zip(watch.losses, base.losses)))
+def _arm(name, learn):
+    train_loss,valid_loss,accuracy = learn.recorder.values[-1]
+    seconds = learn.stopwatch.seconds
+    return dict(arm=name, seconds=statistics.median(seconds[1:] or seconds), train_loss=train_loss, valid_loss=valid_loss, accuracy=accuracy)
 
 # %% ../nbs/27_cli.ipynb #78d7509c
+def _digits_learner(arch, size, bs, device):
+    "A Learner whose initial weights are always the same"
+    from fastai.vision.all import Learner, accuracy
+    from fastxtend_cl.preserve import Preserved, seed_all
+    with Preserved():
+        seed_all(42)
+        return Learner(digits_dls(size, bs, device), model_of(arch), metrics=accuracy, loss_func=torch.nn.CrossEntropyLoss())
+
 def demo(
     device:str=None, # Where to train, such as cpu or cuda; default: fastai's
-    epochs:int=3, # Epochs for each arm
+    epochs:int=2, # Epochs of each training
     arch:str='resnet18', # Name from torchvision, timm or fastai's xresnets, or module:function
     size:int=64, # Height and width of the images in pixels
-    bs:int=64, # Images a batch
+    bs:int=32, # Images a batch
     seconds:float=None, # For the paired measurement at the end, at most; default: about what a verdict takes
     json:bool=False, # Print one JSON object and nothing else
-):
+) -> int: # Exit status: 1 if the training step is wrong
     "Train on handwritten digits, contiguous and then channels last, from the same seed"
-    device = check_device(device)
+    def say(text):
+        if not json: print(text, flush=True)
     for name,value,low,high in (('epochs', epochs, 1, 100), ('size', size, 32, 512),
             ('bs', bs, 2, 1024), ('seconds', 1 if seconds is None else seconds, 1, 600)):
         check_range(name, value, low, high)
+    say(f'Trains {arch} on handwritten digits, contiguous and then in channels last (the default: about 90 seconds on two CPU cores)')
+    device = check_device(device)
+    if not isinstance(model_of(arch), torch.nn.Module): raise UsageError(f'{arch} must return a torch.nn.Module')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # torch's own, about torch.jit.script, when fastai.vision is imported
         import fastxtend_cl.learner # the methods of `Learner`
         from fastxtend_cl.amp import amp_dtypes, native_amp_mode
         from fastxtend_cl.arms import Arm
-    if not isinstance(model_of(arch), torch.nn.Module): raise UsageError(f'{arch} must return a torch.nn.Module')
-    def say(text):
-        if not json: print(text, flush=True)
+        base,cl = (_digits_learner(arch, size, bs, device) for _ in range(2))
     mode = native_amp_mode(device)
-    arms = {'contiguous fp32': lambda learn: learn, 'channels last fp32': lambda learn: learn.to_channelslast(use_amp=False)}
-    if mode: arms[f'channels last {mode.value}'] = lambda learn: learn.to_channelslast(amp_mode=mode)
-    learns,bar = {},_terminal() and not json
-    for name,convert in arms.items():
-        say(f'\n{name}: {arch}, {size}x{size}, batches of {bs}, {epochs} epochs on {device}')
-        learns[name] = train_arm(convert, lambda: digits_dls(size, bs, device), lambda: model_of(arch), epochs, not json)
-    say('\nOne training step: is it right, and is it faster?')
-    base,arm = learns['contiguous fp32'],Arm([*arms][-1], 'channels_last', amp_dtypes.get(mode), tuned=True)
-    seconds = seconds or min(120., 10+100*_steady(base.stopwatch.seconds)/len(base.dls.train)) # 8 rounds of three arms, and what comes before
+    arms = {'contiguous fp32': (base, lambda learn: None),
+        f"channels last {mode.value if mode else 'fp32'}": (cl, lambda learn: learn.to_channelslast(use_amp=mode is not None))}
+    step,bar = _step_seconds(base),_terminal() and not json
+    seconds = seconds or min(120., 10+100*step) # 8 rounds of three arms, and what comes before
+    say(f'Estimated time on {device}: {10*math.ceil((2*epochs*len(base.dls.train)*step+seconds+20)/10)} seconds')
+    for name,(learn,convert) in arms.items():
+        say(f'\n{name}')
+        train_arm(learn, convert, epochs, not json)
+    say('\nSingle training steps: correct and faster?')
+    arm = Arm([*arms][-1], 'channels_last', amp_dtypes.get(mode), tuned=True)
     bench = base.bench_channelslast([arm], seconds=seconds, epochs=False, bar=bar)
+    check = cl.check_channelslast(bar=bar)
     conditions = {**machine(device), 'fastxtend_cl': fastxtend_cl.__version__, 'arch': arch, 'epochs': epochs, 'size': size, 'bs': bs}
-    show(DemoResult([_arm(n, l, base.stopwatch) for n,l in learns.items()], base.check_channelslast(bar=bar), bench, conditions), json)
+    say('')
+    show(DemoResult([_arm(n, l) for n,(l,_) in arms.items()], check, bench, conditions), json)
+    return int(check.ok is False)
 
 # %% ../nbs/27_cli.ipynb #7be0662d
 @contextlib.contextmanager
@@ -379,7 +402,7 @@ def _parse(command, args):
 # %% ../nbs/27_cli.ipynb #26037719
 def main(
     args:list=None, # Words of the command line; None: those of this process
-) -> int: # Exit status: 0, 1 if `check` finds a wrong step, 2 for a wrong argument, 130 when interrupted
+) -> int: # Exit status: 0, 1 if `check` or `demo` finds a wrong step, 2 for a wrong argument, 130 when interrupted
     "Run `fastxtend-cl`"
     command,*rest = (sys.argv[1:] if args is None else args) or ['--help']
     try:

@@ -1,5 +1,5 @@
 "The command line: what is printed where, exit statuses, and one line for each wrong argument"
-import functools, importlib, inspect, json, subprocess, sys, types
+import functools, importlib, inspect, json, re, subprocess, sys, types
 import pytest, torch
 from torch import nn
 from fastxtend_cl import cli
@@ -23,6 +23,7 @@ def right(): return net()
 def wrong(): return net(Faulty(1.5))
 def step(): return TrainingStep(net(), torch.randn(2, 5, 16, 16), torch.randn(2, 10), nn.functional.mse_loss)
 def number(): return 3
+def wrong_small(): return nn.Sequential(nn.Conv2d(3, 8, 3, 4), Faulty(1.5), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 def small(): return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 ''')
     monkeypatch.chdir(tmp_path)
@@ -155,13 +156,34 @@ def test_commands_share_their_arguments(capsys):
         assert all(f'--{o}' in text for o in arguments(command)) and 'Samples a batch' in text and 'Print one JSON object' in text
     assert all(('seconds' in arguments(c))==(c!='kernels') for c in own)
 
-def test_demo_begins_its_result_with_the_verdict(own, capsys):
-    "A table of the arms and the answer of the check follow"
-    assert main(['demo', '--device', 'cpu', '--epochs', '1', '--arch', 'own_models:small', '--size', '32', '--bs', '256', '--seconds', '2'])==0
+quick = ['--device', 'cpu', '--epochs', '1', '--size', '32', '--bs', '256', '--seconds', '2']
+
+def test_demo_says_how_long_it_takes_and_ends_with_one_sentence(own, capsys):
+    assert main(['demo', '--arch', 'own_models:small', *quick])==0
     out = capsys.readouterr().out
-    last = out[out.rindex('is it faster?'):].splitlines()[1:]
-    assert last[0].split(':')[0] in ('faster', 'tie', 'fastest already', 'inconclusive') and last[1].split()[:2]==['s/epoch', 'ratio']
-    assert last[2].startswith('contiguous fp32') and last[3].startswith('channels last fp32') and any(l.startswith('OK: ') for l in last)
+    first,second = out.splitlines()[:2]
+    assert first.startswith('Trains own_models:small on handwritten digits') and re.fullmatch(r'Estimated time on cpu: \d+0 seconds', second)
+    head,base,cl,conditions,blank,last = out[out.rindex('correct and faster?'):].splitlines()[2:]
+    assert head.split()[:2]==['accuracy', 'validation'] and base.startswith('contiguous fp32') and cl.startswith('channels last ') and not blank
+    assert last.split(':')[0] in ('faster', 'tie', 'fastest already', 'inconclusive') and last.endswith('the training step is correct') and 'own_models:small' in conditions
+
+def test_demo_of_a_wrong_step_is_status_1(own, capsys):
+    assert main(['demo', '--arch', 'own_models:wrong_small', *quick])==1
+    assert 'the training step is WRONG: ' in capsys.readouterr().out.splitlines()[-1]
+
+def demo_result(verdict, ok=True, **row):
+    base,again,arm = (types.SimpleNamespace(**{**dict(ratio=1., low=None, high=None), **o}) for o in ({}, {}, row))
+    bench = types.SimpleNamespace(verdict=verdict, reason='8 rounds needed, 3 measured', rows=[base, again, arm])
+    arms = [dict(arm=n, seconds=s, accuracy=a, valid_loss=0.1) for n,s,a in (('contiguous fp32', 10., 0.97), ('channels last bf16', 5., 0.98))]
+    return cli.DemoResult(arms, types.SimpleNamespace(ok=ok, reason='weight of 0'), bench, dict(arch='net'))
+
+@pytest.mark.parametrize('verdict,row,said', [('faster', dict(ratio=1.9, low=1.8, high=2.), 'a step of net in channels last bf16 is 1.90 times as fast as contiguous fp32 (1.80 to 2.00); the accuracy is 0.980 (contiguous: 0.970)'),
+    ('fastest already', dict(ratio=0.9, low=0.8, high=0.95), 'channels last bf16 does not pay for net here: a step is 0.90 times as fast as contiguous fp32 (0.80 to 0.95)'),
+    ('tie', dict(ratio=1., low=0.9, high=1.1), 'no difference in speed is shown for net; the accuracy'), ('inconclusive', {}, 'the speed of net is not known (8 rounds needed, 3 measured); the accuracy')])
+def test_what_the_demo_ends_with(verdict, row, said):
+    assert demo_result(verdict, **row).reason.startswith(said) and demo_result(verdict, **row).reason.endswith('the training step is correct')
+    assert demo_result(verdict, None, **row).reason.endswith('the training step could not be judged: weight of 0')
+    assert demo_result(verdict, False, **row).reason.endswith('the training step is WRONG: weight of 0')
 
 def test_ctrl_c_is_status_130(monkeypatch, capsys):
     def interrupted(*a, **kw): raise KeyboardInterrupt
