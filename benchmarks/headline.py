@@ -1,6 +1,6 @@
 """The table and the picture at the top of the README, made from results/kernels-cpu.json: `python benchmarks/headline.py`
 
-Prints the table, which nbs/index.ipynb shows, and writes the picture to images/ and nbs/images/: for the README, and for the site."""
+Prints the table and the figures that nbs/index.ipynb shows, and writes the picture to images/ and nbs/images/: for the README, and for the site."""
 from pathlib import Path
 from xml.sax.saxutils import escape
 from fastcore.script import call_parse
@@ -22,6 +22,13 @@ def rows():
 def means(found):
     "Geometric mean of each column that has a figure for every network"
     return {k: geometric([c[k] for _,_,c in found]) for k in columns if all(isinstance(c[k], float) for _,_,c in found)}
+
+def claims():
+    "What else the README says of these results: the other networks, and the time of tuning"
+    found = read('kernels-cpu')['found']
+    others = [r['ratio'][0] for f in found if f['model'] not in models for r in f['rows'] if r['arm']==columns['ours']]
+    tuning = [f['to_channelslast()']['tuning'] for f in found if f['model'] in models]
+    return [f'{geometric(others):.2f} ({min(others):.2f} to {max(others):.2f})', f'{min(tuning):.1f} to {max(tuning):.1f} seconds']
 
 def table(found):
     "Markdown, the fastest of each row in bold"
@@ -78,4 +85,4 @@ def main():
     for folder in (root/'images', root/'nbs/images'):
         folder.mkdir(exist_ok=True)
         (folder/'speed.svg').write_text(svg(found))
-    print(table(found))
+    print(table(found), *claims(), sep='\n')
