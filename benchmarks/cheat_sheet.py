@@ -6,7 +6,7 @@ from compatibility import read, repo
 
 bench,peers,plans,norms,gpu = 'kernels-cpu','peers-cpu','plan-cpu','norms-cpu','speed-cuda'
 fp32,untuned,default = 'use_amp=False','tune=False','to_channelslast()'
-depthwise,grouped,volumes = 'Mobile networks with depthwise convolutions','Grouped convolutions','3-D networks'
+depthwise,grouped,volumes = 'Mobile networks (depthwise)','Grouped convolutions','3-D networks'
 cpu_kinds = {'ResNets and RepVGG': ['resnet18', 'resnet50', 'repvgg_a0'],
     depthwise: ['mobilenet_v2', 'mobilenet_v3_large', 'mobilenetv4_conv_small', 'mnasnet_100', 'efficientnet_b0', 'ghostnet_100', 'shufflenet_v2_x1_0'],
     f'{grouped} (RegNet)': ['regnetx_004', 'regnety_004'], 'ConvNeXt and EdgeNeXt': ['convnext_atto', 'edgenext_xx_small'], 'DenseNet': ['densenet121'],
@@ -49,7 +49,7 @@ def compiled_on_cpu():
     eager,compiled = of('ours: to_channelslast()'),of('ours: to_channelslast(), compiled')
     return [compiled[n]/eager[n] for n in compiled]
 
-def markdown(rows): return '\n'.join(['| network | call | speed | remark |', '|---|---|---|---|', *(f'| {" | ".join(r)} |' for r in rows)])
+def markdown(rows): return '\n'.join(['<div class="sheet">', '', '| network | call | speed | remark |', '|---|---|---|---|', *(f'| {" | ".join(r)} |' for r in rows), '', '</div>'])
 
 def machines(*names):
     "Markdown: machine, versions and date of files of results, each once"

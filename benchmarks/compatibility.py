@@ -184,7 +184,10 @@ script = '''(() => {
   all.classList.add('ready') // without this script all details are shown
   for (const b of bodies) {
     const button = b.querySelector('button')
-    button.onclick = () => button.setAttribute('aria-expanded', b.classList.toggle('open'))
+    button.onclick = () => {
+      button.setAttribute('aria-expanded', b.classList.toggle('open'))
+      b.rows[1].cells[0].colSpan = heads.filter(h => h.offsetWidth).length // fewer on a phone
+    }
   }
   box.oninput = () => {
     const words = box.value.toLowerCase().split(/\\s+/)
