@@ -1,6 +1,6 @@
-"""The tables of nbs/compatibility.ipynb, made from benchmarks/results: `python benchmarks/compatibility.py` updates the page after a measurement
+"""The tables of nbs/compatibility.ipynb, made from benchmarks/results: `python benchmarks/compatibility.py` updates that page and cheat_sheet.ipynb
 
-The page calls these functions, so running the page does the same. Networks that were not measured and columns without values are left out."""
+The page calls these functions, so running it does the same. Networks that were not measured and columns without values are left out."""
 import json, math, re, statistics
 from collections import Counter
 from html import escape
@@ -8,13 +8,13 @@ from pathlib import Path
 from fastcore.script import call_parse
 
 here = Path(__file__).resolve().parent
-results,page = here/'results',here.parent/'nbs/compatibility.ipynb'
+results,pages = here/'results',[here.parent/f'nbs/{n}.ipynb' for n in ('compatibility', 'cheat_sheet')]
 repo = 'https://github.com/fastxtend-cl/fastxtend_cl/blob/main/benchmarks/results'
 failures = {'died': 'crashes', 'hung': 'hangs', 'raised': 'raises'}
 verdicts = {True: 'OK', False: 'wrong', None: 'inconclusive'}
 arms = {'channels last fp32': 'channels last fp32', 'contiguous mixed': 'contiguous, mixed precision',
     'channels last mixed': 'channels last, mixed precision', 'tuned fp32': 'tuned, fp32',
-    'tuned': '`to_channelslast()`: tuned, mixed precision', 'compiled': 'compiled, the fastest'}
+    'tuned': '`to_channelslast()`: tuned, mixed precision', 'compiled': 'the fastest compiled model'}
 
 def read(name):
     p = results/name
@@ -56,6 +56,7 @@ def zoo_row(r):
     if 'ours' in ratio: res['screened'] = ratio['ours']
     naive,chk = r.get('naive', {}),r.get('naive_check', {})
     res['naive'] = failed(naive) or failed(chk) or ('wrong' if chk.get('ok') is False else ratio.get('naive'))
+    if isinstance(res['naive'], float): res['naive_verdict'] = verdicts[chk.get('ok')]
     if res['naive'] in failures.values(): res['notes'].append(naive_note(res['naive'], naive.get('raised', chk.get('raised', ''))))
     if word := failed(r.get('times', {})):
         text = dict(crashes='crashed', hangs='hung', raises='raised an error')[word]
@@ -94,87 +95,116 @@ def rows_of(device):
         found = {f['model']: f for f in d.get('found', [])}
         for r in d.get('rows', []): found.setdefault(r['model'], dict(rows=[], shape=r.get('shape')))['rows'].append(r)
         for n,f in found.items():
-            if a := arms_of(f['rows'], n): (row := at(n, 'timm')).update(arms={**row.get('arms', {}), **a}, measured=(name, f['shape'] or next(r['shape'] for r in f['rows'] if 'shape' in r)))
+            if a := arms_of(f['rows'], n): (row := at(n, 'timm')).update(arms={**row.get('arms', {}), **a}, measured=(f'{name}-{device}.json', f['shape'] or next(r['shape'] for r in f['rows'] if 'shape' in r)))
     for r in res.values():
         if r.get('screened', 1)<0.97: r['notes'].insert(0, 'slower in channels last when screened')
-        if m := r.get('measured'): r['notes'].append(f"measured with {'x'.join(map(str, m[1]))} ({m[0]}-{device}.json)")
     return dict(sorted(res.items(), key=lambda o: (o[0].partition('/')[2].lower(), o[0])))
 
-def number(v, text=None, title=''): return dict(text=f'{v:.2f}' if text is None else text, sort=v, title=title)
+ranks = ['wrong', 'crashes', 'hangs', 'raises', 'see details', 'inconclusive', 'OK'] # the order of a sorted column: problems first
 
-def columns(rows):
-    "(group, heading, function from a row to its cell) of each column that is not empty"
-    def ratio(k):
-        def cell(r):
-            if k not in r.get('arms', {}): return
-            v,low,high,arm = r['arms'][k]
-            return number(v, f'{v:.2f} ({low:.2f} to {high:.2f})', arm)
-        return cell
-    def kept(i): return lambda r: r.get('kept') and number(r['kept'][i], f"{math.floor(1000*r['kept'][i])/10:g} %{' †' if r.get('traced') else ''}", 'share of image elements, traced' if r.get('traced') else 'share of convolutions')
-    def naive(r):
-        v = r.get('naive')
-        return v and (number(v) if isinstance(v, float) else dict(text=v, sort=-1))
-    cols = [('', 'Source', lambda r: dict(text=r['name'].partition('/')[0])), ('', 'Parameters, millions', lambda r: r.get('params') and number(r['params']/1e6, f"{r['params']/1e6:.1f}")),
-        ('Check', 'in fp32', lambda r: r.get('verdict') and dict(text=r['verdict'])),
-        ('Check', 'in bf16, tuned', lambda r: r.get('tuned_verdict') and dict(text=r['tuned_verdict'])),
-        ('Format kept', 'forward', kept(0)), ('Format kept', 'backward', kept(1)),
-        ('Screened', 'channels last fp32', lambda r: r.get('screened') and number(r['screened'], title=f"input {'x'.join(map(str, r['shape']))}")), ('Screened', 'naive conversion', naive),
-        *(('Measured, with interval', h, ratio(k)) for k,h in arms.items()), ('', 'Notes', lambda r: r['notes'] and dict(text='; '.join(r['notes'])))]
-    return [c for c in cols if any(c[2](r) for r in rows)]
+def word_cell(word, small=''): return dict(text=word, small=small, sort=ranks.index(word) if word in ranks else '')
+
+def check_cell(r):
+    "The verdict on the tuned step in bf16 if there is one, or else on the step in fp32"
+    tuned,fp32 = r.get('tuned_verdict'),r.get('verdict')
+    if tuned and (tuned!='not checked' or not fp32): return word_cell(tuned, '' if tuned=='not checked' else 'bf16')
+    return word_cell(fp32 or 'not checked', 'fp32' if fp32 in ranks else '')
+
+def percent(v): return f'{math.floor(1000*v)/10:g}'
+
+def kept_cell(r):
+    "Format kept, forward and backward; nothing if unknown"
+    if not (k := r.get('kept')): return
+    text = 'kept' if min(k)==1 else f'{percent(k[0])} %' if k[0]==k[1] else f'{percent(k[0])} / {percent(k[1])} %'
+    return dict(text=text, small='traced' if r.get('traced') else '', sort=min(k))
+
+def speed_cell(r):
+    "The best known figure: the default call as measured, or channels last in fp32 as measured or else screened"
+    arms_ = r.get('arms', {})
+    for k,small in {'tuned': 'default call', 'channels last fp32': 'fp32'}.items():
+        if k in arms_: return dict(text=f'{arms_[k][0]:.2f}', small=small, sort=arms_[k][0])
+    if v := r.get('screened'): return dict(text=f'{v:.2f}', small='fp32, screened', sort=v)
+
+def naive_cell(r):
+    v = r.get('naive')
+    if isinstance(v, str): return word_cell(v)
+    if any('timed side by side' in n for n in r['notes']): return word_cell('see details')
+    return v and word_cell(r['naive_verdict'])
+
+columns = {'Check': check_cell, 'Format kept': kept_cell, 'Speed': speed_cell, 'Naive conversion': naive_cell}
+
+def code(text): return re.sub('`(.+?)`', r'<code>\1</code>', escape(text, quote=False))
 
 def cell_html(c):
     if not c: return '<td></td>'
-    text = re.sub('`(.+?)`', r'<code>\1</code>', escape(c['text'], quote=False))
-    value = ' data-v="{:.4f}"'.format(c['sort']) if 'sort' in c else ''
-    title = ' title="{}"'.format(escape(c['title'])) if c.get('title') else ''
-    return f'<td{value}{title}>{text}</td>'
+    value = ' data-v="{}"'.format(c['sort'] if isinstance(c['sort'], (int, str)) else f"{c['sort']:.4f}")
+    return f"<td{value}>{escape(c['text'])}{' <small>'+c['small']+'</small>' if c['small'] else ''}</td>"
+
+def details(r):
+    "HTML: everything that is known of a model"
+    def size(shape): return 'x'.join(map(str, shape))
+    items = []
+    if p := r.get('params'): items.append(f'Parameters: {p/1e6:.1f} million')
+    if v := r.get('verdict'): items.append(f'Check in fp32: {v}')
+    if v := r.get('tuned_verdict'): items.append(f'Check in bf16, tuned: {v}')
+    if k := r.get('kept'): items.append(f"Format kept: {percent(k[0])} % forward, {percent(k[1])} % backward, of the {'elements of images, traced' if r.get('traced') else 'convolutions'}")
+    found = [f'{w} {r[k]:.2f}' for k,w in (('screened','channels last fp32'), ('naive','naive conversion')) if isinstance(r.get(k), float)]
+    if found: items.append(f"Screened with {size(r['shape'])}: {', '.join(found)}")
+    if a := r.get('arms'):
+        def arm(k, h): return f"<li>{code(h)}{' ('+code(a[k][3])+')' if k=='compiled' else ''}: {a[k][0]:.2f} ({a[k][1]:.2f} to {a[k][2]:.2f})</li>"
+        items.append(f"Measured with {size(r['measured'][1])} ({r['measured'][0]}), with 95 % intervals: <ul>{''.join(arm(k, h) for k,h in arms.items() if k in a)}</ul>")
+    items += [code(n[0].upper()+n[1:]) for n in r['notes']]
+    return f"<ul>{''.join(f'<li>{i}</li>' for i in items)}</ul>"
+
+def row(r, n):
+    "HTML: the two lines of a model, whose second one is shown on demand"
+    source,_,name = r['name'].partition('/')
+    return f'''<tbody><tr><th scope="row"><button type="button" aria-expanded="false" aria-controls="{n}">{escape(name).replace('_', '_<wbr>')}</button> <small>{source}</small></th>{"".join(cell_html(f(r)) for f in columns.values())}</tr>
+<tr class="more" id="{n}"><td colspan="{len(columns)+1}">{details(r)}</td></tr></tbody>'''
 
 def table(device='cpu'):
-    "HTML: a row for each model, which can be searched and sorted"
-    rows = [*rows_of(device).values()]
-    cols,n = columns(rows),f'models-{device}'
-    groups = [(g, sum(c[0]==g for c in cols)) for g in dict.fromkeys(c[0] for c in cols) if g]
-    def th(h, span=''): return f'<th scope="col" aria-sort="none"{span}><button type="button">{escape(h)}</button></th>'
-    top,second = [th('Model', ' rowspan="2"')],[]
-    for i,(g,h,_) in enumerate(cols):
-        if not g: top.append(th(h, ' rowspan="2"')); continue
-        if cols[i-1][0]!=g: top.append(f'<th scope="colgroup" colspan="{dict(groups)[g]}">{g}</th>')
-        second.append(th(h))
-    body = '\n'.join(f'<tr><th scope="row">{escape(r["name"].partition("/")[2])}</th>{"".join(cell_html(f(r)) for *_,f in cols)}</tr>' for r in rows)
+    "HTML: a row for each model, with details on demand, which can be searched and sorted"
+    rows,n = [*rows_of(device).values()],f'models-{device}'
+    heads = ''.join(f'<th scope="col" aria-sort="none"><button type="button">{h}</button></th>' for h in ('Model', *columns))
+    body = '\n'.join(row(r, f'{n}-{i}') for i,r in enumerate(rows))
     return f'''<div class="compat" id="{n}">
 <p><label for="{n}-filter">Search for a model, a source or a word:</label> <input type="search" id="{n}-filter"> <span aria-live="polite">{len(rows)} of {len(rows)}</span></p>
-<div class="scroll" tabindex="0" role="region" aria-label="Models on {device}, scrollable">
-<table data-quarto-disable-processing="true"><caption>Models on {device}. Click a heading to sort by its column.</caption>
-<thead><tr>{"".join(top)}</tr><tr>{"".join(second)}</tr></thead>
-<tbody>
+<div class="scroll">
+<table data-quarto-disable-processing="true"><caption>Models on {device.upper()}. Click a heading to sort, a model for its details.</caption>
+<thead><tr>{heads}</tr></thead>
 {body}
-</tbody></table></div>
+</table></div>
 <script>
 {script.replace('ID', n)}
 </script></div>'''
 
 script = '''(() => {
-  const all = document.getElementById('ID'), body = all.querySelector('tbody'), rows = [...body.rows], count = all.querySelector('[aria-live]')
+  const all = document.getElementById('ID'), table = all.querySelector('table'), bodies = [...table.tBodies], count = all.querySelector('[aria-live]')
   const heads = [...all.querySelectorAll('th[aria-sort]')], box = all.querySelector('input')
-  // The position of each heading among the cells of a row: a group of the first line spans several
-  const [first, second] = all.querySelectorAll('thead tr'), order = [], under = [...second.cells]
-  for (const th of first.cells) order.push(...(th.scope == 'colgroup' ? under.splice(0, th.colSpan) : [th]))
+  all.classList.add('ready') // without this script all details are shown
+  for (const b of bodies) {
+    const button = b.querySelector('button')
+    button.onclick = () => {
+      button.setAttribute('aria-expanded', b.classList.toggle('open'))
+      b.rows[1].cells[0].colSpan = heads.filter(h => h.offsetWidth).length // fewer on a phone
+    }
+  }
   box.oninput = () => {
     const words = box.value.toLowerCase().split(/\\s+/)
-    for (const r of rows) r.hidden = !words.every(w => r.textContent.toLowerCase().includes(w))
-    count.textContent = rows.filter(r => !r.hidden).length + ' of ' + rows.length
+    for (const b of bodies) b.hidden = !words.every(w => b.textContent.toLowerCase().includes(w))
+    count.textContent = bodies.filter(b => !b.hidden).length + ' of ' + bodies.length
   }
-  for (const th of heads) th.firstChild.onclick = () => {
-    const i = order.indexOf(th), down = th.getAttribute('aria-sort') == 'ascending' ? -1 : 1
+  heads.forEach((th, i) => th.firstChild.onclick = () => {
+    const down = th.getAttribute('aria-sort') == 'ascending' ? -1 : 1
     for (const o of heads) o.setAttribute('aria-sort', o == th ? (down == 1 ? 'ascending' : 'descending') : 'none')
-    const key = r => r.cells[i].dataset.v ?? r.cells[i].textContent.toLowerCase()
-    rows.sort((a, b) => {
+    const key = b => { const c = b.rows[0].cells[i]; return c.dataset.v ?? c.textContent.toLowerCase() }
+    bodies.sort((a, b) => {
       const [x, y] = [key(a), key(b)]
-      if (x === '' || y === '') return (x === '') - (y === '') // rows without a value come last
+      if (x === '' || y === '') return (x === '') - (y === '') // models without a value come last
       return down * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y)
     })
-    body.append(...rows)
-  }
+    table.append(...bodies)
+  })
 })()'''
 
 def summary(device='cpu'):
@@ -194,38 +224,40 @@ def histogram(device='cpu', low=0.7, high=1.6, width=0.05):
     ratios = [r['screened'] for r in rows_of(device).values() if 'screened' in r]
     n = round((high-low)/width)
     counts = Counter(min(n-1, max(0, math.floor((v-low)/width+1e-9))) for v in ratios)
-    top,step = max(counts.values()),640/n
-    def x(v): return 40+640*(v-low)/(high-low)
-    bars = [f'<rect x="{41+i*step:.1f}" y="{200-170*c/top:.1f}" width="{step-2:.1f}" height="{170*c/top:.1f}" fill="{"#d55e00" if low+(i+1)*width<1.001 else "#0072b2"}"/>'
-        f'<text x="{40+(i+.5)*step:.1f}" y="{194-170*c/top:.1f}" text-anchor="middle">{c}</text>' for i,c in sorted(counts.items())]
-    ticks = [f'<text x="{x(v/10):.1f}" y="218" text-anchor="middle">{v/10:g}</text>' for v in range(math.ceil(10*low+.001), math.floor(10*high)+1)]
+    top,step = max(counts.values()),400/n
+    def x(v): return 10+400*(v-low)/(high-low)
+    bars = [f'<rect x="{11+i*step:.1f}" y="{200-170*c/top:.1f}" width="{step-2:.1f}" height="{170*c/top:.1f}" fill="{"#d55e00" if low+(i+1)*width<1.001 else "#0072b2"}"/>'
+        f'<text x="{10+(i+.5)*step:.1f}" y="{194-170*c/top:.1f}" text-anchor="middle">{c}</text>' for i,c in sorted(counts.items())]
+    ticks = [f'<text x="{x(v/10):.1f}" y="216" text-anchor="middle">{v/10:g}</text>' for v in range(math.ceil(10*low+.001), math.floor(10*high)+1)]
     slower = sum(v<1 for v in ratios)
-    return f'''<svg viewBox="0 0 720 245" role="img" aria-label="Histogram: of {len(ratios)} networks, {slower} are slower than contiguous and {len(ratios)-slower} are as fast or faster in channels last fp32" style="min-width:34rem;max-width:45rem;width:100%;height:auto" fill="currentColor" font-size="12" font-family="sans-serif">
-<line x1="40" x2="680" y1="200" y2="200" stroke="currentColor"/>
+    return f'''<svg viewBox="0 0 420 240" role="img" aria-label="Histogram: of {len(ratios)} networks, {slower} are slower than contiguous and {len(ratios)-slower} are as fast or faster in channels last fp32" style="max-width:36rem;width:100%;height:auto" fill="currentColor" font-size="12" font-family="sans-serif">
+<line x1="10" x2="410" y1="200" y2="200" stroke="currentColor"/>
 {"".join(bars)}{"".join(ticks)}
-<text x="360" y="238" text-anchor="middle">speed in channels last fp32, contiguous is 1 (networks per bar; the outer bars include all beyond)</text>
+<text x="210" y="235" text-anchor="middle">speed in channels last fp32 (contiguous: 1); networks per bar</text>
 </svg>'''
 
 def machines():
     "Markdown: the conditions of each file of results"
-    lines = ['| results | what | machine | threads | torch | fastai | date |', '|---|---|---|--:|---|---|---|']
+    lines = []
     what = {'zoo': 'screened: CPU time, median of 3 rounds, batches of 2 at 128 pixels or the size that the model requires; checked against double precision',
         'trace': 'traced, batches of 8 at 128 pixels', 'formats': 'measured: formats and precisions', 'peers': 'measured: other tools',
         'kernels': 'measured: tuned kernels', 'zoo-tuned': 'two training steps and a check of `to_channelslast()`, in bf16 with tuned kernels'}
     for device in devices():
         for name,text in what.items():
             if not (c := read(f'{name}-{device}.json').get('conditions')): continue
-            lines.append(f"| [{name}-{device}]({repo}/{name}-{device}.json) | {text} | {c['gpu'] or c['cpu']} | {c['cores']} | {c['torch']} | {c['fastai']} | {c['date']} |")
+            threads = f"{c['cores']} thread{'s' if c['cores']!=1 else ''}"
+            lines.append(f"- [{name}-{device}]({repo}/{name}-{device}.json): {text}. {c['gpu'] or c['cpu']}, {threads}, torch {c['torch']}, fastai {c['fastai']}, {c['date']}.")
     return '\n'.join(lines)
 
 @call_parse
 def main():
-    "Run the page and save it"
+    "Run the pages and save them"
     from execnb.shell import CaptureShell
     from fastcore.nbio import read_nb, write_nb
     from nbdev.clean import clean_nb
-    CaptureShell(path=page.parent).execute(page, page, exc_stop=True)
-    nb = read_nb(page)
-    clean_nb(nb)
-    write_nb(nb, page)
-    print(f'written: {page.relative_to(here.parent)}')
+    for page in pages:
+        CaptureShell(path=page.parent).execute(page, page, exc_stop=True)
+        nb = read_nb(page)
+        clean_nb(nb)
+        write_nb(nb, page)
+        print(f'written: {page.relative_to(here.parent)}')

@@ -112,18 +112,28 @@ def compatibility(root):
     spec.loader.exec_module(m)
     return m
 
-def test_page_of_models_is_made_from_the_results(root, compatibility):
-    "If this fails, `python benchmarks/compatibility.py` writes the page anew"
+@pytest.mark.parametrize('page,made', [('compatibility', 4), ('cheat_sheet', 4)])
+def test_pages_are_made_from_the_results(root, compatibility, monkeypatch, page, made):
+    "If this fails, `python benchmarks/compatibility.py` writes the pages anew"
     from IPython.display import HTML, Markdown
-    made = 0
-    for c in json.loads((root/'nbs/compatibility.ipynb').read_text())['cells']:
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    names = vars(importlib.import_module(page)) | dict(HTML=HTML, Markdown=Markdown)
+    found = 0
+    for c in json.loads((root/f'nbs/{page}.ipynb').read_text())['cells']:
         src,outs = ''.join(c['source']),c.get('outputs', [])
         if not (outs and src.startswith('#| echo: false\n')): continue
-        o = eval(src.removeprefix('#| echo: false\n'), vars(compatibility) | dict(HTML=HTML, Markdown=Markdown))
+        o = eval(src.removeprefix('#| echo: false\n'), names)
         kept = ''.join(outs[0]['data']['text/html' if isinstance(o, HTML) else 'text/markdown'])
         assert kept==o.data, src
-        made += 1
-    assert made==4
+        found += 1
+    assert found==made
+
+def test_the_recommended_calls_follow_from_the_results(root, monkeypatch):
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    sheet = importlib.import_module('cheat_sheet')
+    sheet.check_calls()
+    monkeypatch.setattr(sheet, 'cpu_speeds', lambda arm, names=None: [1.2 if arm==sheet.fp32 else 1.1])
+    with pytest.raises(AssertionError): sheet.check_calls()
 
 zoo = dict(contiguous=dict(params=2e6, convolutions=3, shape=[2, 3, 8, 8]), ours=dict(kept=dict(forward=1., backward=0.5)), check=dict(ok=True, reason='fine', wrong=[]),
     naive={}, naive_check=dict(ok=True, reason=''), times=dict(ratio=dict(ours=1.2, naive=1.1)))
@@ -133,6 +143,10 @@ def rows(compatibility, monkeypatch, tmp_path, lines=(), **files):
     (tmp_path/'zoo-cpu.jsonl').write_text('\n'.join(json.dumps(l) for l in lines))
     for n,d in files.items(): (tmp_path/f'{n}-cpu.json').write_text(json.dumps(d))
     return compatibility.rows_of('cpu')
+
+def cells(compatibility, row):
+    "What the columns show of a model"
+    return [c and f"{c['text']} {c['small']}".strip() for c in (f(row) for f in compatibility.columns.values())]
 
 def test_outcomes_of_a_model(compatibility, monkeypatch, tmp_path):
     some = {'torchvision/a': {}, 'timm/crashes': dict(naive=dict(died=6), times=dict(ratio=dict(ours=0.9))), 'timm/raises': dict(naive=dict(raised='RuntimeError: no')), 'timm/hangs': dict(naive=dict(hung=300)),
@@ -147,8 +161,12 @@ def test_outcomes_of_a_model(compatibility, monkeypatch, tmp_path):
     assert get('timm/wrong')[0]=='wrong' and 'weights' in get('timm/wrong')[3] and get('timm/unclear')[0]=='inconclusive' and 'rounding' in get('timm/unclear')[3]
     assert get('timm/ours_crashes')[0]=='crashes' and get('timm/linear')[0]=='no convolution' and get('timm/never')[0]=='raises when contiguous, too'
     assert get('timm/timing')[1:3]==(None, None) and 'crashed while' in get('timm/timing')[3]
+    assert cells(compatibility, found['torchvision/a'])==['OK fp32', '100 / 50 %', '1.20 fp32, screened', 'OK']
+    assert [cells(compatibility, found[f'timm/{n}'])[3] for n in ('crashes', 'raises', 'hangs', 'naive_wrong', 'timing')]==['crashes', 'raises', 'hangs', 'wrong', 'see details']
+    assert cells(compatibility, found['timm/wrong'])[0]=='wrong fp32' and cells(compatibility, found['timm/linear'])==['no convolution', None, None, None]
     text = compatibility.table()
-    assert text.count('<th scope="row">')==len(some) and 'Measured, with interval' not in text, 'a column without a number is left out'
+    assert text.count('<th scope="row">')==text.count('<tr class="more"')==len(some)
+    assert 'Screened with 2x3x8x8: channels last fp32 1.20, naive conversion 1.10' in text and 'Parameters: 2.0 million' in text
     assert '1 crashed' in compatibility.summary() and '1 wrong' in compatibility.summary()
 
 def test_later_results_fill_their_columns(compatibility, monkeypatch, tmp_path):
@@ -164,6 +182,9 @@ def test_later_results_fill_their_columns(compatibility, monkeypatch, tmp_path):
     assert set(found)=={'torchvision/a', 'fastai/unet+resnet18', 'torchvision/vgg', 'fastai/unet+resnet34+sa'}
     assert {k:v[0] for k,v in found['torchvision/a']['arms'].items()}=={'channels last fp32': 1.1, 'channels last mixed': 1.6, 'tuned fp32': 1.4, 'tuned': 1.9, 'compiled': 1.7}
     assert found['torchvision/a']['tuned_verdict']=='OK' and '1 kernel corrected' in found['torchvision/a']['notes']
+    assert cells(compatibility, found['torchvision/a'])==['OK bf16', '100 / 50 %', '1.90 default call', 'OK']
+    assert cells(compatibility, found['torchvision/vgg'])==['not checked', '100 / 99.9 % traced', None, None] and cells(compatibility, found['fastai/unet+resnet34+sa'])[1]=='kept traced'
     text = compatibility.table()
-    assert '1.90 (1.80 to 2.00)' in text and '9.00' not in text and '8.00' not in text and '99.9 % †' in text and 'trace: 2 places lose the format, 1.3 % of the step' in text and 'trace: the format is kept throughout' in text
-    assert re.search(r'\[peers-cpu\].*\| a cpu \| 2 \|', compatibility.machines())
+    assert '1.90 (1.80 to 2.00)' in text and '9.00' not in text and '8.00' not in text and 'Trace: 2 places lose the format, 1.3 % of the step' in text and 'Trace: the format is kept throughout' in text
+    assert 'Measured with 4x3x8x8 (kernels-cpu.json)' in text and '(ours: to_channelslast(), compiled): 1.70 (1.60 to 1.80)' in text and 'Check in fp32: OK</li><li>Check in bf16, tuned: OK' in text
+    assert re.search(r'\[peers-cpu\].* a cpu, 2 threads, torch 2, fastai 2, today\.', compatibility.machines())
