@@ -1,14 +1,14 @@
-"The recipes of `nbs/tutorials/my_own_loop.ipynb` in two processes on one CPU; this file is its own worker"
-import os, sys
+"The recipes of `nbs/tutorials/my_own_loop.ipynb` in two processes on one CPU, and the figures of `gpu_colab_kaggle.ipynb`; this file is its own worker"
+import json, os, re, sys
 from pathlib import Path
 import pytest, torch
+from fastcore.nbio import read_nb
 from helpers import state_follows, two_processes
 
 page = Path(__file__).resolve().parent.parent/'nbs/tutorials/my_own_loop.ipynb'
 
 def recipes():
     "The names that the page's visible cells define"
-    from fastcore.nbio import read_nb
     found = {}
     for c in read_nb(page).cells:
         if c.cell_type=='code' and not c.source.startswith('#|'): exec(compile(c.source, page.name, 'exec'), found)
@@ -35,10 +35,10 @@ def train_accelerate(page, folder, way):
 
 def train_lightning(page, folder, way):
     import lightning as L
-    class TooLate(page['LitNetwork']):
+    class TooLate(page['LitNet']):
         def configure_model(self): pass
         def on_fit_start(self): page['apply_channels_last'](self)
-    if way=='too late': page['LitNetwork'] = TooLate
+    if way=='too late': page['LitNet'] = TooLate
     page['train_lightning'](model := page['network'](), loader(), max_epochs=1, accelerator='cpu', devices=2, strategy='ddp',
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     return model
@@ -89,5 +89,26 @@ def test_a_recipe_in_two_processes(tmp_path, name, way):
     assert buckets not in err
 
 def test_lightning_wraps_before_a_fit_starts(tmp_path): assert buckets in run_two(tmp_path, 'lightning', 'too late')[1]
+
+def test_a_recipe_is_short():
+    cells = [c.source.splitlines() for c in read_nb(page).cells if c.cell_type=='code' and re.search('^def train_', c.source, re.M)]
+    assert len(cells)==4
+    for lines in cells: assert len([l for l in lines if l])<15 and max(map(len, lines))<=88, lines
+
+def test_the_figures_of_the_gpu_page_were_measured(root):
+    "Its table is of the results, of the H100's race and of the H200's sweep"
+    results = {n: json.loads((root/f'benchmarks/results/{n}-cuda.json').read_text()) for n in ('gpu-plan', 'speed')}
+    h100 = {(o['model'], row['arm']): row['ratio'] for o in results['gpu-plan']['rows'] if not o['compile'] for row in o['plan']['rows']}
+    h200 = {o['model']: o['ratio'][0] for o in results['speed']['rows'] if o['section']=='fp16' and o['arm']=='ours'}
+    text = '\n'.join(''.join(c['source']) for c in json.loads((page.parent/'gpu_colab_kaggle.ipynb').read_text())['cells'])
+    lines = re.findall(r'^\| (\w+)(?: \(video\))? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$', text, re.M)
+    assert len(lines)==8
+    for name,*said in lines:
+        measured = h100[name, 'contiguous fp16'],h100[name, 'channels last fp16'],h200[name]
+        assert said==[f'{v:.2f}' for v in measured], name
+    compiled = next(o['plan']['reason'] for o in results['gpu-plan']['rows'] if o['compile'] and o['model']=='resnet50')
+    assert re.search(r'compiled is ([\d.]+ times as fast as contiguous fp32)', compiled)[1] in text
+    cards = results['gpu-plan']['conditions']['gpu'],results['speed']['card']
+    assert 'H100' in cards[0] and 'H200' in cards[1] and results['gpu-plan']['conditions']['date'] in text
 
 if __name__=='__main__': worker(*sys.argv[1:])
