@@ -1,4 +1,4 @@
-"""Mixed precision for the device at hand
+"""The mixed precision that a Learner trains in by default, and how to choose another
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/amp.html.md"""
 

@@ -1,4 +1,4 @@
-"""Train a fastai Learner in channels last
+"""Which inputs of a Learner become channels last, and how to add a type of your own
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/callbacks.html.md"""
 

@@ -1,4 +1,4 @@
-"""Channels last training with a fastai `Learner`
+"""One method converts the model, its batches and its optimizer state, and turns on mixed precision
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/channelslast.html.md"""
 

@@ -1,4 +1,4 @@
-"""Check, trace, benchmark and plan from a `Learner`
+"""Is my training step right, what loses the format, is it faster, and which setting is the fastest?
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/learner.html.md"""
 
