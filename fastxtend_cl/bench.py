@@ -1,4 +1,4 @@
-"""Measure a training step in each format and precision, and how sure the result is
+"""Measure a training step in each format and precision, with intervals
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/bench.html.md"""
 
