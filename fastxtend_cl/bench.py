@@ -1,4 +1,4 @@
-"""Is it faster for me, and by how much?
+"""Measure a training step in each format and precision, with intervals
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/bench.html.md"""
 

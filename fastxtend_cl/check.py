@@ -1,4 +1,4 @@
-"""Is the training step still correct in channels last?
+"""Compare one training step in channels last with double precision
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/check.html.md"""
 
