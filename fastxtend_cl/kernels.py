@@ -235,7 +235,7 @@ def _conv_forward(kernel):
             if not x.numel() or x.dtype not in tolerances or x.dtype!=w.dtype or bias is not None and bias.dtype!=x.dtype or x.ndim!=w.ndim:
                 return kernel.call_boxed(ks, *args)
             try: shape = _output_shape(x, w, *args[3:])
-            except ValueError: return kernel.call_boxed(ks, *args) # lists of one number, or of a wrong length
+            except ValueError: return kernel.call_boxed(ks, *args) # which expands lists of one number, or raises
             if min(shape)<1: return kernel.call_boxed(ks, *args)
             g = torch.empty_strided(shape, dense_strides(shape, torch_format(x)), dtype=x.dtype, device='meta')
             found = _find(partial(kernel.call_boxed, ks), key, (g, x, w, None, *args[3:], (False, False, bias is not None)))
@@ -243,7 +243,9 @@ def _conv_forward(kernel):
     return f
 
 def _output_shape(x, w, *args):
+    "Raises a `ValueError` for what torch's own operator does not take as it is"
     stride,padding,dilation,transposed,output_padding,groups = args
+    if x.shape[1]!=(w.shape[0] if transposed else groups*w.shape[1]): raise ValueError('wrong number of channels')
     sides = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, output_padding, strict=True)
     if transposed: return (x.shape[0], w.shape[1]*groups, *((n-1)*s-2*p+d*(k-1)+o+1 for n,k,s,p,d,o in sides))
     return (x.shape[0], w.shape[0], *((n+2*p-d*(k-1)-1)//s+1 for n,k,s,p,d,_ in sides))

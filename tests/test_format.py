@@ -290,6 +290,23 @@ def test_ddp_wrapped_model_raises_and_is_unchanged(one_process_group):
         assert_same_snapshot(before, snapshot(model))
     assert apply_channels_last(DistributedDataParallel(apply_channels_last(mixed())))
 
+def test_optimizer_state_of_a_ddp_wrapped_model_is_converted(one_process_group):
+    "A checkpoint that was saved contiguous, loaded after wrapping: the buckets hold no state"
+    def started():
+        model = mixed()
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model(images()).sum().backward(); opt.step(); opt.zero_grad()
+        return model,opt
+    checkpoint = deepcopy(started()[1].state_dict())
+    model,opt = started()
+    apply_channels_last(model, opt)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    opt.load_state_dict(checkpoint)
+    def follow(): return all(t.stride()==p.stride() for p,s in opt.state.items() for t in s.values() if t.shape==p.shape)
+    assert not follow()
+    apply_channels_last(wrapped, opt)
+    assert follow() and formats(model)['stem.weight']=='channels_last'
+
 # What follows a parameter
 
 def test_gradients_go_along_as_the_same_objects():

@@ -188,6 +188,22 @@ def test_errors_of_the_user_stay_torchs_own():
         for bad in ((g[:,:5], x, w), (g, x[:,:3], w)):
             with pytest.raises(RuntimeError): backward(*bad, plain_case[2])
 
+def message(f):
+    with pytest.raises(RuntimeError) as e: f()
+    return str(e.value)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layer,shape', [(nn.Conv1d(4, 8, 3), (32, 3, 64)), (nn.Conv2d(4, 8, 3), (32, 3, 64, 64)), (nn.Conv2d(4, 8, 3, groups=2), (32, 2, 64, 64)), (nn.Conv2d(4, 8, 9), (32, 4, 6, 6)),
+    (nn.ConvTranspose2d(4, 8, 3), (32, 3, 64, 64)), (nn.Conv3d(4, 8, 3), (32, 3, 8, 8, 8))], ids=lambda o: str(o).replace(' ', ''))
+def test_wrong_shapes_give_torchs_own_message(layer, shape, dtype):
+    "With the shape of the user's batch, not of the part of it that kernels are verified with"
+    layer,x = copy.deepcopy(layer).to(dtype),torch.randn(shape, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim==4 else x
+    want = message(lambda: layer(x))
+    assert str(shape[1]) in want
+    for mode in K.modes:
+        with tuned_kernels(mode): assert message(lambda: layer(x))==want
+
 def test_arguments_of_one_number_for_all_dimensions():
     "`aten::convolution` takes them and expands them itself"
     _,x,w = inputs(*plain_case, torch.float32)
