@@ -200,7 +200,6 @@ def test_wrong_shapes_give_torchs_own_message(layer, shape, dtype):
     layer,x = copy.deepcopy(layer).to(dtype),torch.randn(shape, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last) if x.ndim==4 else x
     want = message(lambda: layer(x))
-    assert str(shape[1]) in want
     for mode in K.modes:
         with tuned_kernels(mode): assert message(lambda: layer(x))==want
 
