@@ -1,4 +1,4 @@
-"""An `Arm` is a setting of the whole training step: memory format, precision, compiled or not, or any change of your own
+"""An arm is a setting of the whole training step: memory format, precision, compiled or not, or any change of your own
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/arms.html.md"""
 
