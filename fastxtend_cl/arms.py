@@ -1,4 +1,4 @@
-"""Settings of a training step, ready to be measured
+"""An arm is a setting of the whole training step: memory format, precision, compiled or not, or any change of your own
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/arms.html.md"""
 

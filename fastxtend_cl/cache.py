@@ -1,4 +1,4 @@
-"""Measurements kept between processes
+"""Choices of kernels and plans are kept in JSON files, so that the next process does not measure again
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/cache.html.md"""
 

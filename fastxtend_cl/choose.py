@@ -1,4 +1,4 @@
-"""The fastest of the correct ways to compute a convolution
+"""Each way to compute a convolution is verified and timed, and the fastest correct one is used
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/choose.html.md"""
 

@@ -1,4 +1,4 @@
-"""What this package uses of torch that torch does not document
+"""What this package uses of PyTorch that is not documented, looked up in one place
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/internals.html.md"""
 

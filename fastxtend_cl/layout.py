@@ -1,4 +1,4 @@
-"""What a memory format is
+"""In which memory format is this tensor, and how is it brought into another one?
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/layout.html.md"""
 

@@ -1,4 +1,4 @@
-"""What a step could reach at best, and how much memory it takes
+"""Operations, bytes and peak memory of a training step, and what the device reaches at best
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/limits.html.md"""
 

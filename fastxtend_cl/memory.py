@@ -1,4 +1,4 @@
-"""Keep the memory of a training step for the next one
+"""Training steps on a CPU reuse freed memory instead of returning it to the system
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/memory.html.md"""
 

@@ -1,4 +1,4 @@
-"""Other operators that lose the memory format or are wrong in channels last
+"""Operators other than convolutions that lose the memory format or are wrong in channels last are replaced
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/operators.html.md"""
 

@@ -1,4 +1,4 @@
-"""Which setting is fastest for the whole model?
+"""Measure in which memory format and precision a model trains fastest
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/plan.html.md"""
 

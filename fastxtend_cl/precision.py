@@ -1,4 +1,4 @@
-"""One vocabulary for the precision of a training step
+"""Short names for dtypes, and which of them a device supports
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/precision.html.md"""
 

@@ -1,4 +1,4 @@
-"""Run something, with all state restored afterwards
+"""A context that restores weights, optimizer, random generators and settings after its body, bit for bit
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/preserve.html.md"""
 

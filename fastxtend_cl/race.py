@@ -1,4 +1,4 @@
-"""The first training steps choose the fastest setting
+"""The first training steps compare memory formats and precisions, and the fastest stays
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/race.html.md"""
 

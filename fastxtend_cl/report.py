@@ -1,4 +1,4 @@
-"""How results are shown, and the conditions that stand beside them
+"""Results are fields for programs, and a verdict with a small table for people
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/report.html.md"""
 

@@ -1,4 +1,4 @@
-"""One training step as a value
+"""A model, a batch, a loss, an optimizer and a precision: what the functions of this package check, trace and measure
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/step.html.md"""
 

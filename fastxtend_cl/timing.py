@@ -1,4 +1,4 @@
-"""Which of several functions is faster, and how sure is that?
+"""Functions are timed in turn, in short blocks and random order, so that a busy machine affects all of them alike
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/timing.html.md"""
 

@@ -1,4 +1,4 @@
-"""Follows the memory formats of all tensors through a training step
+"""Each operator of a training step is seen with the memory formats of its inputs and outputs, forward and backward
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/tracer.html.md"""
 

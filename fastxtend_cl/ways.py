@@ -1,4 +1,4 @@
-"""Ways to compute a convolution, and the kernels that are known to fail
+"""The ways in which each kernel of a convolution can be computed, and the kernels that are known to fail
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/ways.html.md"""
 
