@@ -33,41 +33,42 @@ class SignatureAndTable(MarkdownRenderer):
         super().__init__(sym, **kwargs)
         self.is_property = isinstance(sym, property)
 
-    def default(self, p):
-        "The default of parameter `p` as one would write it; empty if it has none"
-        if p.default is Parameter.empty: return ''
-        made = [f.default_factory for f in fields(self.sym) if f.name==p.name and callable(f.default_factory)] if is_dataclass(self.sym) else []
+    def default(self, name):
+        "The default of parameter `name` as one would write it; empty if it has none"
+        value = self.dm.dm[name].default
+        if value is Parameter.empty: return ''
+        made = [f.default_factory for f in fields(self.sym) if f.name==name and callable(f.default_factory)] if is_dataclass(self.sym) else []
         if made: return f'{get_name(made[0])}()'
-        text = getattr(p.default, '__name__', repr(p.default))
-        return '...' if text.startswith('<') else text if len(text)<=40 else f'{type(p.default).__name__}(...)'
+        text = getattr(value, '__name__', repr(value))
+        return '...' if text.startswith('<') else text if len(text)<=40 else f'{type(value).__name__}(...)'
 
     def signature(self, params):
         "On one line, or a line for each parameter"
         name,items,star = get_name(self.sym),[],False
-        for p in params:
+        for o,p in params.items():
             if p.kind==Parameter.KEYWORD_ONLY and not star: items.append('*')
             star = star or p.kind in (Parameter.VAR_POSITIONAL, Parameter.KEYWORD_ONLY)
-            items.append(stars.get(p.kind, '') + p.name + (f'={d}' if (d := self.default(p)) else ''))
+            items.append(stars.get(p.kind, '') + o + (f'={d}' if (d := self.default(o)) else ''))
         line = f"{name}({', '.join(items)})"
         return name if self.is_property else line if len(line)<=60 else '\n'.join([f'{name}(', *(f'    {o},' for o in items), ')'])
 
-    def table(self, params):
+    def table(self, params, returned):
         "A row for each parameter, and one for what is returned; empty if nothing is described"
-        described,rows = self.dm.dm,[]
-        if not any(o.docment for o in described.values()): return ''
-        for p in params:
-            name,d = (stars.get(p.kind, '') + p.name).replace('*', r'\*'),self.default(p)
-            says = [types_of(described[p.name].anno, p.default), f'default `{d}`' if d else '']
-            rows.append((f'**{name}**', ', '.join(o for o in says if o), described[p.name].docment))
-        returned = described.get('return')
-        if returned and types_of(returned.anno): rows.append(('*Returns*', types_of(returned.anno), returned.docment))
+        if not any(o.docment for o in [*params.values(), returned]): return ''
+        rows = []
+        for o,p in params.items():
+            name,d = (stars.get(p.kind, '') + o).replace('*', r'\*'),self.default(o)
+            says = [types_of(p.anno, p.default), f'default `{d}`' if d else '']
+            rows.append((f'**{name}**', ', '.join(o for o in says if o), p.docment))
+        if types_of(returned.anno): rows.append(('*Returns*', types_of(returned.anno), returned.docment))
         lines = [f"| {name} {f'[{cell(says)}]{{.type}} ' if says else ''}| {cell(doc)} |" for name,says,doc in rows]
         return '\n'.join(['::: {.params}', '', '| Parameter | Description |', '|:-----|:----------|', *lines, '', ':::', ''])
 
     def _repr_markdown_(self):
         if self.sig:
-            params = [p for p in self.sig.parameters.values() if p.name!='self']
-            code,table = self.signature(params),self.table(params)
+            params = dict(self.dm.dm)
+            returned = params.pop('return')
+            code,table = self.signature(params),self.table(params, returned)
         else: code,table = f"class {self.nm}({', '.join(map(get_name, self.sym.__bases__))})" if isclass(self.sym) else self.nm,''
         return '\n\n'.join(o for o in (f'```{{.python .signature}}\n{code}\n```', self.docs, table) if o)
 
