@@ -4,7 +4,7 @@
 import re
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, formatannotation, isclass
-from types import NoneType, UnionType
+from types import FunctionType, NoneType, UnionType
 from typing import Union, get_args, get_origin
 from fastcore.docments import MarkdownRenderer, get_name
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -18,7 +18,7 @@ def type_name(t):
 
 def types_of(anno, default=Parameter.empty):
     "The alternatives of annotation `anno` in backticks, which nbdev makes links of; a None that is the default goes without saying"
-    if anno in (Parameter.empty, object, None, NoneType): return ''
+    if anno in (Parameter.empty, object, None, NoneType, FunctionType): return '' # the last two are the types of defaults
     alternatives = get_args(anno) if get_origin(anno) in (Union, UnionType) else [anno]
     names = [f'`{type_name(o)}`' for o in alternatives if not (o is NoneType and default is None)]
     return ' or '.join(o for o in (', '.join(names[:-1]), names[-1]) if o)
