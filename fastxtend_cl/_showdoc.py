@@ -24,8 +24,8 @@ def types_of(anno, default=Parameter.empty):
     return ' or '.join(o for o in (', '.join(names[:-1]), names[-1]) if o)
 
 def cell(text):
-    "`text` in one cell of a table: on one line, and without a bar outside code"
-    return re.sub(r'(`[^`]*`)|\|', lambda m: m[1] or r'\|', ' '.join((text or '').split()))
+    "`text` in one cell of a table: on one line, and outside code without a bar or a quotation mark that would be curled"
+    return re.sub(r'(`[^`]*`)|([|\'"])', lambda m: m[1] or '\\'+m[2], ' '.join((text or '').split()))
 
 class SignatureAndTable(MarkdownRenderer):
     "A signature without types; types, defaults and descriptions in a table, if anything is described"

@@ -141,7 +141,7 @@ def test_a_function_is_shown_with_a_short_signature_and_a_table(root):
     assert shown(few).endswith('few\n\n```{.python .signature}\nfew(a, b=None)\n```\n\nDoes `this`\n\nAnd more.')
     assert '.params' not in shown(few), 'nothing is described'
     def many(
-        first:str|dict, # One of `a|b` or c|d
+        first:str|dict, # One of `a|b` or 'c'|d
         *rest,
         # The
         # second
@@ -152,7 +152,7 @@ def test_a_function_is_shown_with_a_short_signature_and_a_table(root):
         "Does much"
     text = shown(many)
     assert 'many(\n    first,\n    *rest,\n    second=None,\n    third=...,\n    long=str(...),\n    **kwargs,\n)' in text
-    for row in (r'| **first** [`str` or `dict`]{.type} | One of `a|b` or c\|d |', '| **second** [`int`, default `None`]{.type} | The second |', r'| **\*\*kwargs** |  |', '| **third** [default `...`]{.type} |  |', '| *Returns* [`list[int]`]{.type} | All |'): assert row in text.splitlines(), text
+    for row in (r"| **first** [`str` or `dict`]{.type} | One of `a|b` or \'c\'\|d |", '| **second** [`int`, default `None`]{.type} | The second |', r'| **\*\*kwargs** |  |', '| **third** [default `...`]{.type} |  |', '| *Returns* [`list[int]`]{.type} | All |'): assert row in text.splitlines(), text
 
 def test_classes_and_methods_are_shown(root):
     @dataclass
