@@ -1,5 +1,6 @@
-"What the site is made from: the navigation, the stand-in for Quarto, and the page of models that a script makes from the results"
+"What the site is made from: the navigation, the stand-in for Quarto, how functions are shown, and the page of models that a script makes from the results"
 import base64, importlib.util, json, re, subprocess, sys
+from dataclasses import dataclass, field
 import pytest
 import yaml
 from fastcore.nbio import mk_cell, new_nb, write_nb
@@ -21,7 +22,8 @@ def test_quarto_reads_the_same_order(root):
     "nbdev leaves sidebar.yml alone, Quarto reads it, and follows the reader's light or dark"
     q = yaml.safe_load((root/'nbs/_quarto.yml').read_text())
     assert 'sidebar.yml' in q['metadata-files'] and q['website']['navbar']['search']
-    assert set(q['format']['html']['theme'])=={'light','dark'} and q['format']['html']['respect-user-color-scheme']
+    page = q['format']['html']
+    assert set(page['theme'])=={'light','dark'} and page['respect-user-color-scheme'] and page['code-copy'] is True and page['css']=='styles.css'
     from nbdev.config import get_config
     assert get_config(root/'nbs').custom_sidebar
 
@@ -49,7 +51,7 @@ def build(root, tmp_path):
         for name,cells in {'index': [], **nbs}.items():
             p = src/f"{name.replace('__', '/')}.ipynb"
             p.parent.mkdir(parents=True, exist_ok=True)
-            write_nb(new_nb([mk_cell(f'---\ntitle: Page {name}\n---', 'raw'), *cells]), p)
+            write_nb(new_nb([*([] if cells and cells[0].cell_type=='raw' else [mk_cell(f'---\ntitle: Page {name}\n---', 'raw')]), *cells]), p)
         (src/'nbdev.yml').write_text(yaml.dump(dict(website={'title': 'tiny', 'repo-url': 'https://example.org'})))
         (src/'sidebar.yml').write_text(yaml.dump(dict(website=dict(sidebar=dict(contents=list(contents))))))
         r = subprocess.run([sys.executable, root/'.ci/bin/quarto', 'render', '--output-dir', out], cwd=src, capture_output=True, text=True)
@@ -77,7 +79,7 @@ def test_navigation_has_sections_and_takes_in_what_is_new(build):
     nav = re.search(r'<nav id="site".*?</nav>', page('lessons/b.html'), re.S)[0]
     assert re.findall(r'<h2>(.*?)</h2>', nav)==['Lessons'], 'a section without a page is left out'
     assert re.findall(r'<a href="(.*?)"', nav)==['../index.html', '../lessons/b.html', '../lessons/a.html', '../deep/er/d.html']
-    assert re.findall(r'<a href="(.*?)" aria-current="page"', nav)==['../lessons/b.html']
+    assert re.findall(r'<a href="([^"]*)" aria-current="page"', nav)==['../lessons/b.html']
     assert '"../../site.css"' in page('deep/er/d.html') and 'data-up="../../"' in page('deep/er/d.html')
 
 def test_links_between_folders(build):
@@ -104,6 +106,68 @@ def test_errors_and_folded_code_are_shown(build):
     text = page('index.html')
     assert 'ZeroDivisionError: division' in text and 'hidden()' not in text
     assert re.search(r'<details>\s*<summary>\s*How\s*</summary>', text) and re.search(r'<pre class="output"><code>```\nx', text)
+
+def test_code_is_coloured_and_outputs_are_not(build):
+    _,page = build(index=[mk_cell('for x in y: "<b>"', outputs=[dict(output_type='stream', name='stdout', text='for x in y')]), mk_cell('```\nfor plain\n```', 'markdown')])
+    text = page('index.html')
+    assert '<pre class="python"><code><span class="k">for</span>' in text and '&lt;b&gt;' in text and '<b>' not in text
+    assert '<pre class="output"><code>for x in y' in text and '<code>for plain' in text
+
+def test_classes_of_a_cell(build):
+    r,page = build(index=[picture('#| classes: photo\n#| fig-alt: "Seen"\nshow()'), picture('#| fig-alt: "Drawn"\nplot()')])
+    assert r.returncode==0 and re.search(r'<div class="photo">.*alt="Seen".*</div>.*alt="Drawn"', page('index.html'), re.S)
+
+def test_layout_of_a_page(build):
+    cells = [mk_cell('## A heading', 'markdown')]
+    _,page = build(index=cells, wide=[mk_cell('---\ntitle: Wide\npage-layout: full\ntoc: false\n---', 'raw'), *cells])
+    assert 'class="columns article"' in page('index.html') and 'id="toc"' in page('index.html')
+    assert 'class="columns full no-toc"' in page('wide.html') and 'id="toc"' not in page('wide.html')
+
+def test_section_within_a_section_is_folded(build):
+    "As Quarto does from the second level on; open where it holds the page at hand"
+    contents = ['index.ipynb', dict(section='Outer', contents=['a.ipynb', dict(section='Inner', contents=['b.ipynb'])])]
+    _,page = build(contents, a=[], b=[])
+    assert '<h2>Outer</h2>' in page('a.html') and re.search(r'<details><summary>Inner</summary>.*b\.html', page('a.html'))
+    assert re.search(r'<details open><summary>Inner</summary>.*b\.html', page('b.html'))
+
+def shown(f):
+    from nbdev.showdoc import show_doc
+    return show_doc(f, renderer='fastxtend_cl._showdoc.Renderer')._repr_markdown_()
+
+def test_a_function_is_shown_with_a_short_signature_and_a_table(root):
+    from nbdev.config import get_config
+    assert get_config(root/'nbs').renderer=='fastxtend_cl._showdoc.Renderer'
+    def few(a, b:int|None=None): "Does `this`\n\nAnd more."
+    assert shown(few).endswith('few\n\n```{.python .signature}\nfew(a, b=None)\n```\n\nDoes `this`\n\nAnd more.')
+    assert '.params' not in shown(few), 'nothing is described'
+    def many(
+        first:str|dict, # One of `a|b` or 'c'|d
+        *rest,
+        # The
+        # second
+        second:int|None=None,
+        third=lambda: 0,
+        long:str='x'*50, **kwargs,
+    )->list[int]: # All
+        "Does much"
+    text = shown(many)
+    assert 'many(\n    first,\n    *rest,\n    second=None,\n    third=...,\n    long=str(...),\n    **kwargs,\n)' in text
+    for row in (r"| **first** [`str` or `dict`]{.type} | One of `a|b` or \'c\'\|d |", '| **second** [`int`, default `None`]{.type} | The second |', r'| **\*\*kwargs** |  |', '| **third** [default `...`]{.type} |  |', '| *Returns* [`list[int]`]{.type} | All |'): assert row in text.splitlines(), text
+
+def test_classes_and_methods_are_shown(root):
+    @dataclass
+    class Result:
+        "What came out"
+        n:int # How many
+        rows:list = field(default_factory=list)
+        def table(self): "As text"
+        @property
+        def ok(self): "Whether all is well"
+    class Failed(ValueError): "It failed"
+    assert 'Result(n, rows=list())' in shown(Result) and '| **rows** [`list`, default `list()`]{.type} |  |' in shown(Result) and 'Returns' not in shown(Result)
+    assert '\ntable()\n```\n\nAs text' in shown(Result.table) and '.params' not in shown(Result.table)
+    assert '\nok\n```' in shown(Result.ok)
+    assert 'class' in shown(Failed) and '(ValueError)' in shown(Failed)
 
 @pytest.fixture(scope='module')
 def compatibility(root):

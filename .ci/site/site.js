@@ -1,11 +1,41 @@
-// The folding menu and the search box of the stand-in's pages. The index is a script, not a fetch, so that it works from a folder too.
-const up = document.currentScript.dataset.up
-document.documentElement.classList.add('js')
+// What the stand-in's pages do: menu, theme, copying of code, search. The index is a script, not a fetch, so that it works from a folder too.
+const up = document.currentScript.dataset.up, root = document.documentElement
+root.classList.add('js')
 
 const menu = document.getElementById('menu'), site = document.getElementById('site')
 menu.onclick = () => menu.setAttribute('aria-expanded', site.classList.toggle('open'))
 site.querySelector('[aria-current]')?.scrollIntoView({block: 'nearest'})
 scrollTo(0, location.hash ? scrollY : 0)
+
+// The theme: that of the system until the reader chooses one
+const theme = document.getElementById('theme'), system = matchMedia('(prefers-color-scheme: dark)')
+function show(name) {
+  root.dataset.theme = name
+  theme.setAttribute('aria-pressed', name == 'dark')
+}
+theme.onclick = () => show(localStorage.theme = root.dataset.theme == 'dark' ? 'light' : 'dark')
+system.onchange = () => { if (!localStorage.theme) show(system.matches ? 'dark' : 'light') }
+show(root.dataset.theme)
+
+// Code without prompts, and without the output between them
+function source(text) {
+  const lines = text.trimEnd().split('\n'), prompt = /^(>>> ?|\.\.\. ?|\$ )/
+  return /^(>>> |\$ )/m.test(text) ? lines.filter(l => prompt.test(l)).map(l => l.replace(prompt, '')).join('\n') : lines.join('\n')
+}
+for (const pre of document.querySelectorAll('article pre:not(.output)')) {
+  const box = document.createElement('div'), button = document.createElement('button')
+  box.className = 'code'
+  pre.replaceWith(box)
+  box.append(pre)
+  if (pre.classList.contains('signature')) continue
+  Object.assign(button, {type: 'button', className: 'copy', textContent: 'Copy', ariaLive: 'polite'})
+  button.onclick = async () => {
+    await navigator.clipboard.writeText(source(pre.textContent))
+    button.textContent = 'Copied'
+    setTimeout(() => button.textContent = 'Copy', 2000)
+  }
+  box.append(button)
+}
 
 const box = document.getElementById('search'), found = document.getElementById('found')
 let loading, at = -1
@@ -20,20 +50,30 @@ function index() {
   })
 }
 
-// An entry is [page, title, anchor, heading, text]. Each word must occur; a title counts most, then a heading
-function score([page, title, anchor, heading, text], words) {
-  const [t, h, b] = [title, heading, text].map(o => o.toLowerCase())
-  let res = 0
+// A word is found where a word begins with it, singular or plural
+function pattern(word) {
+  const stem = word.length > 3 ? word.replace(/s$/, '') : word
+  return new RegExp('(?<![\\p{L}\\p{N}])' + stem.replace(/[.*+?^${}()|[\]\\]/g, '\\$&'), 'giu')
+}
+const times = (text, word) => text.match(word)?.length ?? 0
+
+// An entry is [page, title, anchor, heading, text]; the first of a page has no anchor. What has more of the words comes first, then what has them in its title
+// or heading; equal ones stay in the order of the navigation
+function score([page, title, anchor, heading, text], words, phrase) {
+  const head = heading || title, weight = anchor ? 1 : 2
+  let sum = 0, matched = 0, here = 0
   for (const w of words) {
-    const here = (anchor ? 0 : 20*t.includes(w)) + 10*h.includes(w) + Math.min(5, b.split(w).length - 1)
-    if (!here && !t.includes(w)) return 0
-    res += here + (h == w || t == w ? 15 : 0)
+    const n = 12*weight*!!times(head, w) + Math.min(4, times(text, w)), inTitle = !!times(title, w)
+    sum += n + inTitle
+    matched += !!(n || inTitle)
+    here += n
   }
-  return res
+  if (times(head, phrase)) sum += 20*weight*words.length
+  return here && 1000*matched + sum
 }
 
 function excerpt(text, word) {
-  const i = Math.max(0, text.toLowerCase().indexOf(word) - 40)
+  const i = Math.max(0, text.search(word) - 40)
   return (i ? '… ' : '') + text.slice(i, i + 130) + (text.length > i + 130 ? ' …' : '')
 }
 
@@ -64,14 +104,15 @@ function close() {
 }
 
 async function look() {
-  const asked = box.value, words = asked.toLowerCase().split(/\s+/).filter(Boolean)
-  if (!words.length) return close()
+  const asked = box.value, said = asked.toLowerCase().match(/[\p{L}\p{N}_]+/gu)
+  if (!said) return close()
   const all = await index()
   if (asked != box.value) return // more has been typed meanwhile
-  const best = all.map(e => [score(e, words), e]).filter(o => o[0]).sort((a, b) => b[0] - a[0]).slice(0, 12)
+  const words = said.map(pattern), phrase = pattern(said.join(' '))
+  const best = all.map(e => [score(e, words, phrase), e]).filter(o => o[0]).sort((a, b) => b[0] - a[0]).slice(0, 12)
   found.replaceChildren()
   for (const [, [page, title, anchor, heading, text]] of best)
-    item(up + page + (anchor ? '#' + anchor : ''), heading ? title + ' › ' + heading : title, excerpt(text, words[0]))
+    item(up + page + (anchor ? '#' + anchor : ''), heading ? title + ' › ' + heading : title, excerpt(text, words.find(w => times(text, w)) ?? /^/))
   if (!best.length) {
     const li = document.createElement('li')
     li.className = 'none'
