@@ -270,7 +270,7 @@ def demo(
     say('\nSingle training steps: correct and faster?')
     arm = Arm([*arms][-1], 'channels_last', amp_dtypes.get(mode), tuned=True)
     bench = base.bench_channelslast([arm], seconds=seconds, epochs=False, bar=bar)
-    check = cl.check_channelslast(bar=bar)
+    check = cl.check_channelslast(seconds=10, bar=bar)
     conditions = {**machine(device), 'fastxtend_cl': fastxtend_cl.__version__, 'arch': arch, 'epochs': epochs, 'size': size, 'bs': bs}
     say('')
     show(DemoResult([_arm(n, l) for n,(l,_) in arms.items()], check, bench, conditions), json)
