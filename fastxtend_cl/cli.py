@@ -1,4 +1,4 @@
-"""`fastxtend-cl` answers for a model of torchvision or timm, or your own, without a line of code
+"""Ask about a model of torchvision or timm, or your own, without a line of code
 
 Docs: https://fastxtend-cl.github.io/fastxtend_cl/cli.html.md"""
 
