@@ -74,3 +74,6 @@ class SignatureAndTable(MarkdownRenderer):
 
 class Renderer(BasicMarkdownRenderer, SignatureAndTable):
     "nbdev's heading and link to the source, then the above"
+    def __init__(self, sym, **kwargs):
+        super().__init__(sym, **kwargs)
+        self.fn = self.fn.removeprefix(f'{getattr(self.sym, "__module__", "")}.') # nbdev knows the line by this name

@@ -162,8 +162,8 @@ def plot(self:FormatBench,
 ): # The axes
     "Ratio and interval of each arm, or the ratio of each round where they are too few for an interval; the grey band is the noise"
     rows = [r for r in self.rows[2:] if r.ratio is not None][::-1]
-    ax = axes(ax, len(rows), 6)
-    if self.verdict=='inconclusive': ax.set_title('\n'.join(textwrap.wrap(f'inconclusive: {self.reason}', 70)), fontsize=9)
+    ax = axes(ax, len(rows))
+    if self.verdict=='inconclusive': ax.set_title('\n'.join(textwrap.wrap(f'inconclusive: {self.reason}', 60)), fontsize=9)
     if not rows: say_on(ax, '\n'.join(textwrap.shorten(f'{r.arm}: {r.reason}', 90) for r in self.rows[2:]) or self.reason)
     if self.noise: ax.axvspan(*self.noise, color=ink(), alpha=0.15, lw=0, label='noise')
     ax.axvline(1, color=ink(), lw=1)

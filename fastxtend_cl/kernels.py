@@ -375,7 +375,7 @@ def plot(self:KernelTable,
 ): # The axes
     "Time of each kernel as torch computes it and as chosen, slowest first"
     rows = [(k,c) for k,c in self.rows if c.seconds][:40]
-    ax = axes(ax, len(rows), 8, 0.22)
+    ax = axes(ax, len(rows), 6., 0.22)
     if not rows: say_on(ax, 'nothing was timed' if self.rows else self.reason)
     colors = {'as torch': 'tab:blue', 'replaced': 'tab:green', 'corrected': 'tab:red'}
     for i,(k,c) in enumerate(rows):

@@ -113,7 +113,7 @@ class Result:
 def axes(
     ax, # matplotlib axes; None makes new ones
     rows:int=1, # Things below each other
-    width:float=7., height:float=0.4, # Inches, of all and of each row
+    width:float=5., height:float=0.4, # Inches, of all and of each row
 ):
     "Axes to draw on"
     import matplotlib.pyplot as plt

@@ -271,11 +271,11 @@ def plot(self:FormatTrace,
     for row,marker in ((1, 'v'), (-1, '^')):
         at = [x+w/2 for o,r,x,w in spans if r==row and o['loses']]
         if at: ax.plot(at, [1.02*row]*len(at), marker, color=ink(), markersize=5, label='loses it')
-    ax.set_xticks(*_ticks(fwd), rotation=90, fontsize=7)
+    ax.set_xticks(*_ticks(fwd), rotation=90, fontsize=8)
     ax.set_yticks([0.5, -0.5], ['forward', 'backward'])
     ax.set(xlim=(-1, len(fwd)), ylim=(-1.25, 1.25))
     labels = {label: handle for handle,label in zip(*ax.get_legend_handles_labels())}
-    ax.legend(labels.values(), labels, fontsize=7, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.08), frameon=False)
+    ax.legend(labels.values(), labels, fontsize=8, ncols=3, loc='lower center', bbox_to_anchor=(0.5, 1.08), frameon=False)
     return ax
 
 # %% ../nbs/16_trace.ipynb #c36486f6
