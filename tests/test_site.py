@@ -27,6 +27,43 @@ def test_quarto_reads_the_same_order(root):
     from nbdev.config import get_config
     assert get_config(root/'nbs').custom_sidebar
 
+def cells_of(p): return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(p.read_text())['cells']]
+
+def sections(contents, name=None):
+    "Notebook to the name of the innermost section that holds it"
+    for o in contents:
+        if isinstance(o, dict) and 'section' in o: yield from sections(o['contents'], o['section'])
+        else: yield (o['href'] if isinstance(o, dict) else o),name
+
+def test_a_page_of_the_reference_begins_with_what_a_user_needs(root):
+    "A task or question as its title, then the main function and examples, and under the last heading how it works"
+    where = dict(sections(yaml.safe_load((root/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']))
+    assert set(where.values())=={None, 'Tutorials', 'Guides', 'Reference', 'Inside'}
+    checked = 0
+    for name,section in where.items():
+        if not re.match(r'\d', name): continue
+        cells = cells_of(root/'nbs'/name)
+        title = cells[0][1].splitlines()[0].removeprefix('# ')
+        assert len(title.split())>1 and title!=name.partition('_')[2].removesuffix('.ipynb'), f'{name}: a task or a question, not the name of the module'
+        if section=='Inside': continue
+        exported = [i for i,(_,s) in enumerate(cells) if re.search(r'^#\|\s*exporti?\b', s, re.M)]
+        shown = [i for i,(_,s) in enumerate(cells) if s.startswith('show_doc(')]
+        how = [i for i,(kind,s) in enumerate(cells) if kind=='markdown' and s.startswith('## How it works')]
+        assert len(how)==1 and all(i>how[0] for i in exported), f'{name}: internals last'
+        assert shown and shown[0]<how[0] or name in ('22_race.ipynb', '27_cli.ipynb'), f'{name}: the main function first' # of Learner, and of the shell
+        checked += 1
+    assert checked>12
+
+def test_readers_see_no_test_code(root):
+    "Tests are in hidden cells, or folded; a check at the end of a page's internals may be shown"
+    found = []
+    for p in (root/'nbs').rglob('*.ipynb'):
+        if any(o[0] in '_.' for o in p.relative_to(root/'nbs').parts): continue
+        for kind,s in cells_of(p):
+            if kind=='markdown' and s.startswith('## How it works'): break
+            if kind=='code' and not re.search(r'^#\|\s*(hide|exporti?|echo: false|code-fold: true)\b', s, re.M) and re.search(r'fastcore\.test|\btest_(eq|is|ne|close|fail)\(|expect_fail', s): found.append(f'{p.name}: {s[:60]}')
+    assert found==[]
+
 def test_every_picture_has_a_text(root):
     "Each cell whose output is a picture has a `fig-alt`; a picture in markdown has its own"
     pictures,found = 0,[]
