@@ -48,7 +48,7 @@ def test_a_page_of_the_reference_begins_with_what_a_user_needs(root):
         if section=='Inside': continue
         exported = [i for i,(_,s) in enumerate(cells) if re.search(r'^#\|\s*exporti?\b', s, re.M)]
         shown = [i for i,(_,s) in enumerate(cells) if s.startswith('show_doc(')]
-        how = [i for i,(kind,s) in enumerate(cells) if kind=='markdown' and s.startswith('## How it works')]
+        how = [i for i,(kind,s) in enumerate(cells) if kind=='markdown' and re.search('^## How it works', s, re.M)]
         assert len(how)==1 and all(i>how[0] for i in exported), f'{name}: internals last'
         assert shown and shown[0]<how[0] or name in ('22_race.ipynb', '27_cli.ipynb'), f'{name}: the main function first' # of Learner, and of the shell
         checked += 1
@@ -60,7 +60,7 @@ def test_readers_see_no_test_code(root):
     for p in (root/'nbs').rglob('*.ipynb'):
         if any(o[0] in '_.' for o in p.relative_to(root/'nbs').parts): continue
         for kind,s in cells_of(p):
-            if kind=='markdown' and s.startswith('## How it works'): break
+            if kind=='markdown' and re.search('^## How it works', s, re.M): break
             if kind=='code' and not re.search(r'^#\|\s*(hide|exporti?|echo: false|code-fold: true)\b', s, re.M) and re.search(r'fastcore\.test|\btest_(eq|is|ne|close|fail)\(|expect_fail', s): found.append(f'{p.name}: {s[:60]}')
     assert found==[]
 
