@@ -237,7 +237,8 @@ def apply_channels_last(
     in another format.
     Warns with `NoConvolutionWarning` if there is nothing to convert, and with `FormatWarning` about parameters that
     cannot be converted and layers that need `tuned_kernels` on a CPU. Raises a `TypeError` for anything but a module and
-    optimizers, and a `ValueError` for `LBFGS` and for a model in `DistributedDataParallel`; then nothing has changed."""
+    optimizers, and a `ValueError` for `LBFGS` and for weights that `DistributedDataParallel` has wrapped in another format;
+    then nothing has changed."""
     convert_format(model, 'channels_last', optimizers)
     for w in format_warnings(model) + _kernel_warnings(model): warnings.warn(w, stacklevel=2)
     return model
