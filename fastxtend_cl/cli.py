@@ -249,9 +249,9 @@ def demo(
     for name,value,low,high in (('epochs', epochs, 1, 100), ('size', size, 32, 512),
             ('bs', bs, 2, 1024), ('seconds', 1 if seconds is None else seconds, 1, 600)):
         check_range(name, value, low, high)
-    say(f'Trains {arch} on handwritten digits, contiguous and then in channels last (the default: about 90 seconds on two CPU cores)')
-    device = check_device(device)
     if not isinstance(model_of(arch), torch.nn.Module): raise UsageError(f'{arch} must return a torch.nn.Module')
+    device = check_device(device)
+    say(f'Trains {arch} on handwritten digits, contiguous and then in channels last (the default: about 90 seconds on two CPU cores)')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # torch's own, about torch.jit.script, when fastai.vision is imported
         import fastxtend_cl.learner # the methods of `Learner`

@@ -245,7 +245,7 @@ def _conv_forward(kernel):
 def _output_shape(x, w, *args):
     "Raises a `ValueError` for what torch's own operator does not take as it is"
     stride,padding,dilation,transposed,output_padding,groups = args
-    if x.shape[1]!=(w.shape[0] if transposed else groups*w.shape[1]): raise ValueError('wrong number of channels')
+    if x.shape[1]!=(w.shape[0] if transposed else groups*w.shape[1]): raise ValueError
     sides = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, output_padding, strict=True)
     if transposed: return (x.shape[0], w.shape[1]*groups, *((n-1)*s-2*p+d*(k-1)+o+1 for n,k,s,p,d,o in sides))
     return (x.shape[0], w.shape[0], *((n+2*p-d*(k-1)-1)//s+1 for n,k,s,p,d,_ in sides))
