@@ -33,7 +33,7 @@ def network(name, size):
     if name=='unet3d': return UNet3d()
     if name=='r3d_18': return torchvision.models.video.r3d_18()
     if name=='unet_resnet34':
-        from fastai.vision.all import create_unet_model # sets torch.backends.cudnn.benchmark
+        from fastai.vision.all import create_unet_model
         return create_unet_model(torchvision.models.resnet34, 10, size[-2:], pretrained=False)
     import timm
     return timm.create_model(name)

@@ -3,7 +3,7 @@
 Each arm trains its own copy of a network on one random batch that is already on the device: zero_grad, forward under autocast, loss,
 backward (through GradScaler in fp16), SGD. Arms are paired. A row's ratio is that of its speed to the contiguous arm's, the median of the
 rounds with their minimum and maximum (rows of 2026-11-26 have the mean of a block's steps, later ones the median). Passes (`--passes`),
-the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai sets it, whose search makes the first step long;
+the most important first: fp16; on, fp16 with `torch.backends.cudnn.benchmark`, as fastai's `setup_cuda()` sets it, whose search makes the first step long;
 compiled, fp16; bf16; small, fp16 with batches of 8, whose steps wait for the processor; fp32, for the 7x7 depthwise convolutions of
 convnext_tiny.
 Writes results/speed-DEVICE.json and .md after each network. The next run continues where it was interrupted: rows with the same
@@ -13,7 +13,6 @@ import gc, math, os, statistics, subprocess, sys, tempfile, time, warnings
 from contextlib import nullcontext
 warnings.simplefilter('ignore', FutureWarning) # torch's own, when fastai.vision is imported
 import torch
-import fastai.vision.all # first, because it sets torch.backends.cudnn.benchmark
 from fastcore.script import call_parse
 from fastxtend_cl.convert import apply_channels_last
 from fastxtend_cl.layout import as_channels_last, channels_last_formats
