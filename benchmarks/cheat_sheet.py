@@ -1,11 +1,11 @@
 """The tables of nbs/cheat_sheet.ipynb, made from benchmarks/results: `python benchmarks/compatibility.py` updates that page, too
 
 Which call is recommended for a kind of network is written here by hand; `check_calls` fails if the results no longer support it."""
-import math
+from common import geometric, markdown
 from compatibility import read, repo
 
 bench,peers,plans,norms,gpu = 'kernels-cpu','peers-cpu','plan-cpu','norms-cpu','speed-cuda'
-fp32,untuned,default = 'use_amp=False','tune=False','to_channelslast()'
+fp32,untuned,default,plain = 'use_amp=False','tune=False','to_channelslast()',"channels last, torch's kernels"
 depthwise,grouped,volumes = 'Mobile networks (depthwise)','Grouped convolutions','3-D networks'
 cpu_kinds = {'ResNets and RepVGG': ['resnet18', 'resnet50', 'repvgg_a0'],
     depthwise: ['mobilenet_v2', 'mobilenet_v3_large', 'mobilenetv4_conv_small', 'mnasnet_100', 'efficientnet_b0', 'ghostnet_100', 'shufflenet_v2_x1_0'],
@@ -18,8 +18,6 @@ def span(values):
     "'1.09 to 1.11' for the extremes of `values`, or one number"
     low,high = f'{min(values):.2f}',f'{max(values):.2f}'
     return low if low==high else f'{low} to {high}'
-
-def mean(values): return math.exp(sum(map(math.log, values))/len(values))
 
 def linked(text, name): return f'[{text}]({repo}/{name}.md)'
 
@@ -49,7 +47,7 @@ def compiled_on_cpu():
     eager,compiled = of('ours: to_channelslast()'),of('ours: to_channelslast(), compiled')
     return [compiled[n]/eager[n] for n in compiled]
 
-def markdown(rows): return '\n'.join(['<div class="sheet">', '', '| network | call | speed | remark |', '|---|---|---|---|', *(f'| {" | ".join(r)} |' for r in rows), '', '</div>'])
+def sheet(rows): return '\n'.join(['<div class="sheet">', '', markdown(['network', 'call', 'speed', 'remark'], rows, 4), '', '</div>'])
 
 def machines(*names):
     "Markdown: machine, versions and date of files of results, each once"
@@ -74,7 +72,7 @@ def cpu_table():
         ('Small batches (up to 4 images of 64 pixels)', 'race', linked(span(small_on_cpu(best=True)), plans), f'the fastest setting of each network; default {span(small_on_cpu())}'),
         ('Compiled models', 'race, with `compile=True`', linked(span(compiled_on_cpu()), peers), 'default call compiled relative to not compiled, version 0.1.0'),
         ('Any, CPU without bf16', 'default', linked(span(cpu_speeds(fp32)), bench), 'trains in fp32, and a warning says so')]
-    return markdown(rows)
+    return sheet(rows)
 
 def gpu_table():
     rows = []
@@ -90,23 +88,21 @@ def gpu_table():
     rows += [('Compiled models', 'compiled', linked(span(gpu_speeds('ours, compiled', section='compiled')), gpu),
             f"{len(both)} networks were also contiguous and compiled: {span(gpu_speeds('contiguous, compiled', both, section='compiled'))}; in channels last {span(gpu_speeds('ours, compiled', both, section='compiled'))}"),
         ('Small batches (8 images)', 'nothing', linked(span(gpu_speeds('ours', section='small')), gpu), 'the CPU limits the step: within the noise')]
-    return markdown(rows)
-
-plain = "channels last, torch's kernels"
+    return sheet(rows)
 
 def check_calls():
     "Fail if the results no longer support a call that the tables recommend"
     for kind,names in cpu_kinds.items():
-        for arm in (fp32, untuned): assert mean(cpu_speeds(default, names))>0.97*mean(cpu_speeds(arm, names)), (kind, arm)
+        for arm in (fp32, untuned): assert geometric(cpu_speeds(default, names))>0.97*geometric(cpu_speeds(arm, names)), (kind, arm)
         assert min(cpu_speeds(default, names))>1, kind
-        if kind==depthwise: assert mean(cpu_speeds(untuned, names))<mean(cpu_speeds(fp32, names)), 'tuning is what makes bf16 pay'
+        if kind==depthwise: assert geometric(cpu_speeds(untuned, names))<geometric(cpu_speeds(fp32, names)), 'tuning is what makes bf16 pay'
     assert max(cpu_speeds(fp32, cpu_kinds[volumes]))<1.05
-    assert mean(norm_speeds('tuned', 'bfloat16'))>1>mean(norm_speeds('channels last', 'bfloat16')) and min(group_norms())<0.5
-    assert 0.97<mean(few_convolutions())<1.03 and mean(small_on_cpu(best=True))>1.05*mean(small_on_cpu())
+    assert geometric(norm_speeds('tuned', 'bfloat16'))>1>geometric(norm_speeds('channels last', 'bfloat16')) and min(group_norms())<0.5
+    assert 0.97<geometric(few_convolutions())<1.03 and geometric(small_on_cpu(best=True))>1.05*geometric(small_on_cpu())
     for kind,names in gpu_kinds.items():
-        f,b = mean(gpu_speeds('ours', names)),mean(gpu_speeds('ours', names, 'bfloat16', 'bf16'))
-        if kind=='ConvNeXt': assert f<1.05 and mean(gpu_speeds('ours, compiled', names, section='compiled'))>1.2
+        f,b = geometric(gpu_speeds('ours', names)),geometric(gpu_speeds('ours', names, 'bfloat16', 'bf16'))
+        if kind=='ConvNeXt': assert f<1.05 and geometric(gpu_speeds('ours, compiled', names, section='compiled'))>1.2
         elif kind=='DenseNet': assert f<b
         elif kind.startswith('fastai'): assert f<1.03 and b<1.03
-        else: assert f>1.1 and f>0.97*mean(gpu_speeds(plain, names)), kind
-    assert 0.9<mean(gpu_speeds('ours', section='small'))<1.1
+        else: assert f>1.1 and f>0.97*geometric(gpu_speeds(plain, names)), kind
+    assert 0.9<geometric(gpu_speeds('ours', section='small'))<1.1

@@ -5,15 +5,24 @@ import pytest
 import yaml
 from fastcore.nbio import mk_cell, new_nb, write_nb
 
+def cells_of(p): return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(p.read_text())['cells']]
+
+def notebooks(root):
+    "The notebooks of the site, relative to `nbs`"
+    found = (p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb'))
+    return [p for p in found if not any(o[0] in '_.' for o in p.parts)]
+
+def sections(contents, name=None):
+    "Notebook and the name of the innermost section that holds it, in the order of the sidebar"
+    for o in contents:
+        if isinstance(o, dict) and 'section' in o: yield from sections(o['contents'], o['section'])
+        else: yield (o['href'] if isinstance(o, dict) else o),name
+
+def sidebar(root): return [*sections(yaml.safe_load((root/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents'])]
+
 def test_sidebar_names_every_notebook(root):
-    def names(o):
-        if isinstance(o, str): yield o
-        elif isinstance(o, list):
-            for q in o: yield from names(q)
-        elif isinstance(o, dict): yield from ([o['href']] if 'href' in o else []) + [*names(o.get('contents', []))]
     nbs = root/'nbs'
-    named = [*names(yaml.safe_load((nbs/'sidebar.yml').read_text())['website']['sidebar']['contents'])]
-    there = {p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if not any(o[0] in '_.' for o in p.relative_to(nbs).parts)}
+    named,there = [n for n,_ in sidebar(root)],{p.as_posix() for p in notebooks(root)}
     assert len(named)==len(set(named))
     assert there-set(named)==set(), 'add these to nbs/sidebar.yml'
     assert {n for n in named if n not in there and (nbs/n).parent.exists()}==set(), 'in nbs/sidebar.yml, but not there'
@@ -27,17 +36,9 @@ def test_quarto_reads_the_same_order(root):
     from nbdev.config import get_config
     assert get_config(root/'nbs').custom_sidebar
 
-def cells_of(p): return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(p.read_text())['cells']]
-
-def sections(contents, name=None):
-    "Notebook to the name of the innermost section that holds it"
-    for o in contents:
-        if isinstance(o, dict) and 'section' in o: yield from sections(o['contents'], o['section'])
-        else: yield (o['href'] if isinstance(o, dict) else o),name
-
 def test_a_page_of_the_reference_begins_with_what_a_user_needs(root):
     "A task or question as its title, then the main function and examples, and under the last heading how it works"
-    where = dict(sections(yaml.safe_load((root/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']))
+    where = dict(sidebar(root))
     assert set(where.values())=={None, 'Tutorials', 'Guides', 'Reference', 'Inside'}
     checked = 0
     for name,section in where.items():
@@ -57,9 +58,8 @@ def test_a_page_of_the_reference_begins_with_what_a_user_needs(root):
 def test_readers_see_no_test_code(root):
     "Tests are in hidden cells, or folded; a check at the end of a page's internals may be shown"
     found = []
-    for p in (root/'nbs').rglob('*.ipynb'):
-        if any(o[0] in '_.' for o in p.relative_to(root/'nbs').parts): continue
-        for kind,s in cells_of(p):
+    for p in notebooks(root):
+        for kind,s in cells_of(root/'nbs'/p):
             if kind=='markdown' and re.search('^## How it works', s, re.M): break
             if kind=='code' and not re.search(r'^#\|\s*(hide|exporti?|echo: false|code-fold: true)\b', s, re.M) and re.search(r'fastcore\.test|\btest_(eq|is|ne|close|fail)\(|expect_fail', s): found.append(f'{p.name}: {s[:60]}')
     assert found==[]
