@@ -217,8 +217,8 @@ class DemoResult(Result):
     def conditions_line(self):
         return '{arch}, {size}x{size}, batches of {bs}, {epochs} epochs, {device_name}, torch {torch}, {date}'.format(**self.conditions)
 
-    def __repr__(self): return '\n'.join([text_table(self.cells(), 1), self.conditions_line(), '', f'{self.verdict}: {self.reason}'])
-    def _repr_markdown_(self): return '\n\n'.join([markdown_table(self.cells(), 1), self.conditions_line(), f'**{self.verdict}**: {self.reason}'])
+    def __repr__(self): return '\n'.join([text_table(self.cells(), self.text_columns), self.conditions_line(), '', f'{self.verdict}: {self.reason}'])
+    def _repr_markdown_(self): return '\n\n'.join([markdown_table(self.cells(), self.text_columns), self.conditions_line(), f'**{self.verdict}**: {self.reason}'])
 
 def _arm(name, learn):
     train_loss,valid_loss,accuracy = learn.recorder.values[-1]

@@ -155,8 +155,9 @@ def check_model(
             + (': pass its model, or call its own method' if hasattr(model, 'model') else ''))
 
 def _check_unwrapped(model, changes):
+    if not any(isinstance(m, DistributedDataParallel) for m in model.modules()): return
     bucketed = {id(t) for p in model.parameters() for t in (p, p.grad)} # the optimizer's state is not
-    if any(id(t) in bucketed for ts,_ in changes for t in ts) and any(isinstance(m, DistributedDataParallel) for m in model.modules()):
+    if any(id(t) in bucketed for ts,_ in changes for t in ts):
         raise ValueError('the model is wrapped in DistributedDataParallel, whose gradient buckets keep the strides '
             'they were made with: convert it first, then wrap it')
 
