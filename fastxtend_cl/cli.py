@@ -251,7 +251,7 @@ def demo(
         check_range(name, value, low, high)
     if not isinstance(model_of(arch), torch.nn.Module): raise UsageError(f'{arch} must return a torch.nn.Module')
     device = check_device(device)
-    say(f'Trains {arch} on handwritten digits, contiguous and then in channels last (the default: about 90 seconds on two CPU cores)')
+    say(f'Trains {arch} on handwritten digits, contiguous and then in channels last: by default about 90 seconds on two CPU cores')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # torch's own, about torch.jit.script, when fastai.vision is imported
         import fastxtend_cl.learner # the methods of `Learner`
