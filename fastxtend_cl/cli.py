@@ -262,14 +262,14 @@ def demo(
     arms = {'contiguous fp32': (base, lambda learn: None),
         f"channels last {mode.value if mode else 'fp32'}": (cl, lambda learn: learn.to_channelslast(use_amp=mode is not None))}
     step,bar = _step_seconds(base),_terminal() and not json
-    seconds = seconds or min(120., 20+300*step) # three times what it takes on a quiet machine
-    say(f'Estimated time on {device}: {10*math.ceil((2*epochs*len(base.dls.train)*step+100*step+30)/10)} seconds')
+    seconds = seconds or min(120., 10+100*step) # 8 rounds of three arms, and what comes before
+    say(f'Estimated time on {device}: {10*math.ceil((2*epochs*len(base.dls.train)*step+seconds+20)/10)} seconds')
     for name,(learn,convert) in arms.items():
         say(f'\n{name}')
         train_arm(learn, convert, epochs, not json)
     say('\nSingle training steps: correct and faster?')
     arm = Arm([*arms][-1], 'channels_last', amp_dtypes.get(mode), tuned=True)
-    bench = base.bench_channelslast([arm], rounds=8, block=4, seconds=seconds, epochs=False, bar=bar)
+    bench = base.bench_channelslast([arm], seconds=seconds, epochs=False, bar=bar)
     check = cl.check_channelslast(seconds=10, bar=bar)
     conditions = {**machine(device), 'fastxtend_cl': fastxtend_cl.__version__, 'arch': arch, 'epochs': epochs, 'size': size, 'bs': bs}
     say('')
