@@ -57,6 +57,15 @@ def _with_activations_strides(kernel, at, corrects):
         return kernel.call_boxed(ks, g, *rest, **kw)
     return f
 
+# %% ../nbs/09_operators.ipynb #8dc1080a
+def _group_norm_backward(kernel, **kwargs):
+    backward = _with_activations_strides(kernel, **kwargs)
+    def f(ks, g, *rest):
+        *rest,mask = rest
+        if switch.mode is None or mask[0]: return backward(ks, g, *rest, mask)
+        return None,*backward(ks, g, *rest, [True, *mask[1:]])[1:]
+    return f
+
 # %% ../nbs/09_operators.ipynb #3ed4b8ce
 def _is_last(x):
     "Whether `x` is a plain tensor in channels last, outside of functorch and forward mode"
@@ -146,9 +155,11 @@ def _avg_pool_backward(kernel):
     return f
 
 # %% ../nbs/09_operators.ipynb #2476d8de
+_backward_of = {'native_group_norm_backward': _group_norm_backward}
+
 def register_operators():
     "Register all replacements of this module"
     register('CPU', [('nll_loss2d_backward', _nll_backward, 'CPU'), ('mean.dim', _mean, 'AutogradCPU'),
-        *((n, partial(_with_activations_strides, at=at, corrects=n in _corrected), 'CPU') for n,at in _activation_at.items()),
+        *((n, partial(_backward_of.get(n, _with_activations_strides), at=at, corrects=n in _corrected), 'CPU') for n,at in _activation_at.items()),
         *((n, f, k) for n,f in (('_pad_circular', _pad_circular), ('instance_norm', _instance_norm)) for k in ('AutogradCPU', 'CPU'))])
     if has_cuda(): register('CUDA', [('avg_pool2d_backward', _avg_pool_backward, 'CUDA')])
