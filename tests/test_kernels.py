@@ -638,6 +638,42 @@ def test_instance_norm_of_a_batch_of_one():
     want = grads_of(copy.deepcopy(norm).double(), x.double().contiguous(), g.double().contiguous(), None)
     for mode in ('tuned', 'correct'): assert rel(grads_of(norm, x, g, mode), want)<1e-5
 
+views = {'contiguous': lambda t: t, 'channels last': lambda t: t.contiguous(memory_format=torch.channels_last),
+    'of one image': lambda t: t[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None], # as images are read, with a batch of one
+    'of one column': lambda t: t[...,0].transpose(1, 2).contiguous().transpose(1, 2)[...,None]} # features of sequences
+
+odd_views = [(shape, a, b) for shape,own in (((1, 8, 6, 6), 'of one image'), ((2, 8, 6, 1), 'of one column'))
+    for a,b in itertools.permutations(('contiguous', 'channels last', own), 2)]
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('shape,a,b', odd_views)
+def test_batch_norm_of_views(a, b, shape, training):
+    "PyTorch's gradients are wrong for some of these: it reads the stride of a dimension of size 1"
+    norm,(x,g) = nn.BatchNorm2d(8).double().train(training),torch.randn(2, *shape).double()
+    want = grads_of(copy.deepcopy(norm), x, g, None)
+    for mode in ('tuned', 'correct'):
+        got = views[a](x).detach().requires_grad_()
+        y = norm(got)
+        with tuned_kernels(mode): y.backward(views[b](g))
+        assert rel(got.grad, want)<1e-12
+
+@pytest.mark.parametrize('mode', K.modes)
+@pytest.mark.parametrize('shape', [(2, 8, 3, 4), (2, 8, 3, 4, 2)])
+def test_group_norm_behind_what_is_frozen(shape, mode):
+    "Its input needs no gradient. torch's kernel crashes up to 2.13 if that is not asked for in channels last"
+    norm,(x,g),fmt = nn.GroupNorm(2, 8).double(),torch.randn(2, *shape).double(),formats[len(shape)]
+    want = torch.autograd.grad(norm(x), [*norm.parameters()], g)
+    with tuned_kernels(mode): got = torch.autograd.grad(norm(x.to(memory_format=fmt)), [*norm.parameters()], g.to(memory_format=fmt))
+    assert all(rel(a, b)<1e-12 for a,b in zip(got, want))
+    masks = []
+    f = operators._group_norm_backward(Operator(lambda *args: masks.append(args[-1]) or aten.native_group_norm_backward(*args)), at=1, corrects=False)
+    _,mean,rstd = aten.native_group_norm(x, norm.weight, norm.bias, 2, 8, x[0,0].numel(), 2, 1e-5)
+    def call(*mask): return f(None, g, x, mean, rstd, norm.weight, 2, 8, x[0,0].numel(), 2, mask)
+    with tuned_kernels(mode): dropped,kept = call(False, True, False),call(True, True, True)
+    assert masks==[[True, True, False], (True, True, True)] and dropped[0] is None and torch.equal(dropped[1], kept[1]) and kept[0].shape==x.shape
+    call(False, True, True) # outside nothing is replaced
+    assert masks[-1]==(False, True, True)
+
 def norm_steps(shape, dtype, affine):
     "An instance normalization with its inputs in channels last; and a function that gives output and gradients of a mode, in double if asked"
     torch.manual_seed(0)
