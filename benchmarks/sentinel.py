@@ -38,10 +38,11 @@ class Worker:
     "A process of an environment, on one core"
     def __init__(self, python, core):
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(1<<34)}
-        self.process = subprocess.Popen([python, '-W', 'ignore', str(here/'sentinel_worker.py'), *([] if core is None else [str(core)])],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        command = [python, '-W', 'ignore', str(here/'sentinel_worker.py'), *([] if core is None else [str(core)])]
+        try: self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        except OSError as e: sys.exit(f'no Python at {python}: {e.strerror}')
         line = self.process.stdout.readline()
-        if not line: raise SystemExit(f'{python} does not run benchmarks/sentinel_worker.py: it needs torch')
+        if not line: sys.exit(f'{python} does not run benchmarks/sentinel_worker.py: it needs torch')
         self.about = json.loads(line)
 
     def run(self, layer, arms=arms, kernels=kernels, seconds=0.004):
@@ -83,7 +84,9 @@ class Pool:
             mine = self.free.get()
             try: return f(mine, item)
             finally: self.free.put(mine)
-        with ThreadPoolExecutor(len(self.sets)) as ex: return [*progress_bar(ex.map(one, items), total=len(items), leave=False)]
+        with ThreadPoolExecutor(len(self.sets)) as ex:
+            try: return [*progress_bar(ex.map(one, items), total=len(items), leave=False)]
+            except BaseException: ex.shutdown(cancel_futures=True); raise
 
 def about(worker):
     m = machine('cpu')
@@ -212,7 +215,7 @@ def main(
 ):
     "Run many layers with one torch, and compare with another"
     layers,n = json.loads((here/'layers.json').read_text()),max(1, min(workers, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else workers))
-    if tiny: layers = layers[::len(layers)//12]
+    if tiny: layers = layers[::len(layers)//12][:12]
     python,then = python or sys.executable,compare and json.loads(Path(compare).read_text())
     if then: old = environment_of(then, old)
     if measured: new,to = json.loads(Path(measured).read_text()),Path(measured)

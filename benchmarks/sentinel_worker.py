@@ -4,7 +4,7 @@ A job names a layer, and the arms to run: dtype, format, kernels. Each job runs 
 a child of its own, so that a crash has the right name. Inputs, weights and gradients are numbers that bf16 represents, the same in each torch, so
 one result in double precision is the reference of all dtypes; of it the norm is kept, since it could be wrong itself. Results are
 checked in memory that is filled with the byte 0x7f."""
-import copy, ctypes, json, math, os, sys, time
+import copy, ctypes, json, math, os, signal, sys, time
 import torch
 from torch import nn
 
@@ -94,6 +94,7 @@ def forked(job, arms):
     "Run arms in a child; its exit status"
     pid = os.fork()
     if pid: return os.waitpid(pid, 0)[1]
+    signal.alarm(120) # seconds, for a kernel that never ends
     try:
         for a in answers(job, arms): write(**a)
     except BaseException as e:

@@ -109,8 +109,10 @@ def test_command_line(root, sentinel, old, tmp_path):
         sentinel.write(b, dict(measured, conditions=measured['conditions'] | change))
         r = run_sentinel(root, '--compare', b, '--measured', a)
         assert r.returncode==1 and re.search(text, r.stderr), r
-    r = run_sentinel(root, '--tiny', '--python', '/bin/true', '--out', b)
-    assert r.returncode==1 and '/bin/true does not run benchmarks/sentinel_worker.py: it needs torch' in r.stderr
+    for python,text in (('/bin/true', '/bin/true does not run benchmarks/sentinel_worker.py: it needs torch'),
+        ('/no/python', 'no Python at /no/python: No such file or directory')):
+        r = run_sentinel(root, '--tiny', '--python', python, '--out', b)
+        assert r.returncode==1 and text in r.stderr
 
 def test_layers(root):
     "500 and more, each different, each usable; of networks and random ones"
