@@ -28,10 +28,10 @@ def draw(rng):
     if groups==0: groups = c = o = rng.choice((4, 8, 16, 24, 32, 40))
     else: c,o = groups*rng.choice((1, 2, 3, 4, 5, 8, 12, 16, 24)),groups*rng.choice((1, 2, 4, 5, 8, 16, 24, 32))
     transposed = rng.random()<.25
-    kernel,stride,dilation = each((1, 2, 3, 5, 7), (4, 2, 6, 2, 1)),each((1, 2, 3, 4), (5, 4, 1, 1)),each((1, 2, 3), (5, 2, 1))
+    kernel,stride,dilation = each((1, 2, 3, 5, 7), (4, 2, 6, 2, 1)),each((1, 2, 3, 4), (5, 4, 1, 1)),each((1, 2, 3, 6, 12), (10, 4, 2, 1, 1))
     padding = [rng.randint(0, d*(k-1)//2+(k>1)) for k,d in zip(kernel, dilation)]
     output_padding = [rng.randrange(max(s, d)) if transposed and rng.random()<.3 else 0 for s,d in zip(stride, dilation)]
-    most = {1: 64, 2: 40, 3: 12}[nd]
+    most = rng.choices({1: (64, 300), 2: (40, 130), 3: (12, 36)}[nd], (3, 1))[0]
     size = [rng.choice((rng.randint(1, 8), rng.randint(4, most), most)) for _ in range(nd)]
     return dict(x=[rng.choice((1, 2, 4, 5)), c, *size], w=[c, o//groups, *kernel] if transposed else [o, c//groups, *kernel],
         args=[stride, padding, dilation, transposed, output_padding, groups], bias=rng.random()<.5,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from .convert import check_has_convolution, scripted_modules
-from .kernels import tuned_kernels
+from .kernels import take_avoided, tuned_kernels
 from .layout import map_tensors, tensors_in
 from .precision import dtype_name, tf32_allowed
 from .preserve import seed_all
@@ -224,6 +224,12 @@ def _summary(rows, first):
     return True,f'{n["OK"]} results in {names} are as near to double precision as rounding explains; {largest("OK")}{more}'
 
 # %% ../nbs/14_check.ipynb #4d64ec7f
+def _avoided_text(calls):
+    names = [*dict.fromkeys(map(str, calls))] # the same in both formats
+    n,more = len(names),f' and {len(names)-1} more' if len(names)>1 else ''
+    return (f"torch's own kernels of {names[0]}{more} use memory that is not theirs: they can crash the process or compute anything, "
+        f"and were not run. Train inside `tuned_kernels()`, which avoids {'it' if n==1 else 'them'}")
+
 def _running_mean_rounding(model, key, exact):
     "Relative rounding of a running mean, in units of that of the values: their spread may be large next to their mean; 0 for other results"
     kind,name = key
@@ -377,6 +383,7 @@ def _repeat_difference(rows, runs):
 
 # %% ../nbs/14_check.ipynb #a1c0de04
 def _check(step, memory_format, memory, budget):
+    take_avoided()
     def all_runs(step): return [_RecordedRuns(step, memory_format, shift, budget) for shift in (0., 0.01, 0.02, 0.03)]
     runs = all_runs(step)
     runs[0]('contiguous', step.autocast)
@@ -395,7 +402,10 @@ def _check(step, memory_format, memory, budget):
         return FormatCheck(None, f'two runs of the same step from the same seed differ by {difference:.1e}: '
             'its randomness is not under the control of torch, NumPy or Python', conditions=conditions)
     rows,first = fp32_rows+rows,fp32_first or first
-    return FormatCheck(*_summary(rows, first), rows=rows, first=first, conditions=conditions)
+    ok,reason = _summary(rows, first)
+    avoided = take_avoided()
+    if avoided and step.kernels=='survive': ok,reason = False,f'{_avoided_text(avoided)}. Without them: {reason}'
+    return FormatCheck(ok, reason, rows=rows, first=first, conditions=conditions)
 
 # %% ../nbs/14_check.ipynb #db766a83
 def check_formats(

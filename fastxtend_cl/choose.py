@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from .memory import is_memory_error, poisoned_memory
 from .precision import low_precision, tf32_allowed
-from .ways import (Call, Way, as_is, can_crash, candidates, compute_forward, compute_gradients, kernels_wanted, mask_of,
-    suspicious, trusted)
+from .ways import (Call, Way, as_is, can_crash, candidates, compute_forward, compute_gradients, kernels_wanted, mask_of, trusted)
 
 # %% ../nbs/08_choose.ipynb #ac781402
 _pool_size,_pools,_margin = 1_048_573,{},64 # a prime number, so that no dimension repeats with it
@@ -277,8 +276,7 @@ def _verified(bench, ways, first_only):
     if as_is not in ways: errors['as is'],failed['as is'] = math.inf,'not run: can crash'
     for w in ways:
         if first_only and any(map(is_right, errors.values())): break
-        unsafe = bench.name=='wgrad' and w==as_is and suspicious(bench.call)
-        errors[str(w)],why = (math.inf,'not run: this kind was seen wrong') if unsafe else bench.verify(w)
+        errors[str(w)],why = bench.verify(w)
         if why: failed[str(w)] = why
     return errors,failed
 
@@ -307,8 +305,7 @@ def _choose(bench, timed):
 # %% ../nbs/08_choose.ipynb #1ebded93
 def unverified_choice(call, name):
     "The `KernelChoice` without running anything: torch's own unless it is known to fail"
-    fails = can_crash(call, as_is, name) or name=='wgrad' and suspicious(call)
-    return KernelChoice(name, trusted(call, name) if fails else as_is, Reason.unverified)
+    return KernelChoice(name, trusted(call, name) if can_crash(call, as_is, name) else as_is, Reason.unverified)
 
 def _decide(call, choose, timed):
     "A `Decision` that `choose` makes for each kernel; unverified if it runs out of memory"
@@ -333,7 +330,7 @@ def call_distance(a, b):
 def _choose_as(bench, way, check):
     "The `KernelChoice` with `way`, or with the trusted one if that fails here"
     call,name,errors,failed = bench.call,bench.name,{},{}
-    if can_crash(call, way, name) or name=='wgrad' and way==as_is and suspicious(call): way = bench.trusted
+    if can_crash(call, way, name): way = bench.trusted
     if way!=bench.trusted and check:
         errors[str(way)],why = bench.verify(way)
         if why: failed[str(way)] = why

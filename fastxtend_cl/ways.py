@@ -6,7 +6,7 @@ Docs: https://fastxtend-cl.github.io/fastxtend_cl/ways.html.md"""
 
 # %% auto #0
 __all__ = ['as_is', 'canonical_contiguous', 'device_name', 'Call', 'Way', 'trusted', 'torchs_format', 'strides_in',
-           'torchs_formats', 'compute_gradients', 'compute_forward', 'can_crash', 'suspicious', 'crashing_layers',
+           'torchs_formats', 'compute_gradients', 'compute_forward', 'suspicious', 'can_crash', 'crashing_layers',
            'mask_of', 'kernels_wanted', 'can_tune', 'candidates']
 
 # %% ../nbs/07_ways.ipynb #60ab2fae
@@ -253,6 +253,21 @@ def _deep_overhang(call):
     start,end = (any(o) for o in zip(*ends))
     return any(a and b for a,b in ends) or call.stride[0]>1 and start and end or call.low_precision and (start or end)
 
+def suspicious(
+    call:Call,
+    way:Way=as_is,
+) -> bool:
+    """Whether wgrad of `call`, computed in low precision in this way, is of a kind that was seen to use memory that is not its own, or that
+    nobody has written, on a CPU"""
+    if call.gpu or way.fp32 or not call.low_precision: return False
+    (src,dst),w = call.sides,call.w[0]
+    if way.padded: src = [n+2*p for n,p in zip(src, call.padding)]
+    last = not (way.contiguous or call.contiguous)
+    dilated = last and max(call.dilation)>1 and w[1]%16>0 and dst[-1]>28
+    narrow = src[-1]<call.stride[-1]
+    short = len(src)==3 and any(n<d*(k-1)+1 for n,k,d in zip(src, w[2:], call.dilation))
+    return dilated or narrow or short
+
 @lru_cache(10_000)
 def can_crash(
     call:Call,
@@ -263,21 +278,10 @@ def can_crash(
     if kernel is None: return any(can_crash(call, way, k) for k in ('forward', 'dgrad', 'wgrad'))
     if call.gpu or call.dtype==torch.float64: return False
     last = not (way.contiguous or call.contiguous)
-    if kernel=='wgrad': return last and _narrow_pointwise(call) or not way.padded and _deep_overhang(call)
+    if kernel=='wgrad': return last and _narrow_pointwise(call) or not way.padded and _deep_overhang(call) or suspicious(call, way)
     return last and (kernel=='dgrad')==call.transposed and _all_in_padding(call)
 
 # %% ../nbs/07_ways.ipynb #a7cf410c
-def suspicious(
-    call:Call,
-) -> bool: # Do not use wgrad as is
-    "Whether `call` is of a kind whose wgrad in low precision was seen wrong on a CPU"
-    if call.gpu or not call.low_precision: return False
-    (src,dst),w = call.sides,call.w[0]
-    short = len(src)!=2 and any(n<d*(k-1)+1 for n,k,d in zip(src, w[2:], call.dilation))
-    narrow = any(n<s and p for n,s,p in zip(src, call.stride, call.padding))
-    thin = call.stride[-1]>1 and dst[-1]<=2
-    return short or narrow or thin or max(call.dilation)>1 and w[1]%16>0
-
 def crashing_layers(
     model:nn.Module,
 ) -> list: # Dotted paths

@@ -72,13 +72,23 @@ def test_the_wrong_kernel_of_an_instance_norm_is_found_and_tuned_kernels_are_cor
     res = check_formats(step_of(model, bs=1))
     assert res.ok is False and res.first['module']=='1' and res.first['phase']=='backward'
 
-@pytest.mark.skipif(cpu_bf16()!='AVX512-BF16', reason='seen with AVX512-BF16 only')
-def test_the_wrong_kernel_of_a_dilated_convolution_is_found_and_tuned_kernels_are_correct():
-    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
-    for tuned in (True, 'correct'): assert check_formats(step_of(model, size=40, autocast=torch.bfloat16, tuned=tuned)).ok is True
-    res = check_formats(step_of(model, size=40, autocast=torch.bfloat16))
-    assert '1.weight' in res.wrong and res.first=={'module': '1', 'phase': 'backward', 'precision': 'bf16'}
+@pytest.mark.parametrize('layer,size,dtype,text', [
+    (nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32), 40, torch.bfloat16, '3x3 depthwise, 32, dilation 2, on 8x40x40 bf16'),
+    (nn.Conv2d(32, 32, 3, padding=1, stride=4), 3, torch.bfloat16, '3x3, 32 to 32, stride 4, on 8x3x3 bf16'),
+    (nn.Conv2d(32, 32, 1, stride=2), 40, torch.bfloat16, None), (nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32), 40, None, None)])
+def test_kernels_that_can_crash_are_not_run_and_not_right(layer, size, dtype, text):
+    "They may be right by luck; `tuned_kernels` does without them"
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    for tuned in (True, 'correct'): assert check_formats(step_of(model, size=size, autocast=dtype, tuned=tuned)).ok is True
+    res = check_formats(step_of(model, size=size, autocast=dtype))
+    assert res.ok is (text is None)
+    if text: assert res.reason.startswith(f"torch's own kernels of {text} use memory that is not theirs: they can crash the process or compute anything, "
+        'and were not run. Train inside `tuned_kernels()`, which avoids it. Without them: ')
+
+def test_a_narrow_pointwise_convolution_is_not_right():
+    "Its backward pass corrupts the heap in fp32, too"
+    res = check_formats(step_of(nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    assert res.ok is False and '1x1, 3 to 8, stride 2, on 8x24x24 fp32' in res.reason and res.wrong==[]
 
 def test_only_the_step_under_test_is_tuned(monkeypatch):
     "The contiguous step and those in double precision compute as torch does"

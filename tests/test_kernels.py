@@ -95,7 +95,7 @@ def test_gradients_are_right_whatever_memory_holds(name, dtype, mode):
 @pytest.mark.skipif(not (native_bf16 and glibc), reason='the kernels of AVX512-BF16, and a memory that can be poisoned')
 @pytest.mark.parametrize('name', ['dilated', 'dilated, transposed', 'narrow', 'short 1-D'])
 def test_torch_still_has_these_faults(name):
-    "If this fails, torch has fixed one: shorten the table and `suspicious`"
+    "If this fails, torch has fixed one: shorten the table and `suspicious`; the scripts of upstream/ are run by test_upstream.py"
     x,w,args = faults[name]
     ts = inputs(x, w, args)
     with poisoned_memory(): got = backward(*ts, args)
@@ -103,12 +103,14 @@ def test_torch_still_has_these_faults(name):
 
 def test_verification_alone_finds_the_faults(monkeypatch):
     "Also where no condition is known"
-    for module in (choose, ways): monkeypatch.setattr(module, 'suspicious', lambda call: False)
+    monkeypatch.setattr(ways, 'suspicious', lambda *args: False)
+    ways.can_crash.cache_clear()
     for name in ('dilated', 'dilated, transposed', 'narrow', 'short 1-D'):
         x,w,args = faults[name]
         ts = inputs(x, w, args)
         with tuned_kernels(): got = backward(*ts, args)
         assert rel(got[1], exact(*ts, args)[1])<4e-3
+    ways.can_crash.cache_clear()
     if native_bf16 and glibc: assert sum(c.corrected for _,c in rows())>=4
 
 def test_known_conditions_hold_where_memory_cannot_be_poisoned(monkeypatch):
@@ -117,7 +119,7 @@ def test_known_conditions_hold_where_memory_cannot_be_poisoned(monkeypatch):
     monkeypatch.setattr(KernelBench, 'verify', lambda self, way: (0., None)) # all seems right
     with tuned_kernels(): backward(*inputs(x, w, args), args)
     (_,c), = [r for r in rows() if r[1].kernel=='wgrad']
-    assert c.way!=as_is and c.failed['as is']=='not run: this kind was seen wrong' and c.reason==Reason.wrong
+    assert c.way.fp32 and c.failed['as is']=='not run: can crash' and c.reason==Reason.crash
 
 # Planted faults
 
@@ -244,7 +246,10 @@ cases = {
     '1x1 transposed': ("nn.ConvTranspose2d(8, 3, 1, stride=2, output_padding=1), torch.randn(2, 8, 128, 128)", ['']),
     'a window over both ends': ("nn.Conv3d(16, 16, (7,1,1), stride=(2,1,1), padding=(5,0,0)), torch.randn(2, 16, 3, 6, 6)", []),
     'a window over one end, in bf16': ("nn.Conv3d(12, 16, (7,7,2), stride=(1,4,1), padding=(2,2,1)), torch.randn(2, 12, 12, 4, 4)", []),
-    'a column in the padding': ("nn.Conv3d(20, 128, (3,1,1), stride=4, padding=(3,0,2), dilation=(3,1,3), groups=4), torch.randn(1, 20, 3, 8, 2)", [])}
+    'a column in the padding': ("nn.Conv3d(20, 128, (3,1,1), stride=4, padding=(3,0,2), dilation=(3,1,3), groups=4), torch.randn(1, 20, 3, 8, 2)", []),
+    'dilated, in bf16': ("nn.Conv2d(24, 24, 3, dilation=12, padding=12), torch.randn(1, 24, 128, 128)", []),
+    'dilated, transposed, in bf16': ("nn.ConvTranspose2d(24, 24, 3, dilation=12, padding=12), torch.randn(1, 24, 128, 128)", []),
+    'lower than its kernel, in bf16': ("nn.Conv3d(16, 16, (1,3,1), stride=(1,2,1), padding=(0,1,0)), torch.randn(1, 16, 3, 1, 8)", [])}
 
 @pytest.mark.parametrize('name', cases)
 def test_kernels_that_crash_are_never_run(root, name, tmp_path):
@@ -860,7 +865,7 @@ def test_table():
     t = kernel_table()
     n = sum(c.way!=as_is for _,c in t.rows)
     assert t.verdict==f'{n} of 4 kernels replaced' and repr(t).startswith(f'{t.verdict}: ') and re.search(r'; decided in [\d.]+ s$', t.reason)
-    if native_bf16: assert 'because torch computes it wrong' in t.reason
+    assert 'because it can crash' in t.reason
     for text in (repr(t), t._repr_markdown_()): assert '3x3, 24 to 24, dilation 2, on 2x32x32 bf16' in text and torch.__version__ in text
     assert '5x5 depthwise, 32, on 2x12x12 bf16' in repr(t) and max(map(len, repr(t).splitlines()[1:]))<=100
     assert len(t.cells()[0])==6 and json.loads(json.dumps(t.to_dict(), allow_nan=False))['verdict']==t.verdict
