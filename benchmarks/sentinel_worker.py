@@ -1,7 +1,7 @@
 """Runs layers for `sentinel.py` in an environment that needs nothing but torch: a job a line on stdin, answers a line each on stdout
 
-A job names a layer, and the arms to run: dtype, format, kernels. Each job runs in a forked child. If that crashes, each arm runs again in
-a child of its own, so that a crash has the right name. Inputs, weights and gradients are numbers that bf16 represents, the same in each torch, so
+A job names a layer, and the arms to run: dtype, format, kernels. Each job runs in a forked child, unless it is `direct`. If that crashes, each arm runs again
+in a child of its own, so that a crash has the right name. Inputs, weights and gradients are numbers that bf16 represents, the same in each torch, so
 one result in double precision is the reference of all dtypes; of it the norm is kept, since it could be wrong itself. Results are
 checked in memory that is filled with the byte 0x7f."""
 import copy, ctypes, json, math, os, signal, sys, time
@@ -109,7 +109,9 @@ def main():
     write(torch=torch.__version__, git=torch.version.git_version, cpu_capability=torch.backends.cpu.get_cpu_capability())
     for line in sys.stdin:
         job = json.loads(line)
-        if forked(job, job['arms']):
+        if job.get('direct'):
+            for a in answers(job, job['arms']): write(**a)
+        elif forked(job, job['arms']):
             for arm in job['arms']:
                 if status := forked(job, [arm]): write(arm=arm[:2], died=os.WTERMSIG(status))
         write(done=True)

@@ -45,7 +45,7 @@ def other(tmp_path_factory):
 def old(sentinel): return sentinel.measure(sys.executable, layers, 1)
 
 def test_finds_what_is_planted(sentinel, old, other):
-    found,page = sentinel.became_worse(layers, old, sentinel.measure(other, layers, 1), [sys.executable, other], 2, 300)
+    found,page = sentinel.became_worse(layers, old, sentinel.measure(other, layers, 1), [sys.executable, other], 1, 300)
     by_layer = {n: [s for s in found if s.layer['layer']==n] for n in ('ReLU', 'SiLU', 'Sigmoid', 'ELU', 'GELU', 'Tanh')}
     assert {(s.arm, s.kernel) for s in by_layer['ReLU'] if s.what=='wrong'}=={(a, k) for a in sentinel.arms[1:] for k in ('forward', 'dgrad')}
     slow = [s for s in by_layer['SiLU'] if s.kernel=='forward']
@@ -65,7 +65,7 @@ def test_noise_and_chance_are_not_found(sentinel, old):
     for row in new['rows']:
         for i,res in enumerate(row['results'][1:]): res[0] = [[res[0][0], 9*res[0][1]], [7., res[0][1]], 'died of signal 6', 'raised: no memory'][i%4]
     assert {s.what for s in sentinel.suspects(layers, old, new)}=={'slower', 'wrong', 'crashes', 'raises'}
-    found,page = sentinel.became_worse(layers, old, new, [sys.executable]*2, 2, 300)
+    found,page = sentinel.became_worse(layers, old, new, [sys.executable]*2, 1, 300)
     assert found==[] and '12 kernels looked worse. Run again in turns, 0 are' in page and 'became' not in page
 
 def test_a_crash_has_the_right_name(sentinel, other):
@@ -91,28 +91,27 @@ def test_no_time_is_told(sentinel, old, other):
     found,page = sentinel.became_worse(layers, old, new, [sys.executable, other], 1, 0)
     assert not found and f'For {len(sentinel.suspects(layers, old, new))} there was no time (`--seconds 0`)' in page
 
-def run_sentinel(root, *args):
-    return subprocess.run([sys.executable, '-W', 'ignore', root/'benchmarks/sentinel.py', *map(str, args)], capture_output=True, text=True)
-
-def test_command_line(root, sentinel, old, tmp_path):
+def test_command_line(root, sentinel, tmp_path):
     "Exit status, and errors that say what to do"
-    layers_known = json.loads((root/'benchmarks/layers.json').read_text())[-3:]
-    measured = sentinel.measure(sys.executable, layers_known, 1)
+    measured = sentinel.measure(sys.executable, json.loads((root/'benchmarks/layers.json').read_text())[-3:], 1)
     a,b = tmp_path/'a.json',tmp_path/'b.json'
     sentinel.write(a, measured)
     assert json.loads(a.read_text())==measured
-    r = run_sentinel(root, '--compare', a, '--measured', a)
-    assert r.returncode==0 and 'Run again in turns, 0 are' in r.stdout, r
-    for change,text in ((dict(cpu='Some CPU'), 'measured on Some CPU, and this is .*: times cannot be compared. Measure it again here'),
-        (dict(torch='1.0'), f'measured with torch 1.0, and this Python has {re.escape(torch.__version__)}: name one that has it with --old'),
-        (dict(git='f00'), 'but the Python given for it has')):
-        sentinel.write(b, dict(measured, conditions=measured['conditions'] | change))
-        r = run_sentinel(root, '--compare', b, '--measured', a)
-        assert r.returncode==1 and re.search(text, r.stderr), r
-    for python,text in (('/bin/true', '/bin/true does not run benchmarks/sentinel_worker.py: it needs torch'),
-        ('/no/python', 'no Python at /no/python: No such file or directory')):
-        r = run_sentinel(root, '--tiny', '--python', python, '--out', b)
-        assert r.returncode==1 and text in r.stderr
+    worse = copy.deepcopy(measured)
+    worse['rows'][0]['results'][1][0] = 'raised: a test' # in the old one, so that it is better now
+    sentinel.write(b, worse)
+    r = subprocess.run([sys.executable, '-W', 'ignore', root/'benchmarks/sentinel.py', '--compare', b, '--measured', a], capture_output=True, text=True)
+    assert r.returncode==0 and 'Run again in turns, 0 are' in r.stdout and a.with_suffix('.md').read_text() in r.stdout, r
+    def changed(**kwargs): return dict(measured, conditions=measured['conditions'] | kwargs)
+    with pytest.raises(SystemExit, match='measured on Some CPU, and this is .*: times cannot be compared. Measure it again here'):
+        sentinel.environment_of(changed(cpu='Some CPU'), None)
+    with pytest.raises(SystemExit, match=f'measured with torch 1.0, and this Python has {re.escape(torch.__version__)}: name one that has it with --old'):
+        sentinel.environment_of(changed(torch='1.0'), None)
+    assert sentinel.environment_of(changed(torch='1.0'), 'p')=='p' and sentinel.environment_of(measured, None)==sys.executable
+    with pytest.raises(SystemExit, match=f'measured with torch {re.escape(torch.__version__)}, but the Python given for it has {re.escape(torch.__version__)}'):
+        sentinel.became_worse([], changed(git='f00'), measured, [sys.executable]*2, 1, 10)
+    with pytest.raises(SystemExit, match='/bin/true does not run benchmarks/sentinel_worker.py: it needs torch'): sentinel.Worker('/bin/true', None)
+    with pytest.raises(SystemExit, match='no Python at /no/python: No such file or directory'): sentinel.Worker('/no/python', None)
 
 def test_layers(root):
     "500 and more, each different, each usable; of networks and random ones"
