@@ -34,8 +34,10 @@ def test_upstream_has_not_fixed_it(run, folder):
 def test_this_package_is_not_affected(run, folder):
     "The same script after the one line that a user adds: `tuned_kernels`, or the import that replaces fastai's method"
     if not (around := run.with_package(folder.name)): pytest.skip('see the table: the script does not call what this package replaces')
-    seen,printed = run.outcome(sys.executable, around)
-    assert seen=='right', f'{seen}\n{printed}'
+    for _ in range(3 if folder.name.endswith('-slow') else 1): # times on a busy machine
+        seen,printed = run.outcome(sys.executable, around)
+        if seen=='right': return
+    pytest.fail(f'{seen}\n{printed}')
 
 @each_fault
 def test_a_report_can_be_sent(run, folder):
