@@ -10,7 +10,8 @@ import torch
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from torch import nn
-from faults import draw, out_size, usable
+from faults import draw, usable
+from sentinel_worker import with_tuples
 from zoo import build
 
 path = Path(__file__).resolve().parent/'layers.json'
@@ -57,7 +58,7 @@ def reduced(name, kw, shape):
 def runs(layer, kwargs, x):
     "Whether a layer takes an input of this shape: some networks pad it first"
     try:
-        with torch.device('meta'): getattr(nn, layer)(**{k: tuple(v) if isinstance(v, list) else v for k,v in kwargs.items()})(torch.empty(x))
+        with torch.device('meta'): getattr(nn, layer)(**with_tuples(kwargs))(torch.empty(x))
     except RuntimeError: return False
     return True
 

@@ -8,19 +8,19 @@ results/sentinel-TORCH.json, and with `--compare` the comparison beside it.
 `--compare` looks for what became wrong, raises, crashes, or became more than 1.5 times slower. Each suspect is run again in both
 environments, in turns on the same core; a slower one counts if the whole 95 % interval of the ratios is above 1.5. Ends with status 1
 if anything is found."""
-import json, math, os, queue, random, statistics, subprocess, sys, threading, time
+import json, math, os, queue, random, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-import torch
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastxtend_cl.choose import tolerances
 from fastxtend_cl.report import machine, markdown_table
 from common import results, spread
+from sentinel_worker import dtypes
 
 here = Path(__file__).resolve().parent
-dtypes,kernels = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16},('forward', 'dgrad', 'wgrad')
+kernels = 'forward','dgrad','wgrad'
 reference = 'fp64',False # in place of an error it has the norm of the result
 arms = [reference, *((d, last) for d in dtypes for last in (False, True))]
 allowed = {n: tolerances[d] for n,d in dtypes.items()}
@@ -176,8 +176,8 @@ def summary_of(old, new, found):
 
 def environment_of(old, given):
     "The Python of the environment that OLD.json was measured in"
-    then,now = old['conditions'],about(dict(torch=torch.__version__, git=torch.version.git_version, cpu_capability=torch.backends.cpu.get_cpu_capability()))
-    if then['cpu']!=now['cpu']: sys.exit(f'measured on {then["cpu"]}, and this is {now["cpu"]}: times cannot be compared. Measure it again here')
+    then,now = old['conditions'],machine('cpu')
+    if then['cpu']!=now['device_name']: sys.exit(f'measured on {then["cpu"]}, and this is {now["device_name"]}: times cannot be compared. Measure it again here')
     if given: return given
     if then['torch']!=now['torch']: sys.exit(f'measured with torch {then["torch"]}, and this Python has {now["torch"]}: name one that has it with --old')
     return sys.executable
@@ -217,17 +217,17 @@ def main(
     tiny:bool=False, # 12 layers
 ):
     "Run many layers with one torch, and compare with another"
-    layers,n = json.loads((here/'layers.json').read_text()),max(1, min(workers, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else workers))
+    layers = json.loads((here/'layers.json').read_text())
     if tiny: layers = layers[::len(layers)//12][:12]
     python,then = python or sys.executable,compare and json.loads(Path(compare).read_text())
     if then: old = environment_of(then, old)
     if measured: new,to = json.loads(Path(measured).read_text()),Path(measured)
     else:
-        new,to = measure(python, layers, n),Path(out or results)
+        new,to = measure(python, layers, workers),Path(out or results)
         if not to.suffix: to = to/f'sentinel-{new["conditions"]["torch"].split("+")[0]}.json'
         write(to, new)
     if not then: return
-    found,page = became_worse(layers, then, new, [old, python], n, seconds)
+    found,page = became_worse(layers, then, new, [old, python], workers, seconds)
     print(page)
     to.with_suffix('.md').write_text(page)
     sys.exit(bool(found))

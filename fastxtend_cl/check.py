@@ -227,7 +227,7 @@ def _summary(rows, first):
 def _avoided_text(calls):
     names = [*dict.fromkeys(map(str, calls))] # the same in both formats
     n,more = len(names),f' and {len(names)-1} more' if len(names)>1 else ''
-    return (f"torch's own kernels of {names[0]}{more} use memory that is not theirs: they can crash the process or compute anything, "
+    return (f"torch's own kernels of {names[0]}{more} access memory out of bounds: they can crash the process or compute wrong results, "
         f"and were not run. Train inside `tuned_kernels()`, which avoids {'it' if n==1 else 'them'}")
 
 def _running_mean_rounding(model, key, exact):

@@ -282,7 +282,7 @@ def runs_repeat() -> bool:
     return bool(_state.fixed) or torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
 
 def take_avoided() -> list: # Of `Call`s
-    "Calls since the last time that mode 'survive' has computed in another way, since torch's own kernels can crash or be wrong"
+    "Calls since the last time that mode 'survive' has computed in another way, since torch's own kernels can crash"
     res,_state.avoided = [*_state.avoided],{}
     return res
 

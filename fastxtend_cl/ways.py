@@ -257,8 +257,8 @@ def suspicious(
     call:Call,
     way:Way=as_is,
 ) -> bool:
-    """Whether wgrad of `call`, computed in low precision in this way, is of a kind that was seen to use memory that is not its own, or that
-    nobody has written, on a CPU"""
+    """Whether wgrad of `call`, computed in low precision in this way, is of a kind that was seen to access memory out of bounds or
+    uninitialized memory on a CPU"""
     if call.gpu or way.fp32 or not call.low_precision: return False
     (src,dst),w = call.sides,call.w[0]
     if way.padded: src = [n+2*p for n,p in zip(src, call.padding)]

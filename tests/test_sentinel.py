@@ -1,8 +1,9 @@
 "The sentinel finds what is planted in another torch, and nothing where there is nothing; its layers, its workflow and its published results"
-import copy, json, os, re, subprocess, sys
+import copy, json, math, os, re, subprocess, sys
 import pytest
 import torch
 import yaml
+from fastxtend_cl.choose import gradient_error
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the sentinel forks')
 
@@ -26,11 +27,7 @@ plant(nn.ELU, refuse)
 layers = [dict(layer=n, kwargs={}, x=[2, 8, 8, 8], networks=3, such_as='timm/example') for n in ('ReLU', 'SiLU', 'Sigmoid', 'ELU', 'GELU', 'Tanh')]
 
 @pytest.fixture(scope='module')
-def sentinel(root):
-    sys.path.insert(0, str(root/'benchmarks'))
-    try: import sentinel
-    finally: sys.path.remove(str(root/'benchmarks'))
-    return sentinel
+def sentinel(script): return script('benchmarks', 'sentinel')
 
 @pytest.fixture(scope='module')
 def other(tmp_path_factory):
@@ -113,16 +110,26 @@ def test_command_line(root, sentinel, tmp_path):
     with pytest.raises(SystemExit, match='/bin/true does not run benchmarks/sentinel_worker.py: it needs torch'): sentinel.Worker('/bin/true', None)
     with pytest.raises(SystemExit, match='no Python at /no/python: No such file or directory'): sentinel.Worker('/no/python', None)
 
-def test_layers(root):
-    "500 and more, each different, each usable; of networks and random ones"
+def test_errors_are_those_of_the_package(sentinel, script):
+    "The worker has no package, and the same formula"
+    worker,gen = script('benchmarks', 'sentinel_worker'),torch.Generator().manual_seed(0)
+    want = torch.randn(3, 5, generator=gen).double()
+    for name,dtype in worker.dtypes.items():
+        for noise in (0., 1e-4, 0.1, math.inf):
+            got = (want+noise*torch.randn(3, 5, generator=gen)).to(dtype)
+            assert worker.error(got, want, sentinel.allowed[name])==gradient_error(got, want, dtype)
+
+def test_layers(root, script):
+    "500 and more, each different, each usable; of networks and random ones; and as many as the texts say"
+    worker = script('benchmarks', 'sentinel_worker')
     layers = json.loads((root/'benchmarks/layers.json').read_text())
     assert len({json.dumps([o['layer'], o['kwargs'], o['x']]) for o in layers})==len(layers)>=500
     random = [o for o in layers if 'networks' not in o]
     assert 100<len(random)<len(layers)-400 and {o['layer'] for o in random}>={f'Conv{t}{n}d' for t in ('', 'Transpose') for n in (1, 2, 3)}
     for o in layers:
-        kw = {k: tuple(v) if isinstance(v, list) else v for k,v in o['kwargs'].items()}
-        with torch.device('meta'): y = getattr(torch.nn, o['layer'])(**kw)(torch.empty(o['x']))
+        with torch.device('meta'): y = getattr(torch.nn, o['layer'])(**worker.with_tuples(o['kwargs']))(torch.empty(o['x']))
         assert y.numel()>0
+    for text in ('upstream/README.md', 'nbs/upstream.ipynb'): assert f'runs {len(layers)} layers' in (root/text).read_text()
 
 def test_workflow_calls_what_there_is(root):
     "Weekly, with no right to write, and each option of its commands exists"

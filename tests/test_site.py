@@ -1,5 +1,5 @@
 "What the site is made from: the navigation, the stand-in for Quarto, how functions are shown, and the page of models that a script makes from the results"
-import base64, importlib.util, json, re, subprocess, sys
+import base64, json, re, subprocess, sys
 from dataclasses import dataclass, field
 import pytest
 import yaml
@@ -207,18 +207,13 @@ def test_classes_and_methods_are_shown(root):
     assert 'class' in shown(Failed) and '(ValueError)' in shown(Failed)
 
 @pytest.fixture(scope='module')
-def compatibility(root):
-    spec = importlib.util.spec_from_file_location('compatibility', root/'benchmarks/compatibility.py')
-    m = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(m)
-    return m
+def compatibility(script): return script('benchmarks', 'compatibility')
 
 @pytest.mark.parametrize('page,made', [('compatibility', 4), ('cheat_sheet', 4)])
-def test_pages_are_made_from_the_results(root, compatibility, monkeypatch, page, made):
+def test_pages_are_made_from_the_results(root, script, page, made):
     "If this fails, `python benchmarks/compatibility.py` writes the pages anew"
     from IPython.display import HTML, Markdown
-    monkeypatch.syspath_prepend(root/'benchmarks')
-    names = vars(importlib.import_module(page)) | dict(HTML=HTML, Markdown=Markdown)
+    names = vars(script('benchmarks', page)) | dict(HTML=HTML, Markdown=Markdown)
     found = 0
     for c in json.loads((root/f'nbs/{page}.ipynb').read_text())['cells']:
         src,outs = ''.join(c['source']),c.get('outputs', [])
@@ -229,9 +224,8 @@ def test_pages_are_made_from_the_results(root, compatibility, monkeypatch, page,
         found += 1
     assert found==made
 
-def test_the_recommended_calls_follow_from_the_results(root, monkeypatch):
-    monkeypatch.syspath_prepend(root/'benchmarks')
-    sheet = importlib.import_module('cheat_sheet')
+def test_the_recommended_calls_follow_from_the_results(script, monkeypatch):
+    sheet = script('benchmarks', 'cheat_sheet')
     sheet.check_calls()
     monkeypatch.setattr(sheet, 'cpu_speeds', lambda arm, names=None: [1.2 if arm==sheet.fp32 else 1.1])
     with pytest.raises(AssertionError): sheet.check_calls()

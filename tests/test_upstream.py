@@ -6,11 +6,7 @@ import pytest
 import torch
 
 @pytest.fixture(scope='module')
-def run(root):
-    sys.path.insert(0, str(root/'upstream'))
-    try: import run
-    finally: sys.path.remove(str(root/'upstream'))
-    return run
+def run(script): return script('upstream', 'run')
 
 def folders():
     from pathlib import Path

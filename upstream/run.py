@@ -2,7 +2,7 @@
 
 `--python A/bin/python,B/bin/python` runs them in other environments; `--keep` also writes what was seen to results.json, and brings the
 reports and README.md up to date. A script prints what is expected and what is seen, and ends with status 1 if the fault is there and 0 if
-it is not. Some faults end the process."""
+it is not. Some faults crash the process."""
 import json, os, re, signal, subprocess, sys
 from itertools import groupby
 from pathlib import Path
@@ -18,42 +18,44 @@ limits = 'AVX2','AVX512_CORE',None # of ONEDNN_MAX_CPU_ISA; None: all that the m
 # What happens, and what fastxtend_cl does about it
 ours = {
     'conv-transpose-bf16-wgrad': ('wrong weights', 'never calls that kernel: computes it contiguous or in fp32, whichever is faster'),
-    'conv-transpose2d-1x1-strided-wgrad-crash': ('ends the process', 'never calls that kernel'),
+    'conv-transpose2d-1x1-strided-wgrad-crash': ('crashes the process', 'never calls that kernel'),
     'conv1d-bf16-wgrad-unwritten-memory': ('wrong weights, at times', 'never calls that kernel: computes it in fp32'),
-    'conv2d-1x1-strided-wgrad-crash': ('ends the process', 'never calls that kernel; `apply_channels_last` warns where `tuned_kernels` is not used'),
+    'conv2d-1x1-strided-wgrad-crash': ('crashes the process', 'never calls that kernel; `apply_channels_last` warns where `tuned_kernels` is not used'),
     'conv2d-bf16-forward-thin': ('wrong outputs', 'compares the first output with fp32, and computes it in another way'),
-    'conv2d-bf16-wgrad-dilated': ('wrong weights; large ones end the process', 'never calls that kernel: computes it contiguous or in fp32, whichever is faster'),
+    'conv2d-bf16-wgrad-dilated': ('wrong weights; large ones crash the process', 'never calls that kernel: computes it contiguous or in fp32, whichever is faster'),
     'conv2d-bf16-wgrad-narrow': ('wrong weights, at times', 'never calls that kernel: computes it in fp32'),
-    'conv2d-bf16-wgrad-reads-past-input': ('may end the process', 'never calls that kernel: computes it in fp32'),
-    'conv2d-forward-all-padding-crash': ('ends the process', 'never calls that kernel'),
-    'conv3d-bf16-wgrad-shallow': ('wrong weights; low ones end the process', 'never calls that kernel: computes it in fp32 or with its padding in memory'),
-    'conv3d-wgrad-crash': ('ends the process', 'never calls that kernel: computes it with its padding in memory'),
+    'conv2d-bf16-wgrad-reads-past-input': ('can crash the process', 'never calls that kernel: computes it in fp32'),
+    'conv2d-forward-all-padding-crash': ('crashes the process', 'never calls that kernel'),
+    'conv3d-bf16-wgrad-shallow': ('wrong weights; flat ones crash the process', 'never calls that kernel: computes it in fp32 or with its padding in memory'),
+    'conv3d-wgrad-crash': ('crashes the process', 'never calls that kernel: computes it with its padding in memory'),
     'depthwise-stride-2-bf16-dgrad-slow': ('slow', 'times bf16 and fp32, and takes the faster'),
     'expm1-avx512-slow': ('slow', 'nothing'),
     'fastai-channels-last-rank': ('raises', 'converts the weights of convolutions only, each to the format of its rank'),
     'fastai-mixed-precision-cuda': ('trains in fp32', '`to_channelslast` and `DeviceMixedPrecision` use the device at hand; `to_fp16` and `to_bf16` stay as they are'),
     'fastai-to-channelslast-none': ('raises', 'replaces the method'),
     'fused-optimizers-ignore-strides': ('wrong weights', '`to_channelslast` and `apply_channels_last` give optimizer state and gradients the strides of their parameter'),
-    'group-norm-frozen-input-crash': ('ends the process', 'computes the gradient of the input, too'),
+    'group-norm-frozen-input-crash': ('crashes the process', 'computes the gradient of the input, too'),
     'instance-norm-batch-1': ('wrong gradients', 'gives the gradient the strides of the input first'),
     'nll-loss-channels-last': ('raises', 'computes the gradient contiguous'),
 }
 
 # How a user of fastxtend_cl runs a script: what replaces a part of it. Others run within `tuned_kernels`
 replaced = {
-    'fastai-channels-last-rank': (), 'fastai-to-channelslast-none': (), # importing the package is enough
-    'fastai-mixed-precision-cuda': ('.to_bf16()', ".to_channelslast(amp_mode='bf16')"),
-    'fused-optimizers-ignore-strides': ('model.to(memory_format=torch.channels_last)', 'apply_channels_last(model, opt)'),
+    'fastai-channels-last-rank': {}, 'fastai-to-channelslast-none': {}, # importing the package is enough
+    'fastai-mixed-precision-cuda': {'.to_bf16()': ".to_channelslast(amp_mode='bf16')"},
+    'fused-optimizers-ignore-strides': {'model.to(memory_format=torch.channels_last)': 'apply_channels_last(model, opt)'},
 }
 
-def names(folder=here): return sorted(p.parent.name for p in folder.glob('*/repro.py'))
+def names(): return sorted(p.parent.name for p in here.glob('*/repro.py'))
+
+def of_fastai(name): return name.startswith('fastai-')
 
 # Running
 
 def outcome(python, script, limit=None, tries=1):
     """'right', 'faulty', 'crashes' or 'does not run: ...', and what a script printed, which is a file or the text of a program
 
-    It runs up to `tries` times until it shows the fault: a kernel that reads memory which nobody has written is right at times."""
+    It runs up to `tries` times until it shows the fault: a kernel that reads uninitialized memory is right at times."""
     command = [python, '-W', 'ignore', *(['-c', script] if isinstance(script, str) else [str(script)])]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', **({'ONEDNN_MAX_CPU_ISA': limit} if limit else {})}
     for _ in range(tries):
@@ -79,25 +81,28 @@ print(json.dumps(dict(torch=torch.__version__.split('+')[0], fastai=fastai)))
 
 def about(python): return json.loads(subprocess.run([python, '-W', 'ignore', '-c', _about], capture_output=True, text=True, check=True).stdout)
 
-def run_all(python, limits=limits, folder=here):
+def run_all(python, limits=limits):
     "Outcomes of all scripts in an environment, for each fault those under each limit"
     env,res = about(python),{}
-    for name in progress_bar(names(folder), leave=False):
-        if name.startswith('fastai-') and not env['fastai']: continue
-        res[name] = {limit or 'all': outcome(python, folder/name/'repro.py', limit, tries=3)[0] for limit in limits if not limit or 'fastai' not in name}
+    for name in progress_bar(names(), leave=False):
+        if of_fastai(name) and not env['fastai']: continue
+        res[name] = {limit or 'all': outcome(python, here/name/'repro.py', limit, tries=3)[0] for limit in limits if not (limit and of_fastai(name))}
     return env,res
 
-def with_package(name, folder=here):
+def with_package(name):
     "The text of a script as a user of fastxtend_cl would run it, or None if the package does nothing about its fault"
     if ours[name][1]=='nothing': return
-    if name not in replaced: return f'import runpy\nfrom fastxtend_cl.all import *\nwith tuned_kernels(): runpy.run_path({str(folder/name/"repro.py")!r}, run_name="__main__")\n'
-    text = (folder/name/'repro.py').read_text()
-    if replaced[name]: assert replaced[name][0] in text, f'{name}: {replaced[name][0]} is not in its script'
-    return 'from fastxtend_cl.all import *\n'+(text.replace(*replaced[name]) if replaced[name] else text)
+    script,head = here/name/'repro.py','from fastxtend_cl.all import *\n'
+    if name not in replaced: return f'{head}import runpy\nwith tuned_kernels(): runpy.run_path({str(script)!r}, run_name="__main__")\n'
+    text = script.read_text()
+    for old,new in replaced[name].items():
+        assert old in text, f'{name}: {old} is not in its script'
+        text = text.replace(old, new)
+    return head+text
 
 # Writing
 
-def read(folder=here): return json.loads(p.read_text()) if (p := folder/'results.json').exists() else dict(outcomes={})
+def read(): return json.loads(p.read_text()) if (p := here/'results.json').exists() else dict(outcomes={})
 
 def version(text): return tuple(map(int, re.findall(r'\d+', text)))
 
@@ -110,17 +115,19 @@ def ranges(versions, tried):
 
 def is_fault(o): return o in ('faulty', 'crashes')
 
-def versions_with(seen, limit='all'):
+def tried(seen):
+    "Version to outcome without a limit, where the script ran"
+    return {v: o['all'] for v,o in seen.items() if not o['all'].startswith('does not run')}
+
+def versions_with(seen):
     "Versions of torch that have the fault, and those that were tried"
-    tried = {v: o[limit] for v,o in seen.items() if limit in o and not o[limit].startswith('does not run')}
-    return {v for v,o in tried.items() if is_fault(o)},[*tried]
+    return {v for v,o in tried(seen).items() if is_fault(o)},[*tried(seen)]
 
 def expected(results, name, torch):
     "What was recorded for a version of torch: of the same minor version, of the one before, or of the oldest"
-    seen = {v: o['all'] for v,o in results['outcomes'][name].items() if not o['all'].startswith('does not run')}
+    seen = tried(results['outcomes'][name])
     def minor(v): return version(v)[:2]
-    tried = sorted(seen, key=version)
-    return seen[max((v for v in tried if minor(v)<=minor(torch)), key=version, default=tried[0])]
+    return seen[max((v for v in seen if minor(v)<=minor(torch)), key=version, default=min(seen, key=version))]
 
 def fixed_text(name, torch, printed):
     return (f'{name} does not show its fault with torch {torch}: {printed}\nIf upstream has fixed it, run `python upstream/run.py --keep`, say so in its '
@@ -129,21 +136,21 @@ def fixed_text(name, torch, printed):
 def where_text(results, name):
     "The part of a report that says where the fault is"
     seen = results['outcomes'].get(name, {})
-    if name.startswith('fastai-'): return f'fastai {results["fastai"]}, with torch {ranges(*versions_with(seen))}. {results["date"]}'
+    if of_fastai(name): return f'fastai {results["fastai"]}, with torch {ranges(*versions_with(seen))}. {results["date"]}'
     columns = {k: f'`ONEDNN_MAX_CPU_ISA={k}`' for k in limits if k} | {'all': 'default'}
     rows = [[v, *(seen[v].get(k, '') for k in columns)] for v in sorted(seen, key=version)]
     machine = f'Builds from PyPI, one thread, {results["cpu"]} ({results["instruction_set"]}), Linux, {results["date"]}.'
     return markdown_table([['torch', *columns.values()], *rows], 4)+f'\n\n{machine}'
 
-def title_of(name, folder=here): return (folder/name/'report.md').read_text().splitlines()[0].removeprefix('# ')
+def title_of(name): return (here/name/'report.md').read_text().splitlines()[0].removeprefix('# ')
 
 def filled(text, marker, content):
     "`text` with `content` after a marker, in place of what was there"
     return re.sub(rf'<!-- {re.escape(marker)} -->\n(?:.*?<!-- end -->\n)?', lambda _: f'<!-- {marker} -->\n{content}\n<!-- end -->\n', text.rstrip()+'\n', flags=re.S)
 
-def report_of(name, results, folder=here):
+def report_of(name, results):
     "The text of a report with its script, and where the fault was seen"
-    text = filled((folder/name/'report.md').read_text(), 'repro.py', f'```python\n{(folder/name/"repro.py").read_text().rstrip()}\n```')
+    text = filled((here/name/'report.md').read_text(), 'repro.py', f'```python\n{(here/name/"repro.py").read_text().rstrip()}\n```')
     return filled(text, 'versions', where_text(results, name))
 
 def needs(seen):
@@ -156,18 +163,18 @@ def needs(seen):
 def row_of(name, results):
     "A row of the table: fault, what happens, where, what this package does"
     seen,(what,done) = results['outcomes'][name],ours[name]
-    title = 'fastai: '*name.startswith('fastai-')+title_of(name).removeprefix('[CPU] ')
+    title = 'fastai: '*of_fastai(name)+title_of(name).removeprefix('[CPU] ')
     return [f'[{title}]({repo}/upstream/{name}/report.md)', what, ranges(*versions_with(seen))+needs(seen), done]
 
 def table(results=None):
-    results,order = results or read(),('ends', 'may', 'wrong', 'trains', 'raises', 'slow')
+    results,order = results or read(),('crashes', 'can', 'wrong', 'trains', 'raises', 'slow')
     known = sorted(results['outcomes'], key=lambda n: (order.index(ours[n][0].split()[0]), n))
-    return markdown_table([['fault', 'what happens', 'torch that have it', 'what this package does'], *(row_of(n, results) for n in known)], 4)
+    return markdown_table([['fault', 'what happens', 'torch versions', 'what this package does'], *(row_of(n, results) for n in known)], 4)
 
 def caption(results=None):
     results = results or read()
-    tried = {v for o in results['outcomes'].values() for v in o}
-    return (f'Tried: torch {", ".join(sorted(tried, key=version))}, fastai {results["fastai"]}, on {results["cpu"]} with instructions up to '
+    versions = {v for o in results['outcomes'].values() for v in o}
+    return (f'Tried: torch {", ".join(sorted(versions, key=version))}, fastai {results["fastai"]}, on {results["cpu"]} with instructions up to '
         f'{results["instruction_set"]}, {results["date"]}.')
 
 def write(results):
